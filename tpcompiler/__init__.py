@@ -1,0 +1,26 @@
+"""tpcompiler: a plain PyTorch transformer and a short YAML spec in, a tensor-parallel program out."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tpcompiler.api import parallelize as parallelize
+    from tpcompiler.api import shard as shard
+    from tpcompiler.axes.rules import rule as rule
+    from tpcompiler.errors import TpcError as TpcError
+    from tpcompiler.spec import Spec as Spec
+    from tpcompiler.verify import verify as verify
+
+__version__ = "0.1.0"
+
+# Resolved at first use: emitted programs import `tpcompiler.runtime` and must not pay for, or need, the compiler.
+_HOME = {"shard": "api", "parallelize": "api", "verify": "verify", "Spec": "spec", "rule": "axes.rules", "TpcError": "errors"}
+__all__ = ["Spec", "TpcError", "parallelize", "rule", "shard", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tpcompiler' has no attribute {name!r}")
+    return getattr(import_module(f"tpcompiler.{_HOME[name]}"), name)

@@ -1,0 +1,120 @@
+"""The notation of rules: how an op's operands' and results' dimensions relate, in one line.
+
+    linear   "... i, o i, o -> ... o"         a letter is a dimension; shared letters are one axis; i is contracted
+    softmax  "... n! -> ... n!"               ! = needed whole
+    lookup   "v+ h, ... -> ... h"             + = split only by a form of the op made for it
+    split    "... (q | k) -> ... q, ... k"    a concatenation
+    view     "b (h d) -> b h d"               a product, major first
+    type_as  "..., _ -> ..."                  _ = an operand whose values do not matter
+
+`...` stands for any dimensions, aligned at the right and broadcast; `1` is a dimension of one element.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tpcompiler.errors import RuleError
+
+ELLIPSIS = "..."
+_TOKEN = re.compile(r"\.\.\.|[A-Za-z][A-Za-z0-9]*[!+]?|1|[()|_]")
+
+
+@dataclass(frozen=True)
+class Letter:
+    name: str
+    whole: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """`(a b)` or `(a | b)`."""
+
+    kind: str  # "product" | "concat"
+    parts: tuple[Letter | Group, ...]
+
+    def letters(self) -> tuple[Letter, ...]:
+        return tuple(x for p in self.parts for x in ((p,) if isinstance(p, Letter) else p.letters()))
+
+
+Item = Letter | Group | str  # str: "..." or "1"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    text: str
+    operands: tuple[tuple[Item, ...] | None, ...]  # None: `_`
+    results: tuple[tuple[Item, ...], ...]
+
+    def letters(self, side: tuple[tuple[Item, ...] | None, ...]) -> set[str]:
+        return {x.name for items in side for item in items or () for x in _letters(item)}
+
+    @property
+    def contracted(self) -> set[str]:
+        """Letters that operands have and results have not: split, they leave a partial result."""
+        return self.letters(self.operands) - self.letters(self.results)
+
+    def marked(self, attribute: str) -> set[str]:
+        sides = (*self.operands, *self.results)
+        return {x.name for items in sides for item in items or () for x in _letters(item) if getattr(x, attribute)}
+
+
+def _letters(item: Item) -> tuple[Letter, ...]:
+    if isinstance(item, Letter):
+        return (item,)
+    return item.letters() if isinstance(item, Group) else ()
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Pattern:
+    """Parse a rule. Raises `RuleError` naming the part that cannot be read."""
+    sides = text.split("->")
+    if len(sides) != 2:
+        raise RuleError(f"rule {text!r}: needs exactly one '->'")
+    operands = tuple(None if part.strip() == "_" else _tensor(part, text) for part in sides[0].split(","))
+    results = tuple(_tensor(part, text) for part in sides[1].split(","))
+    return Pattern(text, operands, results)
+
+
+def _tensor(part: str, text: str) -> tuple[Item, ...]:
+    if rest := _TOKEN.sub("", part).strip():
+        raise RuleError(f"rule {text!r}: cannot read {rest!r}")
+    tokens = _TOKEN.findall(part)[::-1]
+    items: list[Item] = []
+    while tokens:
+        token = tokens.pop()
+        if token in (ELLIPSIS, "1"):
+            items.append(token)
+        elif token == "(":
+            items.append(_group(tokens, text))
+        elif token in ")|_":
+            raise RuleError(f"rule {text!r}: unexpected {token!r}")
+        else:
+            items.append(_letter(token))
+    return tuple(items)
+
+
+def _group(tokens: list[str], text: str) -> Group:
+    segments: list[list[Letter | Group]] = [[]]
+    while True:
+        if not tokens:
+            raise RuleError(f"rule {text!r}: a parenthesis is not closed")
+        token = tokens.pop()
+        if token == ")":
+            break
+        if token == "|":
+            segments.append([])
+        elif token == "(":
+            segments[-1].append(_group(tokens, text))
+        else:
+            segments[-1].append(_letter(token))
+    if len(segments) == 1:
+        return Group("product", tuple(segments[0]))
+    return Group("concat", tuple(s[0] if len(s) == 1 else Group("product", tuple(s)) for s in segments))
+
+
+def _letter(token: str) -> Letter:
+    return Letter(token.rstrip("!+"), whole=token.endswith("!"), special=token.endswith("+"))

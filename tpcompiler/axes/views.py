@@ -1,0 +1,75 @@
+"""The one rule that a line cannot say: how a view's dimensions before and after are made of common factors."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+Shape = tuple[int, ...]
+
+
+def view_pattern(before: Shape, after: Shape) -> tuple[str, dict[str, int]]:
+    """A pattern and its letters' sizes for `x.view(after)` of a tensor of shape `before`, both of known sizes.
+
+    Both shapes are cut into the shortest groups of equal product. A group whose cuts, seen from the minor side, divide
+    one another has common factors; one whose cuts do not (4·6 seen as 3·8) has none, and its dimensions stay whole.
+    """
+    left: list[str] = ["1" if n == 1 else "" for n in before]
+    right: list[str] = ["1" if n == 1 else "" for n in after]
+    sizes: dict[str, int] = {}
+    for ins, outs in _groups(before, after):
+        cuts = sorted(_cuts(before, ins) | _cuts(after, outs), reverse=True)
+        aligned = all(a % b == 0 for a, b in pairwise(cuts))
+        for shape, dims, items in ((before, ins, left), (after, outs, right)):
+            for d, high, low in _spans(shape, dims):
+                if aligned:
+                    names = [_letter(sizes, a, a // b, ins[0]) for a, b in pairwise(c for c in cuts if low <= c <= high)]
+                    items[d] = names[0] if len(names) == 1 else f"({' '.join(names)})"
+                else:
+                    items[d] = f"{'x' if items is left else 'y'}{d}!"
+    return f"{' '.join(left)} -> {' '.join(right)}", sizes
+
+
+def _letter(sizes: dict[str, int], cut: int, size: int, group: int) -> str:
+    name = f"g{group}c{cut}"
+    sizes[name] = size
+    return name
+
+
+def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
+    """Shortest runs of dimensions with equal products, dimensions of one element left out."""
+    i = [d for d, n in enumerate(before) if n != 1]
+    j = [d for d, n in enumerate(after) if n != 1]
+    groups: list[tuple[list[int], list[int]]] = []
+    a = b = 0
+    while a < len(i) and b < len(j):
+        a0, b0 = a, b
+        left, right = before[i[a]], after[j[b]]
+        a, b = a + 1, b + 1
+        while left != right:
+            if left < right:
+                left *= before[i[a]]
+                a += 1
+            else:
+                right *= after[j[b]]
+                b += 1
+        groups.append((i[a0:a], j[b0:b]))
+    assert a == len(i) and b == len(j), f"view of {before} as {after}"
+    return groups
+
+
+def _cuts(shape: Shape, dims: list[int]) -> set[int]:
+    cuts, n = {1}, 1
+    for d in reversed(dims):
+        n *= shape[d]
+        cuts.add(n)
+    return cuts
+
+
+def _spans(shape: Shape, dims: list[int]) -> list[tuple[int, int, int]]:
+    """(dimension, its high cut, its low cut) for each, major first."""
+    out, low = [], 1
+    for d in reversed(dims):
+        high = low * shape[d]
+        out.append((d, high, low))
+        low = high
+    return out[::-1]

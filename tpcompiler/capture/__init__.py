@@ -1,0 +1,131 @@
+"""Capture: a plain PyTorch model becomes one flat, functional graph of ATen operations, with no weights in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+
+from tpcompiler.capture.init import Recorded, record
+from tpcompiler.capture.normalise import inline, normalise, remove_dead
+from tpcompiler.capture.sizes import sizes_from_inputs
+from tpcompiler.capture.trace import Traced, trace
+from tpcompiler.errors import ModelError
+from tpcompiler.program import Capture, Parameter, Slot
+
+__all__ = ["Recorded", "capture", "capture_recorded", "record"]
+
+
+def capture(build: Callable[[], nn.Module] | nn.Module, example_inputs: Any, *, source: str = "") -> Capture:
+    """The graph of a model, traced at `example_inputs`, for any batch and sequence that the model takes.
+
+    `build` makes the model (its parameters are never allocated), or is one (it stays as it is). `example_inputs` is a
+    tuple of positional arguments, a dictionary of keyword arguments, or (tuple, dictionary). `source` says in messages
+    where the model stands. Errors: `ModelError`, one line that names the model's own line.
+    """
+    return capture_recorded(record(build), example_inputs, source=source)
+
+
+def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "") -> Capture:
+    """`capture` of a model that `record` built: whoever needs initial values too builds it once."""
+    model = recorded.model
+    traced = trace(recorded, example_inputs, source)
+    exported = traced.exported
+    graph = exported.graph_module.graph
+    inline(graph, exported.graph_module)
+    parameters = _placeholders(graph, exported, recorded)
+    inputs, leaves, names = _inputs(graph, traced)
+    normalise(graph, traced.held)
+    sizes_from_inputs(graph, inputs)
+    remove_dead(graph)
+    return Capture(
+        graph=graph,
+        parameters=parameters,
+        inputs=tuple(n.name for n in inputs),
+        in_spec=traced.in_spec,
+        out_spec=exported.call_spec.out_spec,
+        input_leaves=leaves,
+        model=type(model).__name__,
+        source=source,
+        arg_names=names,
+    )
+
+
+def _placeholders(graph: fx.Graph, exported: ExportedProgram, recorded: Recorded) -> tuple[Parameter, ...]:
+    """Parameters and buffers, each once: placeholders of one tensor are merged, lifted constants become buffers."""
+    model = recorded.model
+    nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    tensors: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    kept = model.state_dict(keep_vars=True)
+    merged: dict[int, list[tuple[str, fx.Node]]] = {}
+    constants: dict[str, Tensor] = {}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            assert spec.target is not None
+            merged.setdefault(id(tensors[spec.target]), []).append((spec.target, nodes[spec.arg.name]))
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            assert spec.target is not None
+            constants[spec.target] = exported.constants[spec.target]
+            merged[id(constants[spec.target])] = [(spec.target, nodes[spec.arg.name])]
+        elif spec.kind is not InputKind.USER_INPUT:
+            raise ModelError(f"{spec.target}: {spec.kind.name.lower().replace('_', ' ')} inside of a model")
+    for out in exported.graph_signature.output_specs:
+        if out.kind is not OutputKind.USER_OUTPUT:
+            raise ModelError(
+                f"{out.target}: the forward writes to it ({out.kind.name.lower().replace('_', ' ')}); "
+                "return the new value instead"
+            )
+    order = {name: i for i, name in enumerate(tensors)}
+    result = []
+    for found in merged.values():
+        found.sort(key=lambda f: order.get(f[0], 0))
+        (name, node), *others = found
+        aliases = [n for n, t in tensors.items() if name in tensors and t is tensors[name] and n != name]
+        for _, other in others:
+            other.replace_all_uses_with(node)
+            graph.erase_node(other)
+        t = tensors.get(name, constants.get(name))
+        assert t is not None
+        buffer = not isinstance(t, nn.Parameter)
+        node.meta["kind"] = "buffer" if buffer else "parameter"
+        node.meta["shown"] = name
+        value = recorded.value(t) if buffer else None
+        result.append(
+            Parameter(name, node.name, tuple(t.shape), t.dtype, tuple(aliases), t.requires_grad, buffer, name in kept, value)
+        )
+    return tuple(sorted(result, key=lambda p: p.buffer))
+
+
+def _inputs(graph: fx.Graph, traced: Traced) -> tuple[list[fx.Node], tuple[Any, ...], tuple[str, ...]]:
+    """The tensor inputs' placeholders, and where each stands in the flattened example; constants leave the graph."""
+    nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    specs = [s for s in traced.exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+    inputs: list[fx.Node] = []
+    leaves: list[Any] = []
+    names: list[str] = []
+    for spec, leaf, name in zip(specs, traced.leaves, traced.arg_names, strict=True):
+        node = nodes[spec.arg.name]
+        if isinstance(leaf, Tensor):
+            node.meta["kind"] = "input"
+            node.meta["shown"] = name
+            inputs.append(node)
+            leaves.append(Slot(node.name))
+            names.append(name)
+        else:
+            assert isinstance(spec.arg, ConstantArgument) or not node.users
+            graph.erase_node(node)
+            leaves.append(leaf)
+    _flat_output(graph)
+    return inputs, tuple(leaves), tuple(names)
+
+
+def _flat_output(graph: fx.Graph) -> None:
+    output = next(n for n in graph.nodes if n.op == "output")
+    output.args = (tuple(output.args[0]),)

@@ -1,0 +1,38 @@
+"""Where a node comes from: the modules whose forward ran it, and the user's line."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n(?:    (?P<code>.*))?', re.MULTILINE)
+
+
+def stack_of(node: fx.Node) -> tuple[tuple[str, str, int], ...]:
+    """(qualified name, class name, call number) of the modules around the node, outermost first."""
+    out = []
+    for key, (name, cls) in (node.meta.get("nn_module_stack") or {}).items():
+        call = key.rsplit("@", 1)[1] if "@" in key else "0"
+        cls = cls if isinstance(cls, str) else cls.__qualname__
+        out.append((name.split("@")[0], cls.rsplit(".", 1)[-1], int(call)))
+    return tuple(out)
+
+
+def line_of(node: fx.Node) -> tuple[str, int, str] | None:
+    """The innermost line of the node's stack trace that is not torch's own."""
+    found: dict[str, Any] | None = None
+    for match in _FRAME.finditer(node.meta.get("stack_trace") or ""):
+        if not match["file"].startswith(_TORCH):
+            found = match.groupdict()
+    return (found["file"], int(found["line"]), (found["code"] or "").strip()) if found else None
+
+
+def at(node: fx.Node) -> str:
+    """`file:line: source` for messages, or the node's own name."""
+    line = node.meta.get("line") or line_of(node)
+    return f"{line[0]}:{line[1]}: {line[2]}" if line else node.name

@@ -1,0 +1,169 @@
+"""`tpc shard`, `diff`, `verify` and `explain`: the commands that compile a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from tpcompiler.cli.options import AsJson, Model, Set, SpecFile
+from tpcompiler.cli.screen import Screen, Stages
+from tpcompiler.errors import TpcError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tpcompiler.api import Sharded
+    from tpcompiler.load import Loaded
+    from tpcompiler.spec import Spec
+
+
+@contextmanager
+def _loaded(model: str, spec: Path, settings: list[str] | None, stages: Stages) -> Iterator[tuple[Loaded, Spec]]:
+    """The model and the spec of a command, while what the model imports can be imported."""
+    from tpcompiler.spec import Spec
+
+    read = Spec.load(spec)
+    stages("loading the model")
+    from tpcompiler.load import load_model, parse_settings
+
+    loaded = load_model(model, read, parse_settings(settings or []))
+    with loaded.environment:
+        yield loaded, read
+
+
+def _compiled(loaded: Loaded, spec: Spec, stages: Stages) -> Sharded:
+    from tpcompiler.api import shard
+
+    return shard(loaded.build, loaded.inputs(), spec, progress=stages, source=loaded.source)
+
+
+def shard(
+    model: Model,
+    spec: SpecFile,
+    out: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Write the program, the manifest, and the weights if any."),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", "-w", metavar="FILE", help="Weights to shard: safetensors, a .pt file, a directory."),
+    ] = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a model for the ranks of a spec.
+
+    Shows blocks, collectives, memory a rank and what stays replicated; writes program, manifest and weights.
+    """
+    screen = Screen(as_json)
+    with screen.open(), screen.progress() as stages:
+        with _loaded(model, spec, settings, stages) as (loaded, read):
+            sharded = _compiled(loaded, read, stages)
+        if out is not None:
+            stages(f"writing {out}")
+            sharded.write(out, weights or loaded.weights, progress=stages.bytes)
+    from tpcompiler.cli import draw
+
+    report = sharded.report()
+    screen.show(
+        draw.heading(loaded.name, loaded.source, str(read.ranks)), draw.shard_report(report, read.hardware.memory_gib)
+    )
+    if out is not None:
+        screen.show(Text("written to ").append(str(out), style="bold"))
+    screen.result(report)
+
+
+def diff(
+    model: Model,
+    spec: SpecFile,
+    context: Annotated[
+        int | None, typer.Option("--context", "-U", metavar="N", help="Equal lines around each change; all by default.")
+    ] = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show plain and sharded program side by side.
+
+    Inserted collectives are in colour, equal layers are folded.
+    """
+    screen = Screen(as_json)
+    with screen.open(), screen.progress() as stages:
+        with _loaded(model, spec, settings, stages) as (loaded, read):
+            sharded = _compiled(loaded, read, stages)
+            plain = _compiled(loaded, read.with_(mesh={"tensor": 1}), stages)
+    from tpcompiler.cli import sides
+
+    lines = sides.align(plain.source.splitlines(), sharded.source.splitlines())
+    shown = sides.squeeze(sides.fold_layers(lines), context)
+    screen.show(sides.side_by_side(shown, ("one rank", f"a rank of {read.ranks}")))
+    screen.result({"lines": [sides.as_dict(line) for line in lines], "collectives": sharded.report()["collectives"]})
+
+
+def verify(
+    model: Model,
+    spec: SpecFile,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Numbers are compared in it: float64, or the model's own precision.")
+    ] = "float64",
+    micro_batches: Annotated[
+        int, typer.Option("--micro-batches", min=1, help="Gradients are accumulated over so many batches.")
+    ] = 1,
+    settings: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run all ranks and compare with the plain model.
+
+    Outputs, loss and every gradient must agree; exit code 1 when they do not.
+    """
+    screen = Screen(as_json)
+    with screen.open(), screen.progress() as stages:
+        with _loaded(model, spec, settings, stages) as (loaded, read):
+            stages("running all ranks")
+            from tpcompiler.verify import verify as run
+
+            report = run(loaded.build, loaded.inputs(), read, dtype=_dtype(dtype), micro_batches=micro_batches)
+    from tpcompiler.cli import draw
+
+    result = report.as_dict()
+    screen.show(draw.verify_report(result))
+    screen.result(result)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def explain(
+    model: Model,
+    spec: SpecFile,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A parameter, a module, or a glob over either.")],
+    settings: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show why a parameter is split or not.
+
+    What its dimensions are made of, and which line of the model keeps an axis whole.
+    """
+    screen = Screen(as_json)
+    with screen.open(), screen.progress() as stages:
+        with _loaded(model, spec, settings, stages) as (loaded, read):
+            sharded = _compiled(loaded, read, stages)
+            from tpcompiler.explain import explain as explained
+
+            rows = [e.as_dict() for e in explained(sharded.capture, sharded.axes, sharded.plan, name)]
+    from tpcompiler.cli import draw
+
+    screen.show(draw.explain_report(rows))
+    screen.result({"parameters": rows})
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TpcError(f"--dtype {name}: not a floating-point type of torch; write float64, float32 or bfloat16")
+    return dtype

@@ -1,0 +1,237 @@
+"""A report of `tpc shard` or `tpc verify`, the same that `--json` prints, drawn as tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+Row = Mapping[str, Any]
+
+_KIND = {"mlp": "green", "attention": "cyan", "embedding": "yellow", "head": "magenta", "other": "blue"}
+_COLLECTIVE = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter"}
+_DIRECTION = {"forward": "→ forward", "backward": "← backward"}
+
+
+def shard_report(report: Mapping[str, Any], device_gib: float | None = None) -> RenderableType:
+    """Blocks, collectives, memory a rank, and what stays replicated."""
+    parts = [
+        blocks(report["blocks"]),
+        collectives(report["collectives"]),
+        memory(report["memory"], device_gib),
+        replicated(report["replicated"]),
+    ]
+    return Group(*(part for part in parts if part is not None))
+
+
+def blocks(rows: Sequence[Row]) -> Table | None:
+    """One line for blocks that are equal but for their numbers: `h.*.mlp` × 72."""
+    if not rows:
+        return None
+    table = _table("Blocks", "what is split, and how much of it a rank holds")
+    for heading in ("block", "kind", "axis"):
+        table.add_column(heading)
+    for heading in ("layers", "size", "a rank", "parameters"):
+        table.add_column(heading, justify="right")
+    table.add_column("over")
+    same = lambda r: (r["kind"], r["axis"], r["size"], tuple(r["local"]), tuple(r["over"]))  # noqa: E731
+    for name, group in fold(rows, "name", same):
+        row = group[0]
+        table.add_row(
+            name,
+            Text(row["kind"], style=_KIND.get(row["kind"], "")),
+            row["axis"],
+            str(sum(r["layers"] for r in group)),
+            f"{row['size']:,}",
+            local_sizes(row["local"]),
+            str(sum(_count(r["parameters"]) for r in group)),
+            " · ".join(row["over"]),
+        )
+    return table
+
+
+def collectives(rows: Sequence[Row]) -> Table:
+    """One line for collectives that differ by their layer alone, with how often a step does them."""
+    table = _table("Collectives", "what a rank sends in one forward and backward")
+    for heading in ("where", "kind", "direction", "over"):
+        table.add_column(heading)
+    for heading in ("bytes", "count", "in all"):
+        table.add_column(heading, justify="right")
+    table.add_column("reason", ratio=1, style="dim")
+    same = lambda r: (r["kind"], r["direction"], tuple(r["over"]), r["bytes"], _pattern(r["reason"]))  # noqa: E731
+    totals = {"forward": [0, 0], "backward": [0, 0]}
+    for where, group in fold(rows, "block", same):
+        row, count = group[0], sum(r["count"] for r in group)
+        totals[row["direction"]][0] += count
+        totals[row["direction"]][1] += count * row["bytes"]
+        table.add_row(
+            where,
+            _COLLECTIVE.get(row["kind"], row["kind"]),
+            Text(_DIRECTION[row["direction"]], style="green" if row["direction"] == "forward" else "yellow"),
+            " · ".join(row["over"]),
+            size(row["bytes"]),
+            f"× {count}",
+            size(count * row["bytes"]),
+            common([r["reason"] for r in group]),
+        )
+    if rows:
+        table.add_section()
+    for direction, (count, total) in totals.items():
+        if count:
+            table.add_row("all", "", _DIRECTION[direction], "", "", f"× {count}", size(total), "", style="bold")
+    if not rows:
+        table.add_row("none")
+    return table
+
+
+def memory(row: Row, device_gib: float | None = None) -> Table:
+    """Bytes on the rank that holds most. Activations are not in it: they depend on batch and recomputation."""
+    table = _table("Memory a rank", "without activations")
+    for heading in ("parameters", "gradients", "optimizer", "total"):
+        table.add_column(heading, justify="right", style="bold" if heading == "total" else "")
+    cells = [size(row[key]) for key in ("parameters", "gradients", "optimizer", "total")]
+    if device_gib:
+        share = row["total"] / (device_gib * 2**30)
+        table.add_column(f"of {device_gib:g} GiB", justify="right", style="red" if share > 1 else "green")
+        cells.append(f"{share:.0%}")
+    table.add_row(*cells)
+    return table
+
+
+def replicated(rows: Sequence[Row]) -> Table | None:
+    """What every rank holds whole, and why: the largest first."""
+    if not rows:
+        return None
+    table = _table("Replicated", "every rank holds it whole")
+    table.add_column("parameter")
+    for heading in ("count", "bytes each", "in all"):
+        table.add_column(heading, justify="right")
+    table.add_column("reason", ratio=1, style="dim")
+    folded = fold(rows, "name", lambda r: (r["bytes"], _pattern(r["reason"])))
+    for name, group in sorted(folded, key=lambda f: -sum(r["bytes"] for r in f[1])):
+        total = sum(r["bytes"] for r in group)
+        table.add_row(
+            name, f"× {len(group)}", size(group[0]["bytes"]), size(total), common([r["reason"] for r in group])
+        )
+    return table
+
+
+def verify_report(report: Mapping[str, Any]) -> RenderableType:
+    """A line a case, and the verdict."""
+    table = _table("Verification", "against the plain model")
+    table.add_column("case", ratio=1)
+    table.add_column("what is worst", ratio=1)
+    table.add_column("relative error", justify="right")
+    table.add_column("")
+    for case in report["cases"]:
+        passed = case.get("passed", True)
+        mark = Text("equal", style="green") if passed else Text("DIFFERS", style="bold red")
+        table.add_row(str(case.get("what", "")), str(case.get("worst", "")), error(case.get("max_rel_error")), mark)
+    verdict = (Text("passed", style="bold green") if report["passed"] else Text("FAILED", style="bold red")).append(
+        f"   largest relative error {error(report['max_rel_error'])}", style="not bold default"
+    )
+    return Group(table, verdict)
+
+
+def explain_report(rows: Sequence[Row]) -> RenderableType:
+    """The layouts of parameters, then each axis that they are made of, with what keeps it whole."""
+    layouts = _table("Layout", "each dimension in its axes, major first; axis/ranks is split")
+    layouts.add_column("parameter")
+    layouts.add_column("shape", justify="right")
+    layouts.add_column("layout")
+    for name, group in fold(rows, "name", lambda r: (tuple(r["shape"]), tuple(r["layout"]))):
+        shape = " × ".join(map(str, group[0]["shape"]))
+        layouts.add_row(f"{name}  × {len(group)}" if len(group) > 1 else name, shape, _coloured(group[0]["layout"]))
+    axes = _table("Axes", "split together or not at all")
+    axes.add_column("axis")
+    axes.add_column("size", justify="right")
+    axes.add_column("stands in")
+    axes.add_column("split over, or why not", ratio=1)
+    found = [axis for row in rows for dimension in row["axes"] for axis in dimension]
+    same = lambda a: (a["size"], tuple(a["over"]), tuple(map(_pattern, a["stands_in"])), tuple(a["reasons"]))  # noqa: E731
+    for name, group in fold(found, "name", same):
+        axis = group[0]
+        names = [shown for shown, _ in fold([{"name": n} for a in group for n in a["stands_in"]], "name", lambda r: 0)]
+        why = _few(axis["reasons"], 3)
+        over = Text(" · ".join(axis["over"]), style="green") if axis["over"] else Text(why, style="dim")
+        axes.add_row(name, f"{axis['size']:,}", _few(names, 4), over)
+    return Group(layouts, axes)
+
+
+def _few(items: Sequence[str], most: int) -> str:
+    more = [f"… {len(items) - most} more"] if len(items) > most else []
+    return "\n".join([*items[:most], *more])
+
+
+def _coloured(layout: Sequence[str]) -> Text:
+    text = Text(", ".join(layout))
+    text.highlight_regex(r"[\w]+/[\w·]+", "green")
+    return text
+
+
+def heading(name: str, source: str, ranks: str) -> Text:
+    """The first line: what was compiled, for which ranks."""
+    return Text(name, style="bold").append(f"  {source}  over {ranks}\n", style="not bold dim")
+
+
+def fold(rows: Iterable[Row], key: str, same: Callable[[Row], Hashable]) -> list[tuple[str, list[Row]]]:
+    """Rows whose `key` differs in numbers alone and that are `same` otherwise, as one: `h.*` for `h.0` … `h.71`.
+
+    A number that all of a group share stays. Groups keep the order of their first rows.
+    """
+    groups: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((_pattern(row[key]), same(row)), []).append(row)
+    return [(common([row[key] for row in group]), group) for group in groups.values()]
+
+
+def local_sizes(local: Sequence[int]) -> str:
+    """A rank's share: `4`, or `4,3,3,3` when they differ, shortened when there are many: `4,3 × 7`."""
+    if len(set(local)) <= 1:
+        return f"{local[0]:,}" if local else "-"
+    runs: list[list[int]] = []
+    for n in local:
+        if runs and runs[-1][0] == n:
+            runs[-1][1] += 1
+        else:
+            runs.append([n, 1])
+    return ", ".join(f"{n:,}" if k == 1 else f"{n:,} × {k}" for n, k in runs)
+
+
+def size(n: float) -> str:
+    """Bytes for people: `48.0 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+def error(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def _table(title: str, caption: str) -> Table:
+    heading = Text(title, style="bold").append(f"  {caption}", style="not bold dim")
+    return Table(
+        title=heading, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim"
+    )
+
+
+def _count(parameters: Any) -> int:
+    return parameters if isinstance(parameters, int) else len(parameters)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def common(names: Sequence[str]) -> str:
+    """One name for names of one pattern: the numbers that differ are `*`."""
+    split = [re.split(r"(\d+)", name) for name in names]
+    return "".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*split, strict=True))

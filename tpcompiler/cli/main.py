@@ -1,0 +1,85 @@
+"""`tpc`: the command line. Exit code 0: done; 1: a check failed; 2: bad input, in one line; 130: interrupted.
+
+Command modules import torch inside their functions, so that help and the schema come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from tpcompiler.cli import compile as compiling
+from tpcompiler.cli import files
+from tpcompiler.cli.screen import complain
+from tpcompiler.errors import TpcError
+
+app = typer.Typer(
+    name="tpc",
+    help="A plain PyTorch transformer and a short YAML spec in, a tensor-parallel program out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (
+    compiling.shard,
+    compiling.diff,
+    compiling.verify,
+    compiling.explain,
+    files.merge,
+    files.schema,
+):
+    app.command()(_command)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
+    if version:
+        from tpcompiler import __version__
+
+        typer.echo(f"tpc {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; gives the exit code. The user's mistakes are one line, without a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="tpc", standalone_mode=False)
+    except TpcError as e:
+        complain(str(e), as_json)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `tpc schema | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as e:
+        return _usage(e, as_json)
+    return code if isinstance(code, int) else 0
+
+
+def _usage(error: Any, as_json: bool) -> int:
+    """Typer's own errors (unknown options, missing arguments); anything else is a bug and keeps its traceback."""
+    if type(error).__name__ == "Abort":
+        return 130
+    if not hasattr(error, "format_message"):
+        raise error
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(error.format_message())
+        return 2
+    context = getattr(error, "ctx", None)
+    where = f"; see `{context.command_path} --help`" if context is not None else ""
+    complain(error.format_message().rstrip(".") + where, as_json)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

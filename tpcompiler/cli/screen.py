@@ -1,0 +1,76 @@
+"""What a command prints and where: results on stdout, progress and errors on stderr, one JSON object with `--json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+_WIDTH = 120  # when stdout is not a terminal: what a log or a page shows without wrapping
+
+
+@dataclass
+class Screen:
+    """One command's output. While it is open, whatever the user's model prints goes to stderr."""
+
+    as_json: bool
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+
+    @contextmanager
+    def open(self) -> Iterator[Screen]:
+        with redirect_stdout(sys.stderr):
+            yield self
+
+    def show(self, *parts: RenderableType) -> None:
+        """Something for people to read; nothing with `--json`."""
+        if self.as_json:
+            return
+        console = Console(file=self.out, width=None if self.out.isatty() else _WIDTH, highlight=False)
+        for part in parts:
+            console.print(part)
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The command's result as the one JSON object of `--json`; nothing without."""
+        if self.as_json:
+            self.out.write(json.dumps(value, allow_nan=False, ensure_ascii=False) + "\n")
+            self.out.flush()
+
+    @contextmanager
+    def progress(self) -> Iterator[Stages]:
+        """A line on stderr that says what is being done; only on a terminal."""
+        console = Console(stderr=True)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            yield Stages(bar)
+
+
+class Stages:
+    """Called with a stage's name when it starts."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("starting", total=None)
+
+    def __call__(self, stage: str) -> None:
+        self._bar.update(self._task, description=stage, total=None)
+
+    def bytes(self, done: int, total: int) -> None:
+        """How far the running stage is, in bytes."""
+        self._bar.update(self._task, completed=done, total=total)
+
+
+def complain(message: str, as_json: bool) -> None:
+    """The one line that an error is: red on stderr, or `{"error": …}` on stdout."""
+    line = " ".join(message.split())
+    if as_json:
+        sys.stdout.write(json.dumps({"error": line}, ensure_ascii=False) + "\n")
+        return
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text("tpc: ").append(line), style="red")

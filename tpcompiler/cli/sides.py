@@ -1,0 +1,192 @@
+"""Two programs side by side: the plain one and the sharded one, inserted collectives in colour, equal layers folded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import cache
+from typing import Literal
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+Change = Literal["same", "changed", "inserted", "removed", "folded"]
+
+_ALIKE = 0.55  # similarity above which two lines are one line, changed
+_FORWARD = re.compile(r"\b(?:ops\.|runtime\.)?(reduce|gather|gather_sequence|scatter_sequence|cross_entropy)\(")
+_BACKWARD = re.compile(r"\b(?:ops\.|runtime\.)?(enter)\(")
+_TOKEN = re.compile(r"\w+|\s+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the picture; a side that has none is None. `times`: how many equal layers it stands for."""
+
+    plain: str | None
+    sharded: str | None
+    change: Change
+    times: int = 1
+
+    @property
+    def collective(self) -> Literal["forward", "backward"] | None:
+        """Whether the sharded side communicates here, when the plain one does not, and in which direction."""
+        if self.sharded is None or self.change in ("same", "folded"):
+            return None
+        now, before = _code(self.sharded), _code(self.plain or "")
+        if _BACKWARD.search(now) and not _BACKWARD.search(before):
+            return "backward"
+        return "forward" if _FORWARD.search(now) and not _FORWARD.search(before) else None
+
+
+def align(plain: Sequence[str], sharded: Sequence[str]) -> list[Line]:
+    """The lines of both, matched: equal ones, changed ones, and those that one side alone has."""
+    a, b = [_code(x) for x in plain], [_code(x) for x in sharded]
+    out: list[Line] = []
+    for tag, i0, i1, j0, j1 in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if tag == "equal":
+            out += [Line(p, s, "same") for p, s in zip(plain[i0:i1], sharded[j0:j1], strict=True)]
+        else:
+            out += _match(plain[i0:i1], sharded[j0:j1])
+    return out
+
+
+def fold_layers(lines: Sequence[Line]) -> list[Line]:
+    """Repetitions of one stretch of lines that differ in numbers alone, shown once: "× 72"."""
+    shapes = [(_numberless(x.plain), _numberless(x.sharded), x.change) for x in lines]
+    out: list[Line] = []
+    i = 0
+    while i < len(lines):
+        period, times = _repetition(shapes, i)
+        if times > 1:
+            out.append(Line(f"× {times}", f"× {times}", "folded", times))
+            out += [Line(x.plain, x.sharded, x.change, times) for x in lines[i : i + period]]
+            i += period * times
+        else:
+            out.append(lines[i])
+            i += 1
+    return out
+
+
+def squeeze(lines: Sequence[Line], context: int | None = 3) -> list[Line]:
+    """Long stretches in which both sides are the same, cut to `context` lines around each change (None: all stay)."""
+    if context is None:
+        return list(lines)
+    near = [False] * len(lines)
+    for i, line in enumerate(lines):
+        if line.change != "same":
+            for j in range(max(0, i - context), min(len(lines), i + context + 1)):
+                near[j] = True
+    out: list[Line] = []
+    i = 0
+    while i < len(lines):
+        if near[i]:
+            out.append(lines[i])
+            i += 1
+            continue
+        stop = next((j for j in range(i, len(lines)) if near[j]), len(lines))
+        out.append(
+            Line(f"⋮ {stop - i} equal lines", f"⋮ {stop - i} equal lines", "folded") if stop - i > 1 else lines[i]
+        )
+        i = stop
+    return out
+
+
+def as_dict(line: Line) -> dict[str, str | None]:
+    return {"plain": line.plain, "sharded": line.sharded, "change": line.change, "collective": line.collective}
+
+
+def side_by_side(lines: Sequence[Line], titles: tuple[str, str]) -> RenderableType:
+    """The picture: red and green parts are what changed, a green line reduces forward, a yellow one backward."""
+    table = Table(box=None, pad_edge=False, expand=True, header_style="bold", padding=(0, 1))
+    table.add_column(titles[0], ratio=1, overflow="fold")
+    table.add_column("", width=1)
+    table.add_column(titles[1], ratio=1, overflow="fold")
+    for line in lines:
+        table.add_row(*_row(line))
+    found = [line for line in lines if line.collective]
+    legend = Text("  ").append("→ collective, forward", style="bold green").append("   ")
+    legend.append("← collective, backward", style="bold yellow").append(f"   {len(found)} inserted lines", style="dim")
+    return Group(table, legend)
+
+
+def _row(line: Line) -> tuple[Text, Text, Text]:
+    if line.change == "folded":
+        return Text(line.plain or "", style="dim italic"), Text(""), Text(line.sharded or "", style="dim italic")
+    plain, sharded = Text(line.plain or ""), Text(line.sharded or "")
+    if line.change == "same":
+        return plain, Text(" "), sharded
+    if line.collective:
+        forward = line.collective == "forward"
+        return (
+            plain,
+            Text("→" if forward else "←"),
+            Text(line.sharded or "", style="bold green" if forward else "bold yellow"),
+        )
+    if line.plain is None:
+        return plain, Text("+", style="green"), Text(line.sharded or "", style="green")
+    if line.sharded is None:
+        return Text(line.plain, style="red"), Text("-", style="red"), sharded
+    a, b = _TOKEN.findall(line.plain), _TOKEN.findall(line.sharded)
+    plain, sharded = Text(), Text()
+    for tag, i0, i1, j0, j1 in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        plain.append("".join(a[i0:i1]), style="" if tag == "equal" else "red")
+        sharded.append("".join(b[j0:j1]), style="" if tag == "equal" else "green")
+    return plain, Text("~", style="dim"), sharded
+
+
+def _match(plain: Sequence[str], sharded: Sequence[str]) -> Iterator[Line]:
+    """Two stretches without an equal line: pairs that are alike, in order, with the greatest likeness in all."""
+    if not plain or not sharded:
+        yield from (Line(p, None, "removed") for p in plain)
+        yield from (Line(None, s, "inserted") for s in sharded)
+        return
+
+    @cache
+    def likeness(i: int, j: int) -> float:
+        ratio = SequenceMatcher(None, _code(plain[i]), _code(sharded[j]), autojunk=False).ratio()
+        return ratio if ratio >= _ALIKE else 0.0
+
+    n, m = len(plain), len(sharded)
+    best = [[0.0] * (m + 1) for _ in range(n + 1)]
+    for i in range(n - 1, -1, -1):
+        for j in range(m - 1, -1, -1):
+            best[i][j] = max(best[i + 1][j], best[i][j + 1], best[i + 1][j + 1] + likeness(i, j))
+    i = j = 0
+    while i < n and j < m:
+        if likeness(i, j) and best[i][j] == best[i + 1][j + 1] + likeness(i, j):
+            yield Line(plain[i], sharded[j], "changed")
+            i, j = i + 1, j + 1
+        elif best[i][j] == best[i + 1][j]:
+            yield Line(plain[i], None, "removed")
+            i += 1
+        else:
+            yield Line(None, sharded[j], "inserted")
+            j += 1
+    yield from (Line(p, None, "removed") for p in plain[i:])
+    yield from (Line(None, s, "inserted") for s in sharded[j:])
+
+
+def _repetition(shapes: Sequence[tuple[object, ...]], start: int, longest: int = 400) -> tuple[int, int]:
+    """The period and count of what repeats from `start` on: the one that covers most lines, the shorter of equals."""
+    found = (1, 1)
+    for period in range(2, min(longest, (len(shapes) - start) // 2) + 1):
+        if shapes[start] != shapes[start + period]:
+            continue
+        times = 1
+        while shapes[start : start + period] == shapes[start + times * period : start + (times + 1) * period]:
+            times += 1
+        if times > 1 and period * times > found[0] * found[1]:
+            found = (period, times)
+    return found
+
+
+def _code(line: str) -> str:
+    """A line without its comment: what the two programs are compared by."""
+    return re.sub(r"\s+#.*$", "", line).rstrip()
+
+
+def _numberless(line: str | None) -> str | None:
+    return None if line is None else re.sub(r"\d+", "#", line)

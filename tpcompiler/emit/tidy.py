@@ -1,0 +1,60 @@
+"""A program's graph without what no one would write: identities, assertions, dead calls. Values stay bit for bit."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import fx
+
+_ALIASES = {"alias", "lift_fresh", "lift"}
+_SILENT = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}
+
+
+def tidy(graph: fx.Graph) -> fx.Graph:
+    """A copy of `graph` (whose nodes keep their names and meta), tidied."""
+    copy = fx.Graph()
+    twin: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if aten_name(node) in _SILENT:
+            continue
+        kept = _source(node)
+        twin[node] = twin[kept] if kept is not None else copy.node_copy(node, twin.__getitem__)
+    for node in reversed(copy.nodes):
+        if node.op == "call_function" and not node.users:
+            copy.erase_node(node)
+    return copy
+
+
+def aten_name(node: fx.Node) -> str:
+    """`linear` of a call of `aten.linear.default`; "" for anything else."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+        return target._schema.name.removeprefix("aten::")
+    return ""
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """The node whose value `node` repeats, if it does."""
+    name = aten_name(node)
+    if name in _ALIASES or (name == "slice" and _is_whole(node.args)) or (name in ("add", "mul") and _is_neutral(node, name)):
+        source = node.args[0]
+        return source if isinstance(source, fx.Node) else None
+    return None
+
+
+def _is_whole(args: tuple[Any, ...]) -> bool:
+    _, _, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    return start in (0, None) and (end is None or (isinstance(end, int) and end == sys.maxsize)) and step == 1
+
+
+def _is_neutral(node: fx.Node, name: str) -> bool:
+    """`x + 0` of integers and `x * 1.0` of floats, where the result has the type of `x`."""
+    x, other = node.args[0], node.args[1]
+    if not isinstance(x, fx.Node) or node.kwargs or type(other) not in (int, float):
+        return False
+    before, after = x.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
+        return False
+    return other == 1 if name == "mul" else other == 0 and not before.is_floating_point() and not before.is_complex()

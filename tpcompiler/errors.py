@@ -1,0 +1,31 @@
+"""The one exception hierarchy: what a user did that cannot be, in one line.
+
+A `TpcError` is for the user: it names the file, the key or the line of the model, the numbers, and what would work.
+Broken invariants of the compiler itself stay `AssertionError`s.
+"""
+
+from __future__ import annotations
+
+
+class TpcError(Exception):
+    """One fact, in one line. The command line prints it and exits with 2."""
+
+
+class SpecError(TpcError):
+    """The YAML spec is wrong: `file:line: key: what, and what would work`."""
+
+
+class ModelError(TpcError):
+    """The model cannot be loaded or traced: names the model's own line."""
+
+
+class PlanError(TpcError):
+    """What the spec asks for cannot be done to this model, with the reason and the nearest choice that works."""
+
+
+class WeightsError(TpcError):
+    """A weight file or checkpoint is missing, truncated, altered, or does not fit the model."""
+
+
+class RuleError(TpcError):
+    """A rule of the axis table does not fit its operands: pattern, shapes and node."""

@@ -1,0 +1,199 @@
+"""Runs a graph as it stands, for checks and tests: a `Capture` (the plain model), or a `Program` on one rank."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tpcompiler import runtime
+from tpcompiler.errors import TpcError
+from tpcompiler.layout import LocalRuns, LocalSize
+from tpcompiler.program import Capture, Parameter, Program, Slot, Training
+from tpcompiler.runtime import Ranks, Rng
+
+Value = Any
+
+
+def interpret(
+    program: Program,
+    ranks: Ranks,
+    state: Mapping[str, Tensor],
+    inputs: Mapping[str, Value] | Sequence[Value],
+    *,
+    training: bool = False,
+    rng: Rng | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Value, ...]:
+    """The outputs of `program` on this rank, one by one; differentiable.
+
+    `state` has this rank's parameters and buffers by any of their names; `inputs` the tensor inputs by placeholder, or
+    in the order of `capture.inputs`. Values that are not needed any more are freed. `device` is where factories put
+    their results, the device of the first input if not given.
+    """
+    return _run(program.graph, program.capture, _Resolver(ranks, training, rng), state, inputs, device)
+
+
+def interpret_capture(
+    capture: Capture,
+    state: Mapping[str, Tensor],
+    inputs: Mapping[str, Value] | Sequence[Value],
+    *,
+    training: bool = False,
+    rng: Rng | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Value, ...]:
+    """The outputs of the plain model's graph: `interpret` before anything is split."""
+    return _run(capture.graph, capture, _Resolver(Ranks.single(), training, rng), state, inputs, device)
+
+
+def bind_inputs(capture: Capture, *args: Any, **kwargs: Any) -> dict[str, Value]:
+    """The tensor inputs of a call of the model's forward, by placeholder."""
+    leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
+    if spec != capture.in_spec:
+        raise TpcError(f"{capture.model} was traced with other arguments: {capture.in_spec}, and is called with {spec}")
+    out = {}
+    for leaf, traced in zip(leaves, capture.input_leaves, strict=True):
+        if isinstance(traced, Slot):
+            out[traced.node] = leaf
+        elif leaf is not traced and leaf != traced:
+            raise TpcError(f"{capture.model} was traced with the constant {traced!r}, and is called with {leaf!r}")
+    return out
+
+
+class _Resolver:
+    """Turns a program's arguments into one rank's."""
+
+    def __init__(self, ranks: Ranks, training: bool, rng: Rng | None) -> None:
+        self.ranks = ranks
+        self.training = training
+        self.rng = rng
+
+    def value(self, a: Any) -> Any:
+        """The argument `a` with everything in it that depends on rank or mode replaced. Nodes stay nodes."""
+        if isinstance(a, (LocalSize, LocalRuns)):
+            return a.resolve(self.ranks.mesh, self.ranks.coords)
+        if isinstance(a, Training):
+            return self.value(a.on if self.training else a.off)
+        if isinstance(a, (tuple, list)):
+            return type(a)(self.value(b) for b in a) if type(a) in (tuple, list) else [self.value(b) for b in a]
+        if isinstance(a, slice):
+            return slice(self.value(a.start), self.value(a.stop), self.value(a.step))
+        if isinstance(a, Mapping):
+            return {k: self.value(v) for k, v in a.items()}
+        return a
+
+    def call(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The node's arguments for this rank."""
+        signature = _signature(node.target)
+        if signature is None:
+            return self.value(tuple(node.args)), self.value(dict(node.kwargs))
+        given = signature.bind(*node.args, **node.kwargs).arguments
+        if "group" in given:
+            names = given["group"]
+            assert isinstance(names, (tuple, list)), f"{node.name}: {names!r} is no tuple of mesh dimensions"
+            given["group"] = self.ranks.group(tuple(names)).labelled(node.name)
+            if node.target is runtime.gather and isinstance(given["rows"], LocalRuns):
+                given["rows"] = self.rows_of_group(given["rows"], tuple(names))
+        if "rng" in signature.parameters:
+            if self.rng is None and self.value(given["training"]) and given["p"] > 0:
+                raise TpcError(f"{node.name} draws random numbers: run it with an Rng, or with training=False")
+            given["rng"] = self.rng
+        return (), {k: self.value(v) for k, v in given.items()}
+
+    def rows_of_group(self, rows: LocalRuns, over: tuple[str, ...]) -> tuple[Any, ...]:
+        mesh = self.ranks.mesh
+        return tuple(rows.resolve(mesh, mesh.coords(r)) for r in mesh.group(over, self.ranks.rank))
+
+
+@cache
+def _signature(target: Any) -> inspect.Signature | None:
+    """Of the runtime's operators; None for everything else."""
+    if inspect.isfunction(target) and target.__module__.startswith(runtime.__name__ + "."):
+        return inspect.signature(target)
+    return None
+
+
+@cache
+def _makes_tensors(target: Any) -> bool:
+    """Whether it is a factory: takes a device and no tensor."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    arguments = target._schema.arguments
+    return any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
+
+
+def _run(
+    graph: fx.Graph,
+    capture: Capture,
+    resolver: _Resolver,
+    state: Mapping[str, Tensor],
+    inputs: Mapping[str, Value] | Sequence[Value],
+    device: torch.device | str | None,
+) -> tuple[Value, ...]:
+    if not isinstance(inputs, Mapping):
+        inputs = dict(zip(capture.inputs, inputs, strict=True))
+    given = {p.node: _stored(p, state) for p in capture.parameters} | dict(inputs)
+    if device is None:
+        device = next((v.device for v in inputs.values() if isinstance(v, Tensor)), torch.get_default_device())
+    dead = _last_uses(graph)
+    env: dict[fx.Node, Value] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            return tuple(fx.node.map_arg(node.args[0], env.__getitem__))
+        if node.op == "placeholder":
+            if node.name not in given and node.users:
+                raise TpcError(f"the input {node.name!r} is not given")
+            env[node] = given.get(node.name)
+        elif node.op == "get_attr":
+            env[node] = _attribute(graph, str(node.target))
+        else:
+            assert node.op == "call_function", f"{node.name}: {node.op} in a flat graph"
+            env[node] = _call(node, resolver, env, device)
+        for last in dead.get(node, ()):
+            del env[last]
+    raise AssertionError("a graph without an output")
+
+
+def _call(node: fx.Node, resolver: _Resolver, env: Mapping[fx.Node, Value], device: torch.device | str) -> Value:
+    args, kwargs = fx.node.map_arg(resolver.call(node), env.__getitem__)
+    if _makes_tensors(node.target) and kwargs.get("device") is None:
+        kwargs = {**kwargs, "device": device}
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    try:
+        return target(*args, **kwargs)
+    except Exception as e:
+        e.add_note(f"in {node.format_node()}")
+        raise
+
+
+def _stored(parameter: Parameter, state: Mapping[str, Tensor]) -> Tensor:
+    for name in parameter.names:
+        if name in state:
+            return state[name]
+    if parameter.buffer and parameter.value is not None:
+        return parameter.value
+    raise TpcError(f"no value is given for {'buffer' if parameter.buffer else 'parameter'} {parameter.name!r}")
+
+
+def _attribute(graph: fx.Graph, target: str) -> Any:
+    value: Any = graph.owning_module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Node → the values that nobody needs after it. Nodes without users are not kept at all."""
+    out: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        for used in (*node.all_input_nodes, node):
+            if used not in seen:
+                seen.add(used)
+                out.setdefault(node, []).append(used)
+    return out

@@ -1,0 +1,221 @@
+"""How a tensor lies on the mesh: dimensions as products and concatenations of axes, some of them split.
+
+The common tongue of the stages after the plan, and of weights, emit and check. Nothing here knows about graphs.
+
+A dimension is one of
+    Factor(size, name, over)    an axis that is not taken apart; `over` = the mesh dimensions it is split over
+    Product(parts)              an ordered product, major first
+    Concat(parts)               segments one after the other
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from tpcompiler.runtime.mesh import Coords, Mesh, Run, part
+
+@dataclass(frozen=True)
+class Dim:
+    """A dimension of a tensor. Base of `Factor`, `Product` and `Concat`."""
+
+    @property
+    def size(self) -> int:
+        raise AssertionError
+
+    @property
+    def leaves(self) -> Iterator[Factor]:
+        raise AssertionError
+
+    @property
+    def over(self) -> tuple[str, ...]:
+        """The mesh dimensions that split this dimension, in order, each once."""
+        return tuple(dict.fromkeys(name for leaf in self.leaves for name in leaf.over_names))
+
+    @property
+    def dynamic_size(self) -> bool:
+        return any(leaf.dynamic for leaf in self.leaves)
+
+    @property
+    def over_names(self) -> tuple[str, ...]:
+        return self.over
+
+    def local_size(self, mesh: Mesh, coords: Coords) -> int:
+        raise AssertionError
+
+    def runs(self, mesh: Mesh, coords: Coords) -> tuple[Run, ...]:
+        """The global indices that a rank holds, as maximal runs in local order. Their lengths sum to `local_size`."""
+        raise AssertionError
+
+
+@dataclass(frozen=True)
+class Factor(Dim):
+    n: int
+    name: str = ""
+    split: tuple[str, ...] = ()
+    dynamic: bool = False  # a batch or sequence: its size is known at run time only, and `n` stands for it
+
+    @property
+    def size(self) -> int:
+        return self.n
+
+    @property
+    def leaves(self) -> Iterator[Factor]:
+        yield self
+
+    @property
+    def over_names(self) -> tuple[str, ...]:
+        return self.split
+
+    def part(self, mesh: Mesh, coords: Coords) -> Run:
+        assert not self.dynamic, f"the size of {self.name} is known at run time only"
+        return part(self.n, mesh.degree(self.split), mesh.index(self.split, coords))
+
+    def local_size(self, mesh: Mesh, coords: Coords) -> int:
+        start, stop = self.part(mesh, coords)
+        return stop - start
+
+    def runs(self, mesh: Mesh, coords: Coords) -> tuple[Run, ...]:
+        start, stop = self.part(mesh, coords)
+        return ((start, stop),) if stop > start else ()
+
+    def __str__(self) -> str:
+        return (self.name or str(self.n)) + (f"/{'·'.join(self.split)}" if self.split else "")
+
+
+@dataclass(frozen=True)
+class Product(Dim):
+    parts: tuple[Dim, ...]
+
+    @property
+    def size(self) -> int:
+        return prod(p.size for p in self.parts)
+
+    @property
+    def leaves(self) -> Iterator[Factor]:
+        for p in self.parts:
+            yield from p.leaves
+
+    def local_size(self, mesh: Mesh, coords: Coords) -> int:
+        return prod(p.local_size(mesh, coords) for p in self.parts)
+
+    def runs(self, mesh: Mesh, coords: Coords) -> tuple[Run, ...]:
+        inner: tuple[Run, ...] = ((0, 1),)
+        width = 1
+        for p in reversed(self.parts):
+            outer = p.runs(mesh, coords)
+            if inner == ((0, width),):  # everything below is whole: runs only grow longer
+                inner = tuple((a * width, b * width) for a, b in outer)
+            else:
+                inner = join((i * width + a, i * width + b) for lo, hi in outer for i in range(lo, hi) for a, b in inner)
+            width *= p.size
+        return inner
+
+    def __str__(self) -> str:
+        return "(" + " ".join(map(str, self.parts)) + ")"
+
+
+@dataclass(frozen=True)
+class Concat(Dim):
+    parts: tuple[Dim, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(p.size for p in self.parts)
+
+    @property
+    def leaves(self) -> Iterator[Factor]:
+        for p in self.parts:
+            yield from p.leaves
+
+    def local_size(self, mesh: Mesh, coords: Coords) -> int:
+        return sum(p.local_size(mesh, coords) for p in self.parts)
+
+    def runs(self, mesh: Mesh, coords: Coords) -> tuple[Run, ...]:
+        def shifted() -> Iterator[Run]:
+            offset = 0
+            for p in self.parts:
+                for a, b in p.runs(mesh, coords):
+                    yield a + offset, b + offset
+                offset += p.size
+
+        return join(shifted())
+
+    def __str__(self) -> str:
+        return "(" + " | ".join(map(str, self.parts)) + ")"
+
+
+def join(runs: Iterator[Run]) -> tuple[Run, ...]:
+    """Neighbouring runs made one."""
+    out: list[Run] = []
+    for a, b in runs:
+        if out and out[-1][1] == a:
+            out[-1] = (out[-1][0], b)
+        elif b > a:
+            out.append((a, b))
+    return tuple(out)
+
+
+@dataclass(frozen=True)
+class LocalSize:
+    """Stands in a program's arguments for the number of elements of `dim` that the running rank holds."""
+
+    dim: Dim
+
+    def resolve(self, mesh: Mesh, coords: Coords) -> int:
+        return self.dim.local_size(mesh, coords)
+
+    def __str__(self) -> str:
+        return str(self.dim)
+
+
+@dataclass(frozen=True)
+class LocalRuns:
+    """Stands in a program's arguments for the global indices of `dim` that the running rank holds."""
+
+    dim: Dim
+
+    def resolve(self, mesh: Mesh, coords: Coords) -> tuple[Run, ...]:
+        return self.dim.runs(mesh, coords)
+
+    def __str__(self) -> str:
+        return f"rows of {self.dim}"
+
+
+def head(dim: Dim, n: int) -> Dim | None:
+    """The first `n` elements of a dimension as a dimension; None when `n` cuts through an axis that is split."""
+    if n == dim.size:
+        return dim
+    if n == 0:
+        return Factor(0)
+    if isinstance(dim, Concat):
+        taken: list[Dim] = []
+        for part_ in dim.parts:
+            piece = head(part_, min(n, part_.size))
+            if piece is None:
+                return None
+            taken.append(piece)
+            n -= piece.size
+            if n == 0:
+                return taken[0] if len(taken) == 1 else Concat(tuple(taken))
+    if not dim.over:
+        return Factor(n)
+    if isinstance(dim, Product):
+        below = Product(dim.parts[1:]).size
+        if n % below == 0:
+            major = head(dim.parts[0], n // below)
+            return None if major is None else Product((major, *dim.parts[1:]))
+    return None
+
+
+def minor(dim: Dim, n: int) -> Dim | None:
+    """The minor factors of a dimension that make up `n`; None when no cut falls there."""
+    if dim.size == n:
+        return dim
+    if isinstance(dim, Product):
+        for k in range(1, len(dim.parts)):
+            rest = dim.parts[k:]
+            if Product(rest).size == n:
+                return rest[0] if len(rest) == 1 else Product(rest)
+    return None

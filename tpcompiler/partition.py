@@ -1,0 +1,410 @@
+"""The plain graph rewritten for one rank: local sizes, sliced constants, and the collectives that the plan implies.
+
+What an op does to a split axis is said by its rule (`axes`); this stage knows only four consequences:
+
+    contracted    the result is partial          → `reduce` (a bias is added after it, once)
+    looked up     a special form of the op       → `lookup`, `cross_entropy`
+    lacked        an operand that needs a gradient and does not carry a split axis, in an op whose result or
+                  contraction does               → it enters, once per value
+    leaves whole  a sharded output               → `gather`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from tpcompiler import runtime
+from tpcompiler.axes.infer import AxisMap, Relation, bind, op_name
+from tpcompiler.errors import PlanError
+from tpcompiler.layout import Concat, Dim, Factor, LocalRuns, LocalSize, Product, head, minor
+from tpcompiler.plan import Plan
+from tpcompiler.program import Capture, Program, Training
+from tpcompiler.spec import Spec
+
+aten = torch.ops.aten
+Over = tuple[str, ...]
+_SIZED = {"view", "reshape", "_unsafe_view", "expand", "broadcast_to"}
+
+
+def partition(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec) -> Program:
+    """One graph for all ranks. Raises `PlanError` for what cannot be split, naming the node."""
+    rewriter = _Rewriter(capture, axes, plan, spec)
+    graph = rewriter.run()
+    dims = {
+        p.name: plan.dims(axes, axes.values[p.node][0]) if not p.buffer else tuple(Factor(n) for n in p.shape)
+        for p in capture.parameters
+    }
+    return Program(graph, plan.mesh, capture, dims)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A value of which the axis to work on is a dimension of its own."""
+
+    value: fx.Node
+    at: int
+    dim: Dim
+    flat: int | None  # where the two dimensions must become one again
+
+
+class _Rewriter:
+    def __init__(self, capture: Capture, axes: AxisMap, plan: Plan, spec: Spec) -> None:
+        self.capture, self.axes, self.plan, self.spec = capture, axes, plan, spec
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.entered: dict[tuple[fx.Node, Over], fx.Node] = {}
+        self.taken: dict[tuple[fx.Node, int, Dim], fx.Node] = {}
+        self.sites = 0
+
+    def run(self) -> fx.Graph:
+        for node in self.capture.graph.nodes:
+            if node.op == "output":
+                self.output(node)
+            elif node.op == "call_function" and node.target is aten.dropout.default:
+                self.env[node] = self.dropout(node)
+            elif node.name in self.axes.relations:
+                self.env[node] = self.op(node, self.axes.relations[node.name])
+            else:
+                self.env[node] = self.copy(node)
+        self.graph.lint()
+        return self.graph
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        new = self.graph.node_copy(node, self.env.__getitem__)
+        self.describe(new, node)
+        return new
+
+    def describe(self, new: fx.Node, like: fx.Node, dims: Sequence[Dim] | None = None) -> fx.Node:
+        """Give a new node its origin's metadata, and its layout."""
+        for key in ("val", "module", "stack", "line"):
+            if key in like.meta and key not in new.meta:
+                new.meta[key] = like.meta[key]
+        if dims is None and like.name in self.axes.values:
+            found = [self.plan.dims(self.axes, d) for d in self.axes.values[like.name]]
+            dims = found[0] if isinstance(like.meta.get("val"), torch.Tensor) else None
+            if dims is None:
+                new.meta["dims_of"] = tuple(found)
+        if dims is not None:
+            new.meta["dims"] = tuple(dims)
+        return new
+
+    def insert(self, target: Any, args: tuple[Any, ...], like: fx.Node, note: str, dims: Sequence[Dim] | None = None) -> fx.Node:
+        new = self.graph.call_function(target, args)
+        self.describe(new, like, dims)
+        new.meta["note"] = note
+        return new
+
+    # -- one op -----------------------------------------------------------------------------------------------------
+
+    def over(self, terms: Sequence[int | None]) -> Over:
+        """Mesh dimensions, in the mesh's order, that split any axis of these terms."""
+        found = {n for t in terms for leaf in self.axes.leaves(t) for n in self.plan.split.get(leaf, ())}
+        return tuple(n for n in self.plan.mesh.names if n in found)
+
+    def op(self, node: fx.Node, relation: Relation) -> fx.Node:
+        everywhere = [t for dims in relation.results for t in dims] + list(relation.contracted)
+        present = self.over(everywhere)
+        replaced = {}
+        for operand in relation.operands:
+            source = next(n for n in node.all_input_nodes if n.name == operand.node)
+            if operand.dims is None:
+                continue
+            value = self.env[source]
+            if operand.live:
+                lacking = tuple(n for n in present if n not in self.over(operand.dims))
+                if lacking and source.name in self.axes.grads:
+                    value = self.enter(value, source, lacking)
+            else:
+                for i, term in enumerate(operand.dims):
+                    if self.over([term]):
+                        value = self.take(value, source, i, self.plan.dim(self.axes, term))
+            replaced[source] = value
+        inputs = {**self.env, **replaced}
+        partial = self.over(relation.contracted)
+        if not partial:
+            return self.local(node, relation, inputs)
+        return self.contraction(node, relation, inputs, partial)
+
+    def enter(self, value: fx.Node, source: fx.Node, over: Over) -> fx.Node:
+        if (value, over) not in self.entered:
+            self.entered[value, over] = self.insert(runtime.enter, (value, over), source, "backward: all-reduce", value.meta.get("dims"))
+        return self.entered[value, over]
+
+    def take(self, value: fx.Node, source: fx.Node, i: int, dim: Dim) -> fx.Node:
+        if (value, i, dim) not in self.taken:
+            n = source.meta["val"].dim()
+            dims = list(value.meta.get("dims") or [Factor(1)] * n)
+            dims[i] = dim
+            apart = self.apart(value, i, dim, whole=True)
+            new = self.insert(runtime.take, (apart.value, apart.at, LocalRuns(apart.dim)), source, "this rank's part", dims)
+            self.taken[value, i, dim] = self.together(new, apart, source, dims)
+        return self.taken[value, i, dim]
+
+    def dropout(self, node: fx.Node) -> fx.Node:
+        """Counter-based: the mask depends on where an element stands in the whole value, not on the rank."""
+        source, p, mode = node.args[:3]
+        assert isinstance(source, fx.Node)
+        dims = self.axes.values[node.name][0] if node.name in self.axes.values else ()
+        value = self.env[source]
+        layout = self.plan.dims(self.axes, dims)
+        rows, undo, shift = [], [], 0
+        for i, dim in enumerate(layout):
+            if dim.over:
+                apart = self.apart(value, i + shift, dim, whole=False)
+                rows.append((apart.at, apart.dim.size, LocalRuns(apart.dim)))
+                if apart.value is not value:
+                    undo.append(apart)
+                    shift += 1
+                value = apart.value
+        site, self.sites = self.sites, self.sites + 1
+        args = (value, p, mode if isinstance(mode, Training) else Training(mode, mode), None, site, tuple(rows))
+        new = self.graph.call_function(runtime.dropout, args)
+        for apart in reversed(undo):
+            new = self.together(new, apart, node, layout)
+        return self.describe(new, node, layout)
+
+    def contraction(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], partial: Over) -> fx.Node:
+        """An op over a split axis: its partial result is summed; what must be added or divided once comes after."""
+        name = op_name(node)
+        args = bind(node)
+        (dims,) = [self.plan.dims(self.axes, d) for d in relation.results]
+        special = self.over(relation.special)
+        if special:
+            if name == "cross_entropy_loss":
+                return self.cross_entropy(node, relation, inputs, special, args)
+            if name == "embedding":
+                return self.lookup(node, relation, inputs, special, args)
+            raise PlanError(f"{name} at {node.name} has no form for a split {relation.pattern}")
+        bias = None
+        if name == "linear":
+            bias = args["bias"]
+            new = self.graph.call_function(node.target, (inputs[args["input"]], inputs[args["weight"]]))
+        elif name in ("addmm", "baddbmm") and args["beta"] == 1 and args["alpha"] == 1:
+            bias = args["self"]
+            first, second = ("mat1", "mat2") if name == "addmm" else ("batch1", "batch2")
+            new = self.graph.call_function(aten.matmul.default, (inputs[args[first]], inputs[args[second]]))
+        elif name == "mean":
+            return self.mean(node, relation, inputs, partial, args)
+        elif name in ("matmul", "mm", "bmm", "mv", "dot", "einsum", "sum"):
+            new = self.graph.node_copy(node, inputs.__getitem__)
+            new.kwargs = dict(new.kwargs)
+        else:
+            raise PlanError(f"{name} at {node.name} cannot be split over a contraction: {relation.pattern}")
+        new.meta["note"] = f"partial over {'·'.join(partial)}"
+        self.describe(new, node, dims)
+        out = self.reduce(new, node, partial, dims)
+        if bias is None:
+            return out
+        return self.add_bias(node, relation, out, bias, dims)
+
+    def add_bias(self, node: fx.Node, relation: Relation, out: fx.Node, bias: fx.Node, dims: Sequence[Dim]) -> fx.Node:
+        """After the reduction, once. The bias may still lack an axis that the result has."""
+        value = self.env[bias]
+        mine = next(o for o in relation.operands if o.node == bias.name)
+        assert mine.dims is not None
+        present = self.over([t for t in relation.results[0]])
+        lacking = tuple(n for n in present if n not in self.over(mine.dims))
+        if lacking and bias.name in self.axes.grads:
+            value = self.enter(value, bias, lacking)
+        new = self.graph.call_function(aten.add.Tensor, (out, value))
+        return self.describe(new, node, dims)
+
+    def reduce(self, value: fx.Node, like: fx.Node, over: Over, dims: Sequence[Dim]) -> fx.Node:
+        return self.insert(runtime.reduce, (value, over), like, "all-reduce", dims)
+
+    def mean(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], partial: Over, args: dict[str, Any]) -> fx.Node:
+        """Sum of this rank's part, all-reduced, over the whole count: parts may be of different lengths."""
+        source = args["self"]
+        count = 1
+        dims = range(source.meta["val"].dim()) if args.get("dim") in (None, []) else args["dim"]
+        for i in dims if isinstance(dims, list | tuple | range) else [dims]:
+            count *= source.meta["val"].shape[i]
+        if not isinstance(count, int):
+            raise PlanError(f"mean at {node.name} is over a split axis and over the batch at once")
+        layout = self.plan.dims(self.axes, relation.results[0])
+        kwargs = {"dtype": args["dtype"]} if args.get("dtype") is not None else {}
+        new = self.graph.call_function(aten.sum.dim_IntList, (inputs[source], list(dims), bool(args.get("keepdim", False))), kwargs)
+        new.meta["note"] = f"partial over {'·'.join(partial)}"
+        self.describe(new, node, layout)
+        out = self.reduce(new, node, partial, layout)
+        return self.describe(self.graph.call_function(aten.div.Tensor, (out, count)), node, layout)
+
+    def lookup(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], over: Over, args: dict[str, Any]) -> fx.Node:
+        table = next(o for o in relation.operands if o.node == args["weight"].name)
+        assert table.dims is not None
+        rows = LocalRuns(self.plan.dim(self.axes, table.dims[0]))
+        padding = args["padding_idx"] if args["padding_idx"] >= 0 else None
+        dims = self.plan.dims(self.axes, relation.results[0])
+        call = (inputs[args["weight"]], inputs[args["indices"]], rows, *(() if padding is None else (padding,)))
+        new = self.insert(runtime.lookup, call, node, f"partial over {'·'.join(over)}", dims)
+        return self.reduce(new, node, over, dims)
+
+    def cross_entropy(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], over: Over, args: dict[str, Any]) -> fx.Node:
+        logits = relation.operands[0]
+        assert logits.dims is not None
+        rows = LocalRuns(self.plan.dim(self.axes, logits.dims[min(1, len(logits.dims) - 1)]))
+        weight = None if args["weight"] is None else inputs[args["weight"]]
+        reduction = ("none", "mean", "sum")[args["reduction"]]
+        call = (inputs[args["self"]], inputs[args["target"]], over, rows)
+        kwargs = {"weight": weight, "reduction": reduction, "ignore_index": args["ignore_index"], "label_smoothing": args["label_smoothing"]}
+        defaults = {"weight": None, "reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0}
+        new = self.insert(runtime.cross_entropy, call, node, "all-reduces of a few numbers a token", self.plan.dims(self.axes, relation.results[0]))
+        new.kwargs = {k: v for k, v in kwargs.items() if v != defaults[k]}
+        return new
+
+    # -- local sizes ------------------------------------------------------------------------------------------------
+
+    def local(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node]) -> fx.Node:
+        """The op on this rank's parts: arguments that are sizes become this rank's."""
+        new = self.graph.node_copy(node, inputs.__getitem__)
+        self.describe(new, node)
+        results = [self.plan.dims(self.axes, d) for d in relation.results]
+        if not any(d.over for dims in results for d in dims) and not any(self.over(o.dims or ()) for o in relation.operands):
+            return new
+        name, args = op_name(node), bind(node) if isinstance(node.target, torch._ops.OpOverload) else {}
+        if name in _SIZED:
+            new.update_arg(1, self.shape(new.args[1], results[0]))  # type: ignore[arg-type]
+        elif name == "unflatten":
+            at = args["dim"] % args["self"].meta["val"].dim()
+            new.update_arg(2, self.shape(new.args[2], results[0][at : at + len(args["sizes"])]))  # type: ignore[arg-type]
+        elif name in ("split", "split_with_sizes", "chunk"):
+            self.split(new, args, results)
+        elif name == "slice":
+            self.slice(new, relation, args, results[0])
+        elif name in ("repeat_interleave", "repeat"):
+            self.repeats(new, name, args, relation, results[0])
+        return new
+
+    def apart(self, value: fx.Node, i: int, dim: Dim, *, whole: bool) -> Apart:
+        """Where a dimension is a batch times an axis, `(b heads)`: the value seen with the two as dimensions."""
+        if not dim.dynamic_size:
+            return Apart(value, i, dim, None)
+        parts = dim.parts if isinstance(dim, Product) else ()
+        static = [p for p in parts if not p.dynamic_size]
+        first = bool(parts) and not parts[0].dynamic_size
+        rest = parts[len(static) :] if first else parts[: len(parts) - len(static)]
+        if not static or any(not p.dynamic_size for p in rest):
+            raise PlanError(f"{value.name}: dimension {i} is {dim}, which cannot be split")
+        inner: Dim = static[0] if len(static) == 1 else Product(tuple(static))
+        size = inner.size if whole or not inner.over else LocalSize(inner)
+        sizes = [size, -1] if first else [-1, size]
+        new = self.graph.call_function(aten.unflatten.int, (value, i, sizes))
+        return Apart(new, i if first else i + 1, inner, i)
+
+    def together(self, new: fx.Node, apart: Apart, like: fx.Node, dims: Sequence[Dim]) -> fx.Node:
+        if apart.flat is None:
+            return new
+        return self.describe(self.graph.call_function(aten.flatten.using_ints, (new, apart.flat, apart.flat + 1)), like, dims)
+
+    def shape(self, given: Sequence[Any], dims: Sequence[Dim]) -> list[Any]:
+        """A list of sizes with this rank's in the place of those that are split."""
+        sizes = [LocalSize(d) if d.over else n for n, d in zip(given, dims, strict=True)]
+        dynamic = [i for i, d in enumerate(dims) if d.over and d.dynamic_size]
+        for i in dynamic:
+            if len(dynamic) > 1 or any(n == -1 for n in given if isinstance(n, int)):
+                raise PlanError(f"a shape of two dimensions that are split and known at run time only: {list(map(str, dims))}")
+            sizes[i] = -1
+        return sizes
+
+    def split(self, new: fx.Node, args: dict[str, Any], results: list[tuple[Dim, ...]]) -> None:
+        i = args["dim"] % args["self"].meta["val"].dim()
+        if not any(dims[i].over for dims in results):
+            return
+        new.target = aten.split_with_sizes.default
+        new.args = (new.args[0], [LocalSize(dims[i]) if dims[i].over else dims[i].size for dims in results], args["dim"])
+        new.kwargs = {}
+
+    def slice(self, new: fx.Node, relation: Relation, args: dict[str, Any], result: tuple[Dim, ...]) -> None:
+        source = args["self"].meta["val"]
+        i = args["dim"] % source.dim()
+        dims = relation.operands[0].dims
+        assert dims is not None
+        before = self.plan.dim(self.axes, dims[i])
+        if not before.over:
+            return
+        n, m, step = before.size, result[i].size, args["step"] or 1
+        start = args["start"] or 0
+        start = max(start + n if start < 0 else start, 0)
+        if step != 1 or n == m:
+            new.args = (new.args[0], args["dim"], start if step != 1 else 0, torch.iinfo(torch.int64).max, step)
+            return
+        first, last = head(before, start), head(before, start + m)
+        assert first is not None and last is not None, f"{new.name}: a slice of {before} at {start}"
+        new.args = (new.args[0], args["dim"], LocalSize(first) if first.over else start, LocalSize(last) if last.over else start + m)
+
+    def repeats(self, new: fx.Node, name: str, args: dict[str, Any], relation: Relation, result: tuple[Dim, ...]) -> None:
+        operand = relation.operands[0].dims
+        assert operand is not None
+        if name == "repeat_interleave":
+            i = args["dim"] % len(operand)
+            times = minor(result[i], args["repeats"])
+            assert times is not None, f"{new.name}: {args['repeats']} repeats in {result[i]}"
+            new.update_arg(1, LocalSize(times) if times.over else args["repeats"])
+            if args.get("output_size") is not None:
+                new.update_kwarg("output_size", LocalSize(result[i]))
+            return
+        lead = len(result) - len(operand)
+        counts = []
+        for i, times in enumerate(args["repeats"]):
+            own = 1 if i < lead or operand[i - lead] is None else self.axes.terms.size(operand[i - lead])  # type: ignore[arg-type]
+            parts = head_of_product(result[i], times) if own != 1 else result[i]
+            counts.append(LocalSize(parts) if parts is not None and parts.over else times)
+        new.update_arg(1, counts)
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def output(self, node: fx.Node) -> None:
+        def leave(value: Any) -> Any:
+            return self.leave(value) if isinstance(value, fx.Node) else value
+
+        values = node.args[0]
+        assert isinstance(values, tuple | list)
+        new = self.graph.output(tuple(leave(v) if self.whole(i) else self.env[v] if isinstance(v, fx.Node) else v for i, v in enumerate(values)))
+        new.meta.update(node.meta)
+
+    def whole(self, i: int) -> bool:
+        return self.spec.output(str(i), *self.names(i)) == "gather"
+
+    def names(self, i: int) -> tuple[str, ...]:
+        names = getattr(self.capture, "output_names", ())
+        return (names[i],) if i < len(names) else ()
+
+    def leave(self, value: fx.Node) -> fx.Node:
+        new = self.env[value]
+        for i, dim in enumerate(new.meta.get("dims", ())):
+            if dim.over:
+                dims = list(new.meta["dims"])
+                dims[i] = unsplit(dim)
+                apart = self.apart(new, i, dim, whole=False)
+                new = self.insert(runtime.gather, (apart.value, dim.over, apart.at, LocalRuns(apart.dim)), value, "all-gather", dims)
+                new = self.together(new, apart, value, dims)
+        return new
+
+
+def head_of_product(dim: Dim, n: int) -> Dim | None:
+    """The major factors of a dimension that make up `n`, None when no cut falls there."""
+    if dim.size == n:
+        return dim
+    if not isinstance(dim, Product):
+        return None
+    for k in range(len(dim.parts), 0, -1):
+        parts = dim.parts[:k]
+        if Product(parts).size == n:
+            return parts[0] if k == 1 else Product(parts)
+    return None
+
+
+def unsplit(dim: Dim) -> Dim:
+    if isinstance(dim, Factor):
+        return replace(dim, split=())
+    assert isinstance(dim, Product | Concat)
+    return type(dim)(tuple(map(unsplit, dim.parts)))
+
+

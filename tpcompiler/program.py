@@ -1,0 +1,109 @@
+"""What the stages hand to each other: `Capture` (the plain model as a graph) and `Program` (one rank's graph)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from tpcompiler.layout import Dim, Mesh
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter or buffer, once, however many names it has."""
+
+    name: str  # as `named_parameters()` or `named_buffers()` says it
+    node: str  # its placeholder in the graph
+    shape: tuple[int, ...]  # global
+    dtype: torch.dtype
+    aliases: tuple[str, ...] = ()  # its other names (tied weights)
+    trainable: bool = True  # requires_grad
+    buffer: bool = False
+    persistent: bool = True  # stands in state_dict
+    value: torch.Tensor | None = field(default=None, compare=False)  # buffers: the value the constructor computed, real
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    @property
+    def bytes(self) -> int:
+        n = self.dtype.itemsize
+        for d in self.shape:
+            n *= d
+        return n
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A plain model as one flat, functional FX graph of ATen ops.
+
+    Placeholders are parameters, buffers, then user inputs; one output node whose only argument is a flat tuple.
+    Every node's `meta` has
+        val      fake tensor(s) or SymInt, global sizes; batch and sequence symbolic
+        module   the qualified name of the module whose forward ran it ("" = the root)
+        stack    tuple of (qualified name, class name, call number), outermost first
+        line     (file, line number, source text) of the user's model, or None
+    Sizes are read from inputs only (`sym_size` of an input placeholder). No node names a device: factory calls
+    take `device=None`, which an executor replaces. Training-only values are `Training(on, off)` arguments.
+    """
+
+    graph: fx.Graph
+    parameters: tuple[Parameter, ...]  # buffers among them
+    inputs: tuple[str, ...]  # placeholders of the tensor inputs, in order
+    in_spec: pytree.TreeSpec  # of (args, kwargs), flattening to `inputs` and constants
+    out_spec: pytree.TreeSpec
+    input_leaves: tuple[Any, ...]  # flattened example: a placeholder's name (as `Slot`) or a constant
+    model: str  # the model's class name
+    source: str  # where the model stands, for messages
+    arg_names: tuple[str, ...]  # the forward's own names of the flattened inputs
+
+
+@dataclass(frozen=True)
+class Slot:
+    """In `Capture.input_leaves`: this leaf is the tensor input with that placeholder."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """An argument that depends on the module's mode: `on if self.training else off`."""
+
+    on: Any
+    off: Any
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A communication the program does once a run (`count` of them are alike, one a layer)."""
+
+    kind: str  # all_reduce | all_gather | reduce_scatter | broadcast
+    direction: str  # forward | backward
+    over: tuple[str, ...]  # mesh dimensions
+    shape: tuple[Any, ...]  # of the value, ints and symbols, global batch and sequence
+    dtype: torch.dtype
+    node: str  # the program node that does it
+    block: str  # the block it belongs to, e.g. "h.0 · attention"
+    reason: str
+    bytes: int = 0  # a rank, at the example's batch and sequence
+
+
+@dataclass(frozen=True)
+class Program:
+    """One rank's graph, the same for all ranks (SPMD).
+
+    Arguments may be `LocalSize`, `LocalRuns` or `Training`: `resolve` turns them into numbers for one rank. Besides
+    ATen ops, nodes call the operators of `tpcompiler.runtime` (enter, reduce, …), whose group argument is here a
+    tuple of mesh dimension names. `meta["dims"]` is the layout of a node's value: a `Dim` per dimension.
+    """
+
+    graph: fx.Graph
+    mesh: Mesh
+    capture: Capture
+    dims: dict[str, tuple[Dim, ...]]  # parameter name → layout
+    collectives: tuple[Collective, ...] = ()

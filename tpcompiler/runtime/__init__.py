@@ -1,0 +1,27 @@
+"""What emitted programs import: groups of ranks, the operators between them, weights. Needs torch alone."""
+
+from tpcompiler.runtime.groups import Group, Ranks
+from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.runtime.module import Parameters
+from tpcompiler.runtime.operators import enter, gather, gather_sequence, lookup, reduce, scatter_sequence, take
+from tpcompiler.runtime.random import Rng, dropout
+from tpcompiler.runtime.vocab import cross_entropy
+from tpcompiler.runtime.weights import load
+
+__all__ = [
+    "Group",
+    "Mesh",
+    "Parameters",
+    "Ranks",
+    "Rng",
+    "cross_entropy",
+    "dropout",
+    "enter",
+    "gather",
+    "gather_sequence",
+    "load",
+    "lookup",
+    "reduce",
+    "scatter_sequence",
+    "take",
+]

@@ -1,0 +1,248 @@
+"""Groups of ranks that communicate, and a rank's place among them.
+
+A `Group` is what the operators and emitted programs talk to. Here are the base class, which is also the group of one
+rank, and the one backed by a `torch.distributed` process group; `tpcompiler.simulate` adds one whose ranks are threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpcompiler.errors import TpcError
+from tpcompiler.runtime.mesh import Mesh, Run, part
+
+FORWARD = "forward"
+BACKWARD = "backward"
+
+
+class Group:
+    """The ranks that differ from this one on the mesh dimensions `over`, this one being the `index`-th of `size`.
+
+    Every method is collective: all ranks of the group call it in the same order with the same arguments. Results are
+    new tensors, or the argument itself in a group of one. `direction` tells a recording group on whose behalf the
+    call is made; it changes nothing. None of the methods is differentiable: `tpcompiler.runtime.operators` is.
+    """
+
+    def __init__(self, size: int = 1, index: int = 0, over: tuple[str, ...] = ()) -> None:
+        assert 0 <= index < size, f"index {index} in a group of {size}"
+        self.size = size
+        self.index = index
+        self.over = over
+
+    def part(self, n: int) -> Run:
+        """This rank's part [start, stop) of `range(n)`."""
+        return part(n, self.size, self.index)
+
+    def local(self, n: int) -> int:
+        """How many of `n` elements this rank holds."""
+        start, stop = part(n, self.size, self.index)
+        return stop - start
+
+    def sizes(self, n: int) -> tuple[int, ...]:
+        """How many of `n` elements each rank of the group holds."""
+        return tuple(stop - start for start, stop in (part(n, self.size, i) for i in range(self.size)))
+
+    def labelled(self, label: str) -> Group:
+        """The same group; a recording group writes `label` beside the collectives called through the result."""
+        return self
+
+    def all_reduce(self, x: Tensor, op: str = "sum", direction: str = FORWARD) -> Tensor:
+        """The elementwise sum (or "max") of all ranks' `x`, which have one shape."""
+        return x
+
+    def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None, direction: str = FORWARD) -> Tensor:
+        """All ranks' `x` one after the other along `dim`; `sizes` are their lengths when they differ."""
+        return x
+
+    def reduce_scatter(
+        self, x: Tensor, dim: int, sizes: Sequence[int] | None = None, direction: str = FORWARD
+    ) -> Tensor:
+        """This rank's chunk along `dim` of the sum of all `x`; `sizes` are the chunks' lengths when they differ."""
+        return x
+
+    def broadcast(self, x: Tensor, source: int = 0, direction: str = FORWARD) -> Tensor:
+        """The `source`-th rank's `x`."""
+        return x
+
+    def __repr__(self) -> str:
+        return f"Group({' × '.join(self.over) or 'alone'}: {self.index} of {self.size})"
+
+
+class ProcessGroup(Group):
+    """A group whose ranks are processes, named `name` among `torch.distributed`'s process groups.
+
+    Functional collectives on the bare name: torch.compile traces them, inductor sees (and may overlap) them.
+    `slots[i]` is the place in the process group of the group's i-th rank.
+    """
+
+    def __init__(self, name: str, size: int, index: int, over: tuple[str, ...], slots: tuple[int, ...]) -> None:
+        super().__init__(size, index, over)
+        self.name = name
+        self.slots = slots
+        self.in_order = slots == tuple(range(size))
+
+    def all_reduce(self, x: Tensor, op: str = "sum", direction: str = FORWARD) -> Tensor:
+        return _wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), op, self.name))
+
+    def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None, direction: str = FORWARD) -> Tensor:
+        dim %= x.dim()
+        longest = x.shape[dim] if sizes is None else max(sizes)
+        even = sizes is None or min(sizes) == longest
+        mine = _pad(x, dim, longest).contiguous()
+        whole = _wait(torch.ops._c10d_functional.all_gather_into_tensor(mine, self.size, self.name))
+        if dim == 0 and even and self.in_order:
+            return whole
+        chunks = torch.split(whole, mine.shape[0], 0) if mine.shape[0] else [whole] * self.size
+        chunks = [chunks[slot] for slot in self.slots]
+        if not even:
+            assert sizes is not None
+            chunks = [c.narrow(dim, 0, n) for c, n in zip(chunks, sizes, strict=True)]
+        return torch.cat(chunks, dim)
+
+    def reduce_scatter(
+        self, x: Tensor, dim: int, sizes: Sequence[int] | None = None, direction: str = FORWARD
+    ) -> Tensor:
+        dim %= x.dim()
+        if sizes is None:
+            sizes = [x.shape[dim] // self.size] * self.size
+        longest = max(sizes)
+        whole = x
+        if dim or not self.in_order or min(sizes) != longest:
+            chunks = [_pad(c, dim, longest) for c in torch.split(x, list(sizes), dim)]
+            whole = torch.cat([chunks[self.slots.index(i)] for i in range(self.size)], 0)
+        mine = _wait(torch.ops._c10d_functional.reduce_scatter_tensor(whole.contiguous(), "sum", self.size, self.name))
+        return mine if sizes[self.index] == longest else mine.narrow(dim, 0, sizes[self.index])
+
+    def broadcast(self, x: Tensor, source: int = 0, direction: str = FORWARD) -> Tensor:
+        return _wait(torch.ops._c10d_functional.broadcast(x.contiguous(), self.slots[source], self.name))
+
+
+def _wait(x: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(x)
+
+
+def _pad(x: Tensor, dim: int, length: int) -> Tensor:
+    missing = length - x.shape[dim]
+    return x if missing == 0 else F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, missing])
+
+
+class Ranks:
+    """One rank's place on the mesh, and its communication groups.
+
+    `connect(over)` makes the group over mesh dimensions; it is called once for each `over` whose degree exceeds 1, and
+    is collective for process groups: every rank asks for its groups in the same order, as SPMD programs do.
+    """
+
+    def __init__(self, mesh: Mesh, rank: int, connect: Callable[[tuple[str, ...]], Group] | None = None) -> None:
+        assert 0 <= rank < mesh.size, f"rank {rank} on a mesh of {mesh.size}"
+        assert connect is not None or mesh.size == 1
+        self.mesh = mesh
+        self.rank = rank
+        self.coords = mesh.coords(rank)
+        self._connect = connect
+        self._groups: dict[tuple[str, ...], Group] = {}
+
+    def group(self, *over: str | tuple[str, ...]) -> Group:
+        """The group over one mesh dimension or several: `group("tensor")`, `group("kv", "heads")`, `group(("kv",))`.
+
+        Dimensions that the mesh lacks are an error; with none, or of degree 1, the group is this rank alone.
+        """
+        names = tuple(n for o in over for n in ((o,) if isinstance(o, str) else o))
+        if names not in self._groups:
+            unknown = [n for n in names if n not in self.mesh]
+            if unknown:
+                raise TpcError(f"no mesh dimension {unknown[0]!r}: the mesh is {self.mesh}")
+            if self.mesh.degree(names) == 1 or self._connect is None:
+                self._groups[names] = Group(over=names)
+            else:
+                self._groups[names] = self._connect(names)
+        return self._groups[names]
+
+    @classmethod
+    def single(cls) -> Ranks:
+        """The only rank."""
+        return cls(Mesh(()), 0)
+
+    @classmethod
+    def from_env(cls, mesh: Mesh, backend: str | None = None, timeout: Any = None) -> Ranks:
+        """This process's place, after `torchrun`'s environment; joins the other processes when nobody did before.
+
+        `backend` is NCCL with CUDA and gloo without, unless given. A mesh of one rank needs no other processes.
+        """
+        if not dist.is_initialized():
+            if mesh.size == 1:
+                return cls(mesh, 0)
+            _init_from_env(mesh, backend, timeout)
+        if dist.get_world_size() != mesh.size:
+            raise TpcError(
+                f"the mesh {mesh} has {mesh.size} ranks but {dist.get_world_size()} processes run; "
+                f"start it with --nproc-per-node so that they agree"
+            )
+        return cls(mesh, dist.get_rank(), _connector(mesh, dist.get_rank(), range(mesh.size)))
+
+    @classmethod
+    def from_device_mesh(cls, device_mesh: Any) -> Ranks:
+        """This process's place on a `torch.distributed.DeviceMesh` whose dimensions have names."""
+        names, coordinate = device_mesh.mesh_dim_names, device_mesh.get_coordinate()
+        if names is None:
+            raise TpcError("the device mesh has no mesh_dim_names; give it some, e.g. ('data', 'tensor')")
+        if coordinate is None:
+            raise TpcError("this process has no place on the device mesh")
+        mesh = Mesh(tuple(zip(names, device_mesh.mesh.shape, strict=True)))
+        rank = mesh.rank(dict(zip(names, coordinate, strict=True)))
+        world = device_mesh.mesh.flatten().tolist()
+        general = _connector(mesh, rank, world)
+
+        def connect(over: tuple[str, ...]) -> Group:
+            if len(over) > 1:
+                return general(over)
+            return _wrap(device_mesh.get_group(over[0]), mesh, rank, over, world)
+
+        return cls(mesh, rank, connect)
+
+    def __repr__(self) -> str:
+        return f"Ranks({self.mesh}: rank {self.rank})"
+
+
+def _init_from_env(mesh: Mesh, backend: str | None, timeout: Any) -> None:
+    if "RANK" not in os.environ:
+        raise TpcError(f"the mesh {mesh} needs {mesh.size} processes: start it with torchrun --nproc-per-node")
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group(backend, timeout=timeout)
+
+
+def _connector(mesh: Mesh, rank: int, world: Sequence[int]) -> Callable[[tuple[str, ...]], Group]:
+    """Makes process groups; `world[r]` is the process that plays the mesh's rank r."""
+
+    def connect(over: tuple[str, ...]) -> Group:
+        mine = None
+        # A process group is made by all processes together, members or not, in one order. Where the mesh is only a
+        # part of the processes, those outside it do not come: there its members alone make it.
+        everybody = len(world) == dist.get_world_size()
+        for first in range(mesh.size):
+            members = mesh.group(over, first)
+            if first != min(members) or not (everybody or rank in members):
+                continue
+            pg = dist.new_group(sorted(world[r] for r in members), use_local_synchronization=not everybody)
+            if rank in members:
+                mine = pg
+        assert mine is not None
+        return _wrap(mine, mesh, rank, over, world)
+
+    return connect
+
+
+def _wrap(pg: Any, mesh: Mesh, rank: int, over: tuple[str, ...], world: Sequence[int]) -> ProcessGroup:
+    members = [world[r] for r in mesh.group(over, rank)]
+    order = dist.get_process_group_ranks(pg)
+    slots = tuple(order.index(m) for m in members)
+    return ProcessGroup(pg.group_name, len(members), mesh.index(over, mesh.coords(rank)), over, slots)

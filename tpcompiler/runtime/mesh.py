@@ -1,0 +1,77 @@
+"""The arithmetic of a mesh of ranks: who holds what, without a process group in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+Run = tuple[int, int]  # [start, stop) of global indices
+Coords = Mapping[str, int]  # mesh dimension → this rank's place on it
+
+
+def part(size: int, degree: int, index: int) -> Run:
+    """The `index`-th of `degree` parts of `range(size)`: contiguous, in order, the longer ones first.
+
+    25 over 8 is 4, 3, 3, 3, 3, 3, 3, 3.
+    """
+    q, r = divmod(size, degree)
+    start = index * q + min(index, r)
+    return start, start + q + (index < r)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Named dimensions of ranks, the last one fastest: rank = ((c0 · d1) + c1) · d2 + …"""
+
+    dims: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, dims: Mapping[str, int]) -> Mesh:
+        return cls(tuple(dims.items()))
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.dims)[name]
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == n for n, _ in self.dims)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(n for n, _ in self.dims)
+
+    @property
+    def size(self) -> int:
+        return prod(d for _, d in self.dims)
+
+    def degree(self, over: tuple[str, ...]) -> int:
+        return prod(self[name] for name in over)
+
+    def coords(self, rank: int) -> dict[str, int]:
+        out: dict[str, int] = {}
+        for name, degree in reversed(self.dims):
+            rank, out[name] = divmod(rank, degree)
+        return {name: out[name] for name in self.names}
+
+    def rank(self, coords: Coords) -> int:
+        r = 0
+        for name, degree in self.dims:
+            r = r * degree + coords[name]
+        return r
+
+    def index(self, over: tuple[str, ...], coords: Coords) -> int:
+        """A rank's place among the `degree(over)` ranks that differ on `over`, first name major."""
+        i = 0
+        for name in over:
+            i = i * self[name] + coords[name]
+        return i
+
+    def group(self, over: tuple[str, ...], rank: int) -> tuple[int, ...]:
+        """The ranks that share all but the `over` coordinates with `rank`, in the order of `index`."""
+        mine = self.coords(rank)
+        members = [r for r in range(self.size) if all(c == mine[n] or n in over for n, c in self.coords(r).items())]
+        return tuple(sorted(members, key=lambda r: self.index(over, self.coords(r))))
+
+    def __str__(self) -> str:
+        return " × ".join(f"{n} {d}" for n, d in self.dims) or "one rank"

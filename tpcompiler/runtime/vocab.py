@@ -1,0 +1,144 @@
+"""Cross-entropy over classes that are spread over ranks, without ever gathering the logits (arXiv 1909.08053, §3).
+
+Two all-reduces forward, of a few numbers a token: the maximum; then, in one, the sum of exponentials, the target's
+logit and what weights and smoothing need. None backward. Kept for backward are the logits, which their producer has
+made anyway, and a few numbers a token; the probabilities are computed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpcompiler.runtime.groups import FORWARD, Group
+from tpcompiler.runtime.rows import Rows, length, local_ids
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    group: Group,
+    rows: Rows,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`F.cross_entropy` of class indices, of which this rank holds the logits of classes `rows`: the same on all ranks.
+
+    `logits` [N, C, …] or [C], C being this rank's classes and possibly padding after them; `target` [N, …] or [],
+    global classes; `weight` [C] like the classes. Half precision is computed in float32. The gradient of the logits is
+    this rank's own. A target that is no class at all gives nan, not a plausible number.
+    """
+    assert reduction in ("mean", "sum", "none"), reduction
+    dim = 1 if logits.dim() > 1 else 0
+    n = length(rows)
+    if logits.shape[dim] != n:
+        logits = logits.narrow(dim, 0, n)
+    if weight is not None:
+        weight = weight.detach().narrow(0, 0, n)
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    result = torch.float32 if half and torch.is_autocast_enabled(logits.device.type) else logits.dtype
+    losses, share = _Losses.apply(logits, target, weight, group, rows, ignore_index, float(label_smoothing))
+    if reduction == "none":
+        return losses.to(result)
+    if reduction == "sum":
+        return losses.sum().to(result)
+    return (losses.sum() / share.sum()).to(result)
+
+
+class _Losses(torch.autograd.Function):
+    """Per token: loss_i = (1 − ε) · w_y · (lse − x_y) + ε/C · Σ_c w_c (lse − x_c), and its share w_y in the mean.
+
+    Both are 0 where the target is ignored. All sums are over the global classes; the gradient, for class c,
+    is (1 − ε) · w_y · (p_c − [c = y]) + ε/C · (W p_c − w_c), W being the sum of the weights.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        group: Group,
+        rows: Rows,
+        ignore_index: int,
+        smoothing: float,
+    ) -> tuple[Tensor, Tensor]:
+        dim = 1 if logits.dim() > 1 else 0
+        x = _wide(logits)
+        top = group.all_reduce(_max(x, dim), "max", FORWARD)
+        x = x - top.unsqueeze(dim)
+        w = None if weight is None else _along(weight.to(x.dtype), x, dim)
+        local, held = local_ids(target, rows)
+        exp_sum, picked, w_picked, x_sum, classes, w_sum = _global_sums(x, w, local, held, dim, group, smoothing)
+        log_sum = exp_sum.log()
+        counted = target != ignore_index
+        stray = counted & ((target < 0) | (target >= classes))
+        share = w_picked.masked_fill(~counted, 0)
+        losses = share * (log_sum - picked)
+        if smoothing:
+            losses = (1 - smoothing) * losses + (smoothing / classes) * (w_sum * log_sum - x_sum)
+        losses = losses.masked_fill(~counted, 0).masked_fill(stray, float("nan"))
+        ctx.save_for_backward(logits, weight, local, held, counted, top + log_sum, share, classes, w_sum)
+        ctx.dim, ctx.smoothing = dim, smoothing
+        ctx.mark_non_differentiable(share)
+        return losses, share
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        logits, weight, local, held, counted, lse, share, classes, w_sum = ctx.saved_tensors
+        dim, smoothing = ctx.dim, ctx.smoothing
+        x = _wide(logits)
+        grad = grad.masked_fill(~counted, 0)
+        hard = grad * share * (1 - smoothing)
+        soft = grad * (smoothing / classes)
+        p = (x - lse.unsqueeze(dim)).exp()
+        if smoothing:
+            w = 1.0 if weight is None else _along(weight.to(x.dtype), x, dim)
+            out = p * (hard + soft * w_sum).unsqueeze(dim) - w * soft.unsqueeze(dim)
+        else:
+            out = p * hard.unsqueeze(dim)
+        if out.shape[dim]:
+            out = out.scatter_add(dim, local.unsqueeze(dim), -(hard * held).unsqueeze(dim))
+        return out.to(logits.dtype), None, None, None, None, None, None
+
+
+def _global_sums(
+    x: Tensor, w: Tensor | None, local: Tensor, held: Tensor, dim: int, group: Group, smoothing: float
+) -> tuple[Tensor, ...]:
+    """Over all classes: Σ exp x, x_y, w_y, Σ w x (each as many as there are targets), C and Σ w, by one all-reduce."""
+    n = x.shape[dim]
+    here = local.unsqueeze(dim)
+    picked = x.gather(dim, here).squeeze(dim).masked_fill(~held, 0) if n else torch.zeros_like(local, dtype=x.dtype)
+    tokens = [x.exp().sum(dim), picked]
+    scalars = [x.new_full((1,), n)]
+    if w is not None:
+        found = w.flatten()[local] if n else torch.zeros_like(picked)
+        tokens.append(found.masked_fill(~held, 0))
+        scalars.append(w.sum().view(1))
+    if smoothing:
+        tokens.append((x if w is None else x * w).sum(dim))
+    flat = group.all_reduce(torch.cat([t.flatten() for t in tokens] + scalars), "sum", FORWARD)
+    size = local.numel()
+    sums = [flat[i * size : (i + 1) * size].view(local.shape) for i in range(len(tokens))]
+    classes = flat[len(tokens) * size]
+    w_picked = torch.ones_like(picked) if w is None else sums[2]
+    return sums[0], sums[1], w_picked, sums[-1], classes, classes if w is None else flat[-1]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _along(w: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Class weights [C] shaped to multiply `x`."""
+    return w.view([w.shape[0] if d == dim else 1 for d in range(x.dim())])
+
+
+def _max(x: Tensor, dim: int) -> Tensor:
+    if x.shape[dim]:
+        return x.amax(dim)
+    return x.new_full([n for d, n in enumerate(x.shape) if d != dim], float("-inf"))

@@ -1,0 +1,1 @@
+"""The bundled trainer: mixed precision over tensor × data parallel ranks."""

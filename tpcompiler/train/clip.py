@@ -1,0 +1,191 @@
+"""The global gradient norm over tensor-parallel slices, each element of the model counted once, and clipping by it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from tpcompiler.layout import Dim
+from tpcompiler.runtime.groups import Ranks
+from tpcompiler.runtime.mesh import Coords, Mesh, Run
+
+Box = tuple[Run, ...]  # local indices [start, stop) of each dimension
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a rank's slice of a parameter counts in a sum over the whole parameter.
+
+    The squares of each box, times its weight, summed over the ranks that differ on `over`, are those of the whole:
+    a weight is one over the number of these ranks that hold the box. A slice that nobody else holds is one box.
+    """
+
+    over: tuple[str, ...] = ()  # mesh dimensions that the parameter is split over
+    boxes: tuple[tuple[Box, float], ...] | None = None  # None: the whole slice, with weight 1
+
+
+def share(dims: Sequence[Dim], mesh: Mesh, coords: Coords) -> Share:
+    """The share of the rank at `coords` in a parameter that lies on the mesh as `dims`.
+
+    Counts the ranks that hold each element rather than reading it off the layout, so overlaps of any kind are right:
+    K/V rows held by a subgroup next to query rows held once, in one fused weight.
+    """
+    over = tuple(name for name in mesh.names if any(name in d.over for d in dims))
+    if not over:
+        return Share()
+    ranks = {mesh.rank({**coords, **dict(zip(over, place, strict=True))}) for place in _places(mesh, over)}
+    held = [tuple(d.runs(mesh, mesh.coords(r)) for d in dims) for r in ranks]
+    mine = tuple(d.runs(mesh, coords) for d in dims)
+    boxes = []
+    for cells in product(*(_cells(mine[i], [h[i] for h in held]) for i in range(len(dims)))):
+        owners = sum(all(_inside(cell[0], h[i]) for i, cell in enumerate(cells)) for h in held)
+        boxes.append((tuple(local_run for _, local_run in cells), 1.0 / owners))
+    if all(weight == 1.0 for _, weight in boxes):
+        return Share(over)
+    return Share(over, _merged(boxes))
+
+
+def _places(mesh: Mesh, over: tuple[str, ...]) -> Iterable[tuple[int, ...]]:
+    return product(*(range(mesh[name]) for name in over))
+
+
+def _cells(mine: tuple[Run, ...], others: Iterable[tuple[Run, ...]]) -> list[tuple[int, Run]]:
+    """This rank's indices of a dimension, cut wherever another rank's runs begin or end: (global start, local run)."""
+    cuts = sorted({edge for runs in others for run in runs for edge in run})
+    cells, offset = [], 0
+    for start, stop in mine:
+        edges = [start, *(c for c in cuts if start < c < stop), stop]
+        cells += [(a, (offset + a - start, offset + b - start)) for a, b in pairwise(edges)]
+        offset += stop - start
+    return cells
+
+
+def _inside(index: int, runs: tuple[Run, ...]) -> bool:
+    place = bisect_right(runs, index, key=lambda run: run[0])
+    return place > 0 and index < runs[place - 1][1]
+
+
+def _merged(boxes: list[tuple[Box, float]]) -> tuple[tuple[Box, float], ...]:
+    """Neighbours along one dimension that have one weight, made one; a slice of one weight becomes one box."""
+    for dim in range(len(boxes[0][0])):
+        out: list[tuple[Box, float]] = []
+        last: dict[Box, int] = {}  # the other dimensions → the place of their latest box in `out`
+        for box, weight in boxes:
+            rest = box[:dim] + box[dim + 1 :]
+            i = last.get(rest)
+            if i is not None and out[i][1] == weight and out[i][0][dim][1] == box[dim][0]:
+                grown = (out[i][0][dim][0], box[dim][1])
+                out[i] = ((*out[i][0][:dim], grown, *out[i][0][dim + 1 :]), weight)
+            else:
+                last[rest] = len(out)
+                out.append((box, weight))
+        boxes = out
+    return tuple(boxes)
+
+
+def grad_norm(
+    gradients: Mapping[str, Tensor], shares: Mapping[str, Share], ranks: Ranks, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The 2-norm of all gradients of the whole model: a scalar, the same on all ranks of the mesh.
+
+    Gradients are local slices, plain or as FSDP2's DTensors (whose mesh dimensions bear the names of the ranks' mesh);
+    they are whole sums, not partial. Squares are accumulated in `dtype`, or in
+    float64 where gradients are float64. One small all-reduce for each mesh dimension that anything is split over; not
+    finite when any gradient is not.
+    """
+    for g in gradients.values():
+        dtype = torch.promote_types(dtype, g.dtype)
+    sums: dict[tuple[str, ...], list[Tensor]] = {}
+    for (over, weight), pieces in _pieces(gradients, shares).items():
+        norms = torch._foreach_norm(pieces, 2.0, dtype=dtype)
+        sums.setdefault(over, []).append(weight * torch.stack(list(norms)).square().sum())
+    device = next((local(g).device for g in gradients.values()), None)
+    zero = torch.zeros((), dtype=dtype, device=device)
+    # A rank may hold nothing of a parameter that others hold a part of; it still takes part in their all-reduce.
+    kinds = sorted({_over(g, shares[name]) for name, g in gradients.items()})
+    totals = [torch.stack(sums[over]).sum() if over in sums else zero for over in kinds]
+    for name in ranks.mesh.names:
+        split = [i for i, over in enumerate(kinds) if name in over]
+        if split:
+            whole = ranks.group(name).all_reduce(torch.stack([totals[i] for i in split]))
+            for i, total in zip(split, whole, strict=True):
+                totals[i] = total
+    return torch.stack(totals).sum().sqrt() if totals else zero
+
+
+def clip_(gradients: Iterable[Tensor], norm: Tensor, largest: float | None, scale: float = 1.0) -> Tensor:
+    """Divides gradients by `scale` in place, and shrinks them so that their norm is at most `largest`.
+
+    `norm` is `grad_norm` of the gradients as they are, that is times `scale`. Returns the norm without the scale and
+    before the clip. Nothing waits for the device.
+    """
+    true = norm / scale
+    factor = torch.full_like(true, 1 / scale)
+    if largest is not None:
+        factor = factor * (largest / (true + 1e-6)).clamp(max=1.0)
+    elif scale == 1.0:
+        return true
+    held = [local(g) for g in gradients]
+    if held:
+        torch._foreach_mul_(held, factor)
+    return true
+
+
+def local(x: Tensor) -> Tensor:
+    """A DTensor's own part; a plain tensor as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _over(g: Tensor, s: Share) -> tuple[str, ...]:
+    return s.over + _data_dims(g)
+
+
+def _data_dims(g: Tensor) -> tuple[str, ...]:
+    """The mesh dimensions that a DTensor is sharded over."""
+    if not isinstance(g, DTensor):
+        return ()
+    names = g.device_mesh.mesh_dim_names
+    assert names is not None, "the data mesh needs dimension names"
+    assert not any(p.is_partial() for p in g.placements), "a partial gradient has no norm yet"
+    return tuple(name for name, p in zip(names, g.placements, strict=True) if p.is_shard())
+
+
+def _pieces(
+    gradients: Mapping[str, Tensor], shares: Mapping[str, Share]
+) -> dict[tuple[tuple[str, ...], float], list[Tensor]]:
+    """Local boxes that are not empty, by what they are summed over and by weight."""
+    out: dict[tuple[tuple[str, ...], float], list[Tensor]] = {}
+    for name, g in gradients.items():
+        s = shares[name]
+        held, window = local(g).detach(), _window(g)
+        for box, weight in s.boxes if s.boxes is not None else ((window, 1.0),):
+            piece = held
+            for dim, ((a, b), (start, stop)) in enumerate(zip(box, window, strict=True)):
+                a, b = max(a, start), min(b, stop)
+                piece = piece.narrow(dim, min(a - start, stop - start), max(b - a, 0))
+            if piece.numel():
+                out.setdefault((_over(g, s), weight), []).append(piece)
+    return out
+
+
+def _window(g: Tensor) -> Box:
+    """Which indices of the tensor-parallel slice this rank holds: all, or its shard over the data mesh."""
+    window = [(0, n) for n in g.shape]
+    if isinstance(g, DTensor):
+        for i, placement in enumerate(g.placements):
+            if not isinstance(placement, Shard):
+                continue
+            dim, degree = placement.dim % g.dim(), g.device_mesh.size(i)
+            start, stop = window[dim]
+            chunk = -(-(stop - start) // degree)  # torch.chunk's: as even as ceil allows, the last ones short or empty
+            first = min(start + chunk * g.device_mesh.get_local_rank(i), stop)
+            window[dim] = (first, min(first + chunk, stop))
+        assert prod(b - a for a, b in window) == g.to_local().numel(), "a shard that is not torch.chunk's"
+    return tuple(window)

@@ -1,0 +1,191 @@
+"""The global batch of every step, dealt to ranks and micro-batches; the same at every degree.
+
+The position in the data is one integer, `step · batch` samples, and everything follows from it: `divmod(position, n)`
+is (epoch, place), the epoch's permutation gives the sample, and (seed, epoch, sample) gives what is random in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tpcompiler.errors import TpcError
+from tpcompiler.runtime.mesh import Run, part
+from tpcompiler.train.config import Train
+from tpcompiler.train.order import Permutation, mix
+from tpcompiler.train.samples import Causal, Masked, Part, Samples
+from tpcompiler.train.text import sources
+from tpcompiler.train.tokenizer import Tokenizer, load_tokenizer
+from tpcompiler.train.tokens import Tokens, open_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a rank runs at once: rows `first_sample` … of the step's global batch."""
+
+    tensors: dict[str, Tensor]  # int64, [rows, sequence], or [rows] (pair_labels)
+    first_sample: int
+    weight: float  # rows over the global batch: the step's loss is the weighted sum of the micro-batches' mean losses
+
+    @property
+    def rows(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(
+            {k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}, self.first_sample, self.weight
+        )
+
+    def fingerprint(self) -> int:
+        """A 63-bit hash of the content, for ranks to compare: equal batches have equal ones."""
+        h = mix(self.first_sample)
+        for name, x in sorted(self.tensors.items()):
+            flat = x.flatten().cpu()
+            places = torch.arange(1, flat.numel() + 1) * 0x5851F42D4C957F2D
+            scrambled = (flat + places) * 0x14057B7EF767814F
+            scrambled = (scrambled ^ (scrambled >> 29)) * 0x5851F42D4C957F2D
+            h = mix(h, *name.encode(), int(scrambled.sum()))
+        return h >> 1
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Samples in order, `batch` a step. `step` counts from `first_step`, where the position is `first_position`."""
+
+    samples: Samples
+    batch: int
+    micro_batch: int
+    seed: int = 0
+    shuffle: bool = True
+    names: Mapping[str, str] = field(default_factory=dict)
+    first_step: int = 0
+    first_position: int = (
+        0  # samples seen before: others than first_step · batch when the batch size changed on the way
+    )
+
+    def position(self, step: int) -> int:
+        """Samples seen before a step: what a checkpoint keeps."""
+        return self.first_position + (step - self.first_step) * self.batch
+
+    def micro_batches(self, data_degree: int) -> int:
+        """How many micro-batches a step has on every rank.
+
+        Raises `TpcError` when some would be empty.
+        """
+        most = -(-self.batch // data_degree)
+        count = -(-most // self.micro_batch)
+        if self.batch // data_degree < count:
+            raise TpcError(
+                f"train.batch: {self.batch} samples over {data_degree} data ranks in micro-batches of "
+                f"{self.micro_batch} leave a rank without one; batch {count * data_degree} would work"
+            )
+        return count
+
+    def rows(self, micro: int, data_rank: int, data_degree: int) -> Run:
+        """The rows [start, stop) of the step's global batch that a rank runs in its `micro`-th micro-batch.
+
+        Consecutive, data rank major: ranks and micro-batches may hold one row more than others, never other rows.
+        """
+        start, stop = part(self.batch, data_degree, data_rank)
+        a, b = part(stop - start, self.micro_batches(data_degree), micro)
+        return start + a, start + b
+
+    def batch_at(self, step: int, micro: int, data_rank: int = 0, data_degree: int = 1) -> Batch:
+        """A rank's micro-batch. It depends on the data coordinate alone: all ranks of a tensor group get the same."""
+        start, stop = self.rows(micro, data_rank, data_degree)
+        rows = [self._row(self.position(step) + i) for i in range(start, stop)]
+        stacked = {self.names.get(k, k): torch.stack([row[k] for row in rows]) for k in rows[0]}
+        return Batch(stacked, start, (stop - start) / self.batch)
+
+    def _row(self, position: int) -> dict[str, Tensor]:
+        epoch, place = divmod(position, len(self.samples))
+        index = Permutation(len(self.samples), mix(self.seed, epoch, 0))[place] if self.shuffle else place
+        return self.samples.sample(index, mix(self.seed, epoch, 1, index))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A run's data."""
+
+    train: Batches
+    validation: Batches | None  # in order, not shuffled; the same at every evaluation
+    tokenizer: Tokenizer
+    largest_id: int
+
+    def fits(self, vocabulary: int | None = None, positions: int | None = None) -> None:
+        """Raises `TpcError` when the model has too few embeddings for these ids or for this sequence length."""
+        largest = max(self.largest_id, *self.tokenizer.specials.ids) if self._marks else self.largest_id
+        if vocabulary is not None and largest >= vocabulary:
+            raise TpcError(
+                f"data: holds token id {largest}, but the model's vocabulary is {vocabulary}; "
+                f"vocab {largest + 1} or more would work (or the tokenizer that the ids were made with)"
+            )
+        sequence = self._sequence
+        if positions is not None and sequence > positions:
+            raise TpcError(f"train.sequence: {sequence} is longer than the model's {positions} positions")
+
+    @property
+    def _marks(self) -> bool:
+        samples = self.train.samples
+        inner = samples.samples if isinstance(samples, Part) else samples
+        return isinstance(inner, Masked)
+
+    @property
+    def _sequence(self) -> int:
+        return len(self.train.samples.sample(0, 0)["input_ids"])
+
+
+def open_corpus(train: Train) -> Corpus:
+    """Opens a run's data, tokenising text that the cache does not hold yet.
+
+    Let one process of each host do it first, then the others: they find the cache filled. Raises `TpcError`.
+    """
+    data, tokenizer = train.data, load_tokenizer(train.tokenizer)
+    tokens = open_tokens(sources(data.path, data), data, tokenizer)
+    samples = make_samples(tokens, train, tokenizer)
+    if len(samples) < 1:
+        need = train.sequence + (data.task == "causal")
+        raise TpcError(
+            f"data {tokens}: {len(tokens)} tokens are less than one sample of {need}; a shorter sequence would work"
+        )
+    held: Samples | None
+    if data.validation:
+        other = open_tokens(sources(data.validation, data), data, tokenizer)
+        held, largest = make_samples(other, train, tokenizer), max(tokens.largest, other.largest)
+        if len(held) < 1:
+            raise TpcError(
+                f"data {other}: {len(other)} tokens are less than one sample of {train.sequence} to evaluate on"
+            )
+    else:
+        samples, held = split(samples, data.held_out)
+        largest = tokens.largest
+    if train.evaluation.every and held is None and data.held_out:
+        raise TpcError(
+            f"data {tokens}: {len(samples)} samples cannot spare one for evaluation; "
+            f"evaluation: {{every: 0}}, more text or a shorter sequence would work"
+        )
+    return Corpus(
+        _batches(samples, train, True), _batches(held, train, False) if held is not None else None, tokenizer, largest
+    )
+
+
+def make_samples(tokens: Tokens, train: Train, tokenizer: Tokenizer) -> Samples:
+    """What the task makes of a stream of tokens."""
+    task = train.data.task
+    if task == "causal":
+        return Causal(tokens, train.sequence, train.data.labels == "next")
+    return Masked(tokens, train.sequence, tokenizer, task.removeprefix("mlm").removeprefix("+"))
+
+
+def split(samples: Samples, held_out: float) -> tuple[Samples, Samples | None]:
+    """All but the last `held_out` share, and that share: at least one sample of two, or None."""
+    n = len(samples)
+    held = min(max(1, round(n * held_out)), n - 1) if held_out else 0
+    return (Part(samples, 0, n - held), Part(samples, n - held, n)) if held else (samples, None)
+
+
+def _batches(samples: Samples, train: Train, shuffle: bool) -> Batches:
+    return Batches(samples, train.batch, train.micro_batch, train.seed, shuffle, train.data.names)

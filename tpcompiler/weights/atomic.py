@@ -1,0 +1,145 @@
+"""Directories that change all at once: written under a temporary name, synced, then renamed."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tpcompiler.errors import WeightsError
+from tpcompiler.weights.files import disk
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def replacing(
+    directory: Path | str, ours: Callable[[Path], bool], keep: Callable[[Path], list[Path]] = lambda old: []
+) -> Iterator[Path]:
+    """A temporary directory that becomes `directory` when the block ends well, and vanishes when it does not.
+
+    A crash at any moment leaves the old directory whole; what a killed process left behind is removed by the next one.
+    `ours(old)` says whether an old, non-empty directory may be replaced: one that we did not write is refused
+    (`WeightsError`). `keep(old)` are those of its entries that are carried over, unless the new one has them too.
+    """
+    target = Path(os.path.realpath(directory))
+    if target.exists() and not target.is_dir():
+        raise WeightsError(f"{directory}: a file of that name is in the way")
+    if target.is_dir() and any(target.iterdir()) and not ours(target):
+        raise WeightsError(f"{directory}: holds other files; name a new or an empty directory")
+    with disk(directory, "write"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        temporary, lock = _make(target)
+    try:
+        yield temporary
+        with disk(directory, "write"):
+            _carry(keep(target) if target.is_dir() else [], temporary)
+            sync(temporary)
+            _swap(temporary, target)
+            sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _carry(kept: list[Path], into: Path) -> None:
+    for path in kept:
+        if not os.path.lexists(into / path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.copytree(path, into / path.name, symlinks=True)
+            else:
+                shutil.copy2(path, into / path.name, follow_symlinks=False)
+
+
+@contextmanager
+def replacing_file(path: Path | str) -> Iterator[Path]:
+    """The same for one file. The block writes and syncs the temporary one."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise WeightsError(f"{path}: a directory of that name is in the way")
+    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+    with disk(path, "write"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        with disk(path, "write"):
+            os.replace(temporary, target)
+            sync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(directory: Path) -> None:
+    """Make a directory's entries last."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _make(target: Path) -> tuple[Path, int]:
+    """A new temporary directory beside the target, locked: the lock says that its writer lives."""
+    while True:
+        path = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+        path.mkdir()
+        lock = _lock(path)
+        if lock is not None and path.is_dir():
+            return path, lock
+        if lock is not None:  # another process swept it before it was locked
+            os.close(lock)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed writers of the same target left."""
+    for path in target.parent.glob(f".{_escaped(target.name)}.tmp-*"):
+        lock = _lock(path)
+        if lock is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _lock(path: Path) -> int | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Put the new directory in the old one's place; the old one, if any, ends under the temporary name."""
+    if not target.exists() or not any(target.iterdir()):
+        os.rename(temporary, target)  # replaces an empty directory, atomically
+        return
+    if _exchange(temporary, target):
+        return
+    # No exchange here (not Linux, or a file system without it). Between the two renames the old one has another name.
+    aside = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+    os.rename(target, aside)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    return renameat2 is not None and renameat2(_AT_FDCWD, bytes(a), _AT_FDCWD, bytes(b), _RENAME_EXCHANGE) == 0

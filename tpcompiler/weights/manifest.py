@@ -1,0 +1,133 @@
+"""`manifest.json`: what lies in a directory of weights, exactly enough to read it without us (docs/format.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+import tpcompiler
+from tpcompiler.layout import Dim
+from tpcompiler.program import Parameter
+from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.weights.files import FileInfo, Spot, in_order
+from tpcompiler.weights.place import Layout
+
+RANK_FILE = "rank-{rank:05d}.safetensors"
+BUFFER_FILE = "buffers.safetensors"
+EXTRA_FILE = "extra.safetensors"
+KINDS = ("parameter", "buffer", "state", "extra")
+DATA = "data"  # the mesh dimension whose ranks hold the same weights
+
+
+def weight_mesh(mesh: Mesh) -> Mesh:
+    """The mesh without its `data` dimension: its ranks are the weight-ranks, one file each."""
+    return Mesh(tuple((name, degree) for name, degree in mesh.dims if name != DATA))
+
+
+def weight_rank(mesh: Mesh, rank: int) -> int:
+    """Which weight-rank's file a rank of the full mesh loads."""
+    return weight_mesh(mesh).rank(mesh.coords(rank))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor, where each rank's slice of it lies.
+
+    `file` holds it under `name`: with `{rank:05d}` in it, there is a file per rank and each holds that rank's slice;
+    without, the one file holds all of the tensor; empty, the tensor is described only, as in a program without weights.
+    `stored` are the names it had where it came from, which a merge gives back; none: it was not there, a merge leaves
+    it out. `like`: the parameter whose layout it follows (optimizer state).
+    """
+
+    name: str
+    kind: str  # parameter | buffer | state | extra
+    dtype: torch.dtype
+    layout: Layout
+    file: str = RANK_FILE
+    aliases: tuple[str, ...] = ()
+    stored: tuple[str, ...] = ()
+    like: str = ""
+    trainable: bool = True
+
+    @classmethod
+    def of(cls, parameter: Parameter, dims: Iterable[Dim], mesh: Mesh) -> Entry:
+        """The entry of a model's parameter or buffer: a parameter and a split buffer per rank, other buffers once."""
+        layout = Layout.of(tuple(dims), weight_mesh(mesh))
+        once = parameter.buffer and layout.is_whole
+        return cls(
+            name=parameter.name,
+            kind="buffer" if parameter.buffer else "parameter",
+            dtype=parameter.dtype,
+            layout=layout,
+            file=BUFFER_FILE if once else RANK_FILE,
+            aliases=parameter.aliases,
+            stored=parameter.names if parameter.persistent else (),
+            trainable=parameter.trainable and not parameter.buffer,
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape
+
+    @property
+    def per_rank(self) -> bool:
+        return "{rank" in self.file
+
+    def file_of(self, rank: int) -> str:
+        return self.file.format(rank=rank)
+
+    def spot(self, rank: int) -> Spot:
+        """What the file of that rank holds of it."""
+        return Spot(self.name, self.dtype, self.layout.local_shape(rank))
+
+    def check(self) -> None:
+        """Raises `WeightsError` when the layout leaves elements out."""
+        self.layout.check(self.name)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of a directory of weights. `mesh` has the dimensions whose ranks have files of their own."""
+
+    mesh: Mesh
+    entries: tuple[Entry, ...]
+    files: tuple[FileInfo, ...] = ()
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    tpcompiler: str = tpcompiler.__version__
+    torch: str = torch.__version__
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Entry]:
+        return {e.name: e for e in self.entries}
+
+    @cached_property
+    def contents(self) -> Mapping[str, list[Spot]]:
+        """File → what it holds, in the file's order."""
+        out: dict[str, list[Spot]] = {}
+        for e in filter(lambda e: e.file, self.entries):
+            for r in range(self.mesh.size if e.per_rank else 1):
+                out.setdefault(e.file_of(r), []).append(e.spot(r))
+        return {file: in_order(spots) for file, spots in out.items()}
+
+    @property
+    def has_weights(self) -> bool:
+        """False for a program sharded without weights: its parameters lie in no file."""
+        return all(e.file for e in self.entries)
+
+    def with_files(self, files: Iterable[FileInfo]) -> Manifest:
+        return replace(self, files=tuple(sorted(files, key=lambda f: f.name)))
+
+    def __str__(self) -> str:
+        size = sum(f.bytes for f in self.files)
+        lines = [f"{len(self.entries)} tensors, {self.mesh}, {len(self.files)} files, {size / 2**20:,.1f} MiB"]
+        width = max((len(e.name) for e in self.entries), default=0)
+        for e in self.entries:
+            dims = ", ".join(str(d.size if d.is_whole or d.tree is None else d.tree) for d in e.layout.dims)
+            dtype = str(e.dtype).removeprefix("torch.")
+            tied = f"  = {', '.join(e.aliases)}" if e.aliases else ""
+            lines.append(f"{e.name:<{width}}  {e.kind:<9}  {dtype:<8}  {list(e.shape)}  [{dims}]{tied}")
+        return "\n".join(lines)

@@ -1,0 +1,258 @@
+"""The text of `manifest.json`, both ways: strict, versioned, sealed with a digest of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tpcompiler.errors import WeightsError
+from tpcompiler.layout import Concat, Dim, Factor, Product
+from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.weights.files import CODES, DTYPES, FileInfo, disk, write_text
+from tpcompiler.weights.manifest import KINDS, Entry, Manifest
+from tpcompiler.weights.place import Held, Layout
+from tpcompiler.weights.runs import Runs
+
+NAME = "manifest.json"
+FORMAT = "tpcompiler"
+VERSION = 1
+
+
+def save_manifest(manifest: Manifest, directory: Path) -> FileInfo:
+    """Write `manifest.json`, synced: the last file of a directory, without which the others count for nothing."""
+    return write_text(directory / NAME, encode(manifest))
+
+
+def load_manifest(directory: Path | str) -> Manifest:
+    """Read and check `manifest.json`.
+
+    Errors: `WeightsError` when there is none, it is altered, of another version, contradicts itself, or a layout
+    leaves elements out.
+    """
+    path = Path(directory) / NAME
+    if not Path(directory).is_dir():
+        raise WeightsError(f"{directory}: no such directory")
+    if not path.is_file():
+        raise WeightsError(f"{directory}: no {NAME} here: not a directory that `tpc shard` or the trainer wrote")
+    with disk(path, "read"):
+        raw = path.read_bytes()
+    return decode(raw, path)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Dim(_Strict):
+    size: int = Field(ge=0)
+    tree: Any = None
+    runs: list[list[tuple[int, int]]]
+    rank: list[int]
+
+
+class _Tensor(_Strict):
+    name: str
+    kind: str
+    dtype: str
+    shape: list[int]
+    dims: list[int]
+    file: str
+    aliases: list[str] = []
+    stored: list[str] = []
+    like: str = ""
+    trainable: bool = True
+
+
+class _File(_Strict):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class _Manifest(_Strict):
+    format: str
+    version: int
+    tpcompiler: str
+    torch: str
+    mesh: list[tuple[str, int]]
+    spec: dict[str, Any]
+    dims: list[_Dim]
+    tensors: list[_Tensor]
+    files: list[_File]
+
+
+def encode(manifest: Manifest) -> str:
+    """The manifest as JSON: one line a dimension, a tensor and a file; equal dimensions are written once."""
+    dims: dict[Held, int] = {}
+    tensors = []
+    for e in manifest.entries:
+        places = [dims.setdefault(d, len(dims)) for d in e.layout.dims]
+        tensors.append(_tensor(e, places))
+    out: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tpcompiler": manifest.tpcompiler,
+        "torch": manifest.torch,
+        "mesh": [list(d) for d in manifest.mesh.dims],
+        "spec": manifest.spec,
+        "dims": [_dim(d) for d in dims],
+        "tensors": tensors,
+        "files": [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in manifest.files],
+    }
+    blocks = ("dims", "tensors", "files")
+    lines = [f"{_dump(key)}: {_block(value) if key in blocks else _dump(value)}" for key, value in out.items()]
+    return "{\n" + ",\n".join([*lines, f'"sha256": "{_seal(out)}"']) + "\n}\n"
+
+
+def _dim(held: Held) -> dict[str, Any]:
+    tree = {} if held.tree is None else {"tree": to_tree(held.tree)}
+    slices = [[list(run) for run in runs] for runs in held.runs]
+    return {"size": held.size, **tree, "runs": slices, "rank": list(held.rank)}
+
+
+def _tensor(e: Entry, dims: list[int]) -> dict[str, Any]:
+    always = {"name": e.name, "kind": e.kind, "dtype": CODES[e.dtype], "shape": list(e.shape), "dims": dims}
+    optional = {"aliases": list(e.aliases), "stored": list(e.stored), "like": e.like, "trainable": e.trainable}
+    default = {"aliases": [], "stored": [], "like": "", "trainable": True}
+    return always | {"file": e.file} | {key: value for key, value in optional.items() if value != default[key]}
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _block(items: Iterable[Any]) -> str:
+    lines = ",\n".join("  " + _dump(item) for item in items)
+    return f"[\n{lines}\n]" if lines else "[]"
+
+
+def _seal(out: Mapping[str, Any]) -> str:
+    """The digest of everything else: canonical JSON, so that layout and order of the text do not count."""
+    text = json.dumps(out, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def decode(raw: bytes, path: Path) -> Manifest:
+    """The inverse of `encode`. `path` stands in the messages."""
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise WeightsError(f"{path}: truncated or not JSON: {e}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise WeightsError(f"{path}: not a manifest of tpcompiler")
+    if data.get("version") != VERSION:
+        raise WeightsError(f"{path}: format version {data.get('version')}; this tpcompiler reads version {VERSION}")
+    if data.pop("sha256", None) != _seal(data):
+        raise WeightsError(f"{path}: altered: its content does not have the digest that it names")
+    try:
+        return _build(_Manifest.model_validate_json(json.dumps(data)))
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise WeightsError(f"{path}: {where}: {first['msg'].lower()}") from None
+    except (ValueError, RecursionError) as e:
+        raise WeightsError(f"{path}: {e}") from None
+    except WeightsError as e:
+        raise WeightsError(f"{path}: {e}") from None
+
+
+def _build(wire: _Manifest) -> Manifest:
+    mesh = Mesh(tuple(wire.mesh))
+    if len(set(mesh.names)) < len(mesh.names) or any(degree < 1 for _, degree in mesh.dims):
+        raise ValueError(f"mesh: {wire.mesh} is none")
+    dims = [_held(d, mesh, i) for i, d in enumerate(wire.dims)]
+    entries = tuple(_entry(t, dims, mesh) for t in wire.tensors)
+    if len({e.name for e in entries}) < len(entries):
+        raise ValueError("tensors: a name stands twice")
+    if any("/" in f.name or "\\" in f.name or f.name in ("", ".", "..") for f in wire.files):
+        raise ValueError("files: a name leads out of the directory")
+    files = tuple(FileInfo(f.name, f.bytes, f.sha256) for f in wire.files)
+    return Manifest(mesh, entries, files, wire.spec, wire.tpcompiler, wire.torch)
+
+
+def _held(wire: _Dim, mesh: Mesh, i: int) -> Held:
+    runs: tuple[Runs, ...] = tuple(tuple(r) for r in wire.runs)
+    for r in runs:
+        bounds = [bound for run in r for bound in run]
+        inside = not bounds or 0 <= bounds[0] <= bounds[-1] <= wire.size
+        if not inside or any(a >= b for a, b in pairwise(bounds)):
+            raise ValueError(f"dims.{i}: runs are not ascending within {wire.size}")
+    if len(wire.rank) != mesh.size or any(not 0 <= j < len(runs) for j in wire.rank):
+        raise ValueError(f"dims.{i}: needs one slice for each of {mesh.size} ranks")
+    if wire.tree is None:
+        return Held(wire.size, runs, tuple(wire.rank))
+    tree = from_tree(wire.tree)
+    if missing := [name for name in tree.over if name not in mesh]:
+        raise ValueError(f"dims.{i}: split over {missing[0]}, which the mesh ({mesh}) does not have")
+    held = Held.of(tree, mesh)
+    if (held.size, held.runs, held.rank) != (wire.size, runs, tuple(wire.rank)):
+        raise ValueError(f"dims.{i}: tree and runs disagree")
+    return held
+
+
+def _entry(wire: _Tensor, dims: list[Held], mesh: Mesh) -> Entry:
+    if wire.kind not in KINDS:
+        raise ValueError(f"{wire.name}: unknown kind {wire.kind!r}")
+    if wire.dtype not in DTYPES:
+        raise ValueError(f"{wire.name}: unknown dtype {wire.dtype!r}")
+    if any(not 0 <= i < len(dims) for i in wire.dims) or [dims[i].size for i in wire.dims] != wire.shape:
+        raise ValueError(f"{wire.name}: shape {wire.shape} and dims disagree")
+    entry = Entry(
+        name=wire.name,
+        kind=wire.kind,
+        dtype=DTYPES[wire.dtype],
+        layout=Layout(tuple(dims[i] for i in wire.dims), mesh.size),
+        file=wire.file,
+        aliases=tuple(wire.aliases),
+        stored=tuple(wire.stored),
+        like=wire.like,
+        trainable=wire.trainable,
+    )
+    _check_file(entry)
+    entry.check()
+    return entry
+
+
+def _check_file(entry: Entry) -> None:
+    """The file name is a plain one, and one file for all ranks holds all of the tensor."""
+    rest = entry.file.replace("{rank:05d}", "0")
+    if any(c in rest for c in "{}/\\") or rest in (".", ".."):
+        raise ValueError(f"{entry.name}: not a file name: {entry.file!r}")
+    if entry.file and not entry.per_rank and not entry.layout.is_whole:
+        raise ValueError(f"{entry.name}: split, but all ranks share the file {entry.file}")
+
+
+def to_tree(dim: Dim) -> Any:
+    """A layout as JSON: a whole unnamed dimension is its size, others objects of one shape each."""
+    match dim:
+        case Factor(n, "", ()):
+            return n
+        case Factor(n, name, split):
+            return {"size": n, "axis": name, "over": list(split)}
+        case Product(parts):
+            return {"product": [to_tree(p) for p in parts]}
+        case Concat(parts):
+            return {"concat": [to_tree(p) for p in parts]}
+    raise AssertionError(dim)
+
+
+def from_tree(tree: Any) -> Dim:
+    """The inverse of `to_tree`. Raises `ValueError` for anything else."""
+    match tree:
+        case bool():
+            pass
+        case int(n) if n >= 0:
+            return Factor(n)
+        case {"size": int(n), "axis": str(name), "over": list(over)} if n >= 0 and all(type(o) is str for o in over):
+            return Factor(n, name, tuple(over))
+        case {"product": list(parts)}:
+            return Product(tuple(from_tree(p) for p in parts))
+        case {"concat": list(parts)}:
+            return Concat(tuple(from_tree(p) for p in parts))
+    raise ValueError(f"not a layout: {json.dumps(tree)[:80]}")

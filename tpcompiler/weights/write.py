@@ -1,0 +1,288 @@
+"""Directories of weights, written: shard, merge, reshard. Block by block, never a whole model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpcompiler.errors import WeightsError
+from tpcompiler.layout import Dim
+from tpcompiler.program import Parameter
+from tpcompiler.runtime.mesh import Coords, Mesh
+from tpcompiler.weights.atomic import replacing, replacing_file
+from tpcompiler.weights.files import FileInfo, Spot, Writer, blocks, digest, disk, in_order, write_text
+from tpcompiler.weights.manifest import BUFFER_FILE, EXTRA_FILE, RANK_FILE, Entry, Manifest, weight_mesh
+from tpcompiler.weights.match import Job, entries_of, match, whole_layout
+from tpcompiler.weights.place import Layout
+from tpcompiler.weights.runs import bits, intersect, positions, slice_of
+from tpcompiler.weights.source import Source, Weights, check_size, open_source
+from tpcompiler.weights.wire import NAME, load_manifest, save_manifest
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+Named = tuple[str, Entry]
+Readable = Source | Mapping[str, torch.Tensor] | Path | str
+MAX_FILE = 5 * 10**9  # bytes of a merged file, Hugging Face's limit
+
+
+def shard(
+    source: Readable | None,
+    parameters: Sequence[Parameter],
+    dims: Mapping[str, Sequence[Dim]],
+    mesh: Mesh,
+    directory: Path | str,
+    *,
+    spec: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    strip: str = "",
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write a model's weights for the ranks of `mesh` (without its `data` dimension) into `directory`, all or nothing.
+
+    `dims`: parameter name → layout per dimension. `source`: anything `open_source` takes; None writes buffers and the
+    manifest only. `dtype` converts floating-point parameters; else every bit stays. `strip`: a prefix of the source's
+    names. What the source has beyond the model is kept for `merge`. An earlier output there is replaced, files in it
+    that are not ours stay. Errors: `WeightsError`; the directory is then as it was.
+    """
+    with output(directory) as new:
+        return write_shards(source, parameters, dims, mesh, new, spec=spec, dtype=dtype, strip=strip, progress=progress)
+
+
+def write_shards(
+    source: Readable | None,
+    parameters: Sequence[Parameter],
+    dims: Mapping[str, Sequence[Dim]],
+    mesh: Mesh,
+    into: Path,
+    *,
+    spec: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    strip: str = "",
+    progress: Progress | None = None,
+) -> Manifest:
+    """`shard` into a directory that exists, such as the temporary one of `output`; a failure leaves pieces there."""
+    entries = entries_of(parameters, dims, mesh)
+    with ExitStack() as stack:
+        opened = None if source is None else stack.enter_context(open_source(source, strip))
+        jobs = match(opened, parameters, entries, mesh, dtype)
+        known = {job.entry.name for job in jobs}
+        described = [replace(e, file="") for e in entries if e.name not in known]
+        files = write_jobs(jobs, into, progress)
+    manifest = Manifest(weight_mesh(mesh), (*described, *(job.entry for job in jobs)), spec=dict(spec or {}))
+    manifest = manifest.with_files(files)
+    save_manifest(manifest, into)
+    return manifest
+
+
+def reshard(
+    directory: Path | str,
+    dims: Mapping[str, Sequence[Dim]],
+    mesh: Mesh,
+    out: Path | str,
+    *,
+    spec: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the weights of `directory` for another mesh into `out`, all or nothing, every bit kept.
+
+    `dims`: parameter name → its layout on the new mesh; `spec`: the one that says so, for the record. Optimizer state
+    follows the parameter it belongs to; tensors that are whole and not in `dims` stay whole; `state.json` and its like
+    are copied.
+    Errors: `WeightsError` for a damaged directory, copies that differ, or a split tensor without a new layout.
+    """
+    verify(directory)
+    with Weights(directory, compare_copies=True) as weights, output(out) as new:
+        old = weights.manifest
+        jobs = [_moved(weights, e, dims, weight_mesh(mesh)) for e in old.entries]
+        files = list(write_jobs(jobs, new, progress))
+        for info in old.files:
+            if info.name not in old.contents:
+                with disk(info.name, f"write {info.bytes} bytes"):
+                    shutil.copyfile(weights.directory / info.name, new / info.name)
+                files.append(info)
+        entries = tuple(job.entry for job in jobs)
+        manifest = Manifest(weight_mesh(mesh), entries, spec=dict(spec)).with_files(files)
+        save_manifest(manifest, new)
+        return manifest
+
+
+def _moved(weights: Weights, old: Entry, dims: Mapping[str, Sequence[Dim]], mesh: Mesh) -> Job:
+    weights.entry(old.name)  # raises when it lies in no file
+    tree = dims.get(old.name, dims.get(old.like) if old.like else None)
+    if tree is not None:
+        layout = Layout.of(tuple(tree), mesh)
+    elif old.layout.is_whole:
+        layout = whole_layout(old.shape, mesh.size)
+    else:
+        raise WeightsError(f"{weights.where}: {old.name} is split there, but has no layout on the new mesh ({mesh})")
+    if layout.shape != old.shape:
+        raise WeightsError(f"{weights.where}: {old.name} is {list(old.shape)}, its new layout {list(layout.shape)}")
+    file = (BUFFER_FILE if layout.is_whole else RANK_FILE) if old.kind == "buffer" else old.file
+    entry = replace(old, layout=layout, file=file)
+    entry.check()
+    return Job(entry, lambda runs: weights.read(old.name, runs))
+
+
+def merge(
+    directory: Path | str, out: Path | str, *, max_file: int = MAX_FILE, progress: Progress | None = None
+) -> tuple[Path, ...]:
+    """Put a model's tensors together again, under the names they came with, bit for bit. Returns the files.
+
+    `out` ending in `.safetensors` is one file; else a directory in Hugging Face's form: `model.safetensors`, or
+    parts of at most `max_file` bytes and an index. Digests, and copies on several ranks, are compared.
+    Errors: `WeightsError`; then `out` is as it was.
+    """
+    verify(directory)
+    with Weights(directory, compare_copies=True) as weights:
+        chosen = [(name, weights.entry(e.name)) for e in weights.manifest.entries for name in e.stored]
+        total = _Count(sum(Spot(n, e.dtype, e.shape).bytes for n, e in chosen), progress)
+        if Path(out).suffix == ".safetensors":
+            with replacing_file(out) as new:
+                _write_plain(weights, chosen, new, total)
+            return (Path(out),)
+        with replacing(out, _is_merged) as new:
+            names = _write_parts(weights, chosen, new, max_file, total)
+        return tuple(Path(out) / name for name in names)
+
+
+def _write_parts(weights: Weights, chosen: Sequence[Named], new: Path, max_file: int, total: _Count) -> list[str]:
+    parts: list[list[Named]] = [[]]
+    size = 0
+    for name, entry in chosen:
+        n = Spot(name, entry.dtype, entry.shape).bytes
+        if parts[-1] and size + n > max_file:
+            parts.append([])
+            size = 0
+        parts[-1].append((name, entry))
+        size += n
+    if len(parts) == 1:
+        names = ["model.safetensors"]
+    else:
+        names = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    for file, part in zip(names, parts, strict=True):
+        _write_plain(weights, part, new / file, total)
+    if len(parts) > 1:
+        home = {name: file for file, part in zip(names, parts, strict=True) for name, _ in part}
+        index = {"metadata": {"total_size": total.whole}, "weight_map": home}
+        write_text(new / "model.safetensors.index.json", json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+        names.append("model.safetensors.index.json")
+    return names
+
+
+def _write_plain(weights: Weights, chosen: Sequence[Named], path: Path, total: _Count) -> None:
+    entries = dict(chosen)
+    spots = in_order(Spot(name, e.dtype, e.shape) for name, e in entries.items())
+    with Writer(path, spots) as writer:
+        for spot in spots:
+            for block in blocks(spot.shape, spot.dtype.itemsize):
+                value = weights.read(entries[spot.name].name, block)
+                writer.write(value)
+                total.add(value.nbytes)
+        writer.close()
+
+
+def write_jobs(jobs: Sequence[Job], into: Path, progress: Progress | None = None) -> tuple[FileInfo, ...]:
+    """Write the files of all jobs, each tensor read once. The files are synced; the manifest is the caller's."""
+    manifest = Manifest(_ranks_of(jobs), tuple(job.entry for job in jobs))
+    total = _Count(sum(Spot(j.entry.name, j.entry.dtype, j.entry.shape).bytes for j in jobs), progress)
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.entry.file, []).append(job)
+    done: list[FileInfo] = []
+    for group in groups.values():
+        files = dict.fromkeys(group[0].entry.file_of(r) for r in range(manifest.mesh.size))
+        with ExitStack() as stack:
+            writers = [stack.enter_context(Writer(into / f, manifest.contents[f])) for f in files]
+            pool = stack.enter_context(ThreadPoolExecutor(min(len(writers), os.cpu_count() or 1)))
+            for job in sorted(group, key=lambda j: -j.entry.dtype.itemsize):
+                _write_tensor(job, writers, pool, total)
+            done += pool.map(Writer.close, writers)
+    return tuple(done)
+
+
+def _ranks_of(jobs: Sequence[Job]) -> Mesh:
+    return Mesh((("rank", jobs[0].entry.layout.ranks if jobs else 1),))
+
+
+def _write_tensor(job: Job, writers: Sequence[Writer], pool: ThreadPoolExecutor, total: _Count) -> None:
+    """One tensor to all ranks' files. Blocks come in the order of dimension 0, so every rank's slice grows in order."""
+    layout = job.entry.layout
+    for block in blocks(job.entry.shape, job.entry.dtype.itemsize):
+        value = job.read(block)
+        assert value.dtype == job.entry.dtype, (job.entry.name, value.dtype)
+        pieces: dict[Any, torch.Tensor] = {}
+        work: list[tuple[Writer, torch.Tensor]] = []
+        for rank, writer in enumerate(writers):
+            mine = tuple(intersect(h, b) for h, b in zip(layout.runs(rank), block, strict=True))
+            if not all(mine):
+                continue
+            if mine not in pieces:
+                local = tuple(positions(m, b) for m, b in zip(mine, block, strict=True))
+                pieces[mine] = bits(slice_of(value, local)).contiguous()
+            work.append((writer, pieces[mine]))
+        for _ in pool.map(lambda pair: pair[0].write(pair[1]), work):
+            pass
+        total.add(value.nbytes)
+
+
+class _Count:
+    """Bytes done, told to whoever watches."""
+
+    def __init__(self, whole: int, progress: Progress | None) -> None:
+        self.whole, self._done, self._progress = whole, 0, progress
+
+    def add(self, n: int) -> None:
+        self._done += n
+        if self._progress is not None:
+            self._progress(self._done, self.whole)
+
+
+def verify(directory: Path | str, files: Iterable[str] | None = None) -> Manifest:
+    """Compare sizes and SHA-256 digests of the files (default: all) with the manifest. Errors: `WeightsError`."""
+    manifest = load_manifest(directory)
+    chosen = [f for f in manifest.files if files is None or f.name in set(files)]
+    for f in chosen:
+        check_size(Path(directory) / f.name, f.bytes)
+    with ThreadPoolExecutor(max(1, min(len(chosen), os.cpu_count() or 1))) as pool:
+        for expected, found in zip(chosen, pool.map(digest, (Path(directory) / f.name for f in chosen)), strict=True):
+            if found != expected:
+                raise WeightsError(f"{Path(directory) / expected.name}: altered: SHA-256 is not what the manifest says")
+    return manifest
+
+
+def load_rank(directory: Path | str, name: str, dims: Sequence[Dim], mesh: Mesh, coords: Coords) -> torch.Tensor:
+    """One rank's slice of one tensor, under a layout of its own choosing. For many, keep a `Weights` open."""
+    with Weights(directory) as weights:
+        return weights.read_layout(name, dims, mesh, coords)
+
+
+def output(directory: Path | str) -> AbstractContextManager[Path]:
+    """A temporary directory that becomes `directory`, as a whole, when the block ends well.
+
+    It may replace an earlier output of ours; other files in that are carried over.
+    """
+    return replacing(directory, lambda old: (old / NAME).is_file(), _foreign)
+
+
+def _foreign(old: Path) -> list[Path]:
+    """What in an earlier output we did not write as weights: programs, notes."""
+    ours: set[str] = {NAME}
+    try:
+        ours |= {f.name for f in load_manifest(old).files}
+    except WeightsError:
+        globs = ("rank-*.safetensors", BUFFER_FILE, EXTRA_FILE)
+        ours |= {p.name for p in old.iterdir() if any(fnmatch(p.name, g) for g in globs)}
+    return [p for p in old.iterdir() if p.name not in ours]
+
+
+def _is_merged(old: Path) -> bool:
+    return all(fnmatch(p.name, "model*.safetensors") or p.name == "model.safetensors.index.json" for p in old.iterdir())
