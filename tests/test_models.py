@@ -18,19 +18,18 @@ MODELS = Path(__file__).parent.parent / "models"
 ZOO_FILES = sorted((Path(__file__).parent / "zoo").glob("*.py"))
 NAMES = sorted(path.stem for path in MODELS.glob("*.py"))
 SMALL = {"vocab": 120, "hidden": 24, "heads": 4, "layers": 2}
-BATCH, SEQUENCE = 3, 10
 
 
 def load(name: str) -> ModuleType:
     return importlib.import_module(f"models.{name}")
 
 
-def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def build(name: str, batch: int = 3, sequence: int = 10) -> tuple[nn.Module, dict[str, Tensor]]:
     """A small model and inputs, `name` of models/ or of the zoo, on torch's default device."""
     if name in ZOO:
-        return ZOO[name](batch=BATCH, sequence=SEQUENCE)
+        return ZOO[name](batch=batch, sequence=sequence)
     module = load(name)
-    return module.Model(**SMALL), module.example_inputs(batch=BATCH, sequence=SEQUENCE, vocab=SMALL["vocab"])
+    return module.Model(**SMALL), module.example_inputs(batch=batch, sequence=sequence, vocab=SMALL["vocab"])
 
 
 def loss_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -41,6 +40,21 @@ def export(model: nn.Module, inputs: dict[str, Tensor]) -> torch.export.Exported
     auto = torch.export.Dim.AUTO
     shapes = {name: dict.fromkeys(range(x.dim()), auto) for name, x in inputs.items()}
     return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
+
+
+def input_sizes(program: torch.export.ExportedProgram, inputs: dict[str, Tensor]) -> list[int | torch.SymInt]:
+    """The sizes of all inputs as the trace has them: symbols where they are left open."""
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    assert len(placeholders) == len(inputs)
+    return [size for node in placeholders for size in node.meta["val"].shape]
+
+
+def silence_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("name", NAMES + sorted(ZOO))
@@ -61,29 +75,28 @@ def test_model_learns_and_every_parameter_takes_part(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES + sorted(ZOO))
-def test_model_is_traced_on_meta_with_batch_and_sequence_open(name: str) -> None:
+def test_model_is_built_and_runs_on_meta(name: str) -> None:
     with torch.device("meta"):
         model, inputs = build(name)
-    program = export(model.train(), inputs)
-    placeholders = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    for key in inputs:
-        assert all(isinstance(size, torch.SymInt) for size in placeholders[key].shape), key
+    assert all(x.is_meta for x in [*model.parameters(), *inputs.values()])
+    assert loss_of(model.train()(**inputs)).shape == ()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_model_is_traced_without_weights(name: str) -> None:
+    with torch.device("meta"):
+        model, inputs = build(name)
+    assert all(isinstance(size, torch.SymInt) for size in input_sizes(export(model.train(), inputs), inputs))
 
 
 @pytest.mark.parametrize("name", NAMES + sorted(ZOO))
 def test_traced_model_computes_what_the_model_does_at_other_sizes(name: str) -> None:
     model, inputs = build(name)
-    for module in model.modules():
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0  # type: ignore[assignment]
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    program = export(model.train(), inputs).module()
-    if name in ZOO:
-        other = ZOO[name](batch=5, sequence=7)[1]
-    else:
-        other = load(name).example_inputs(batch=5, sequence=7, vocab=SMALL["vocab"])
-    torch.testing.assert_close(program(**other), model(**other))
+    silence_dropout(model)
+    program = export(model.train(), inputs)
+    assert sum(isinstance(size, torch.SymInt) for size in input_sizes(program, inputs)) >= 2
+    other = build(name, batch=5, sequence=7)[1]
+    torch.testing.assert_close(program.module()(**other), model(**other))
 
 
 @pytest.mark.parametrize("name", NAMES + sorted(ZOO))

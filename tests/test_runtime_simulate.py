@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from tpcompiler import runtime
 from tpcompiler.errors import TpcError
-from tpcompiler.layout import Factor, LocalRuns, LocalSize
+from tpcompiler.layout import Dim, Factor, LocalRuns, LocalSize
 from tpcompiler.program import Capture, Parameter, Program, Slot, Training
 from tpcompiler.runtime import Group, Mesh, Ranks, Rng, enter, reduce
 from tpcompiler.simulate import (
@@ -213,7 +213,7 @@ FF = Factor(7, "ff", ("tensor",))
 
 def mlp(degree: int) -> Program:
     """An MLP with everything that `interpret` resolves: sizes, rows, modes, groups, random numbers, factories."""
-    g = fx.Graph()
+    g: Any = fx.Graph()  # the type of its arguments has no place for ours
     up, down, bias, x = (g.placeholder(n) for n in ("up", "down", "bias", "x"))
     batch = g.call_function(aten.sym_size.int, (x, 0))
     h = g.call_function(aten.linear.default, (g.call_function(runtime.enter, (x, ("tensor",))), up))
@@ -232,7 +232,7 @@ def mlp(degree: int) -> Program:
     )
     spec = pytree.tree_structure(((1, 2), {}))
     capture = Capture(g, parameters, ("x",), spec, spec, (Slot("x"), 4), "MLP", "mlp.py", ("x", "n"))
-    dims = {"up": (FF, Factor(5)), "down": (Factor(5), FF)}
+    dims: dict[str, tuple[Dim, ...]] = {"up": (FF, Factor(5)), "down": (Factor(5), FF)}
     return Program(g, Mesh.of({"tensor": degree}), capture, dims)
 
 

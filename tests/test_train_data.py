@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -288,8 +289,12 @@ def test_evaluation_reads_in_order_and_always_the_same(tmp_path: Path) -> None:
         ({}, {"data": {"path": "nothing.txt"}}, r"data nothing\.txt: no such file"),
         ({"a.txt": b""}, {"data": {"path": "a.txt"}}, r"a\.txt: the file is empty"),
         ({"a.jsonl": b"\n"}, {"data": {"path": "a.jsonl"}}, r"a\.jsonl: the file is empty"),
-        ({"a.txt": b"short"}, {"data": {"path": "a.txt"}}, r"6 tokens are less than one sample of 17"),
-        ({"a.txt": b"x" * 20}, {"data": {"path": "a.txt"}}, r"1 samples cannot spare one for evaluation"),
+        ({"a.txt": b"short"}, {"data": {"path": "a.txt"}}, r"6 tokens are less than one sample of 16"),
+        (
+            {"a.txt": b"x" * 20},
+            {"data": {"path": "a.txt"}},
+            r"1 sample of 16 tokens cannot be trained and evaluated on",
+        ),
         ({"a.txt": b"ok\nbad \xff\n"}, {"data": {"path": "a.txt"}}, r"a\.txt:\d+: not UTF-8 \(byte 0xff\)"),
         ({"a.jsonl": b'{"text": 1}\n'}, {"data": {"path": "a.jsonl"}}, r"a\.jsonl:1: no text under the key 'text'"),
         ({"a.jsonl": b'{"text": "a"}\n{"te'}, {"data": {"path": "a.jsonl"}}, r"a\.jsonl:2: not JSON"),
@@ -331,3 +336,32 @@ def test_a_token_file_is_scanned_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert open_corpus(train).largest_id == 99
     monkeypatch.setattr(tokens_module, "_SCAN", None)  # a second scan would fail
     assert open_corpus(train).largest_id == 99
+
+
+def test_masked_batches_need_room_for_marks_and_random_words(tmp_path: Path) -> None:
+    data = corpus(tmp_path, "x" * 900, data={"task": "mlm"})
+    data.fits(vocabulary=261)
+    with pytest.raises(TpcError, match="token id 260, but the model's vocabulary is 260"):
+        data.fits(vocabulary=260)
+
+
+def test_an_epoch_has_whole_steps() -> None:
+    assert Batches(Numbers(35), 8, 4).epoch_steps == 4
+    assert Batches(Numbers(3), 8, 4).epoch_steps == 1
+
+
+def test_many_readers_may_tokenise_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("some words and more\n" * 500)
+    train = settings_of(tmp_path, data={"path": str(path)})
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: open_corpus(train).train.batch_at(0, 0).fingerprint(), range(8)))
+    assert len(set(found)) == 1
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".bin", ".json"]
+
+
+def test_a_cut_cache_is_made_again(tmp_path: Path) -> None:
+    before = corpus(tmp_path, "abc" * 300).train.batch_at(0, 0).fingerprint()
+    (cached,) = (tmp_path / "cache").glob("*.bin")
+    os.truncate(cached, 100)
+    assert corpus(tmp_path, "abc" * 300).train.batch_at(0, 0).fingerprint() == before

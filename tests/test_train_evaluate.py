@@ -22,6 +22,7 @@ from tpcompiler.train.evaluate import (
     score_tokens,
 )
 from tpcompiler.train.tokenizer import ByteTokenizer
+from tpcompiler.train.wikitext import join_words
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,19 @@ def test_cloze_files_are_jsonl_or_lines(tmp_path: Path) -> None:
         read_texts(lines)
     with pytest.raises(TpcError, match="No such file"):
         read_texts(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("apart", "joined"),
+    [
+        ("It cost $ 3 @,@ 000 ( in 1 @.@ 5 years ) .", "It cost $3,000 (in 1.5 years)."),
+        (' He said : " no , don \'t ! " and left ;', ' He said: "no, don\'t!" and left;'),
+        ("the cat 's well @-@ known hat", "the cat's well-known hat"),
+        (" \n = = Early life = = \n \n Born", "\n== Early life ==\n\nBorn"),
+        ("the boys ' hats at 20 ° C", "the boys' hats at 20° C"),
+        ("nothing to do here", "nothing to do here"),
+    ],
+)
+def test_wikitext_is_joined_as_people_write(apart: str, joined: str) -> None:
+    assert join_words(apart) == joined
+    assert join_words(joined) == joined

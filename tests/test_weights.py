@@ -1,7 +1,8 @@
-"""Laws of the weights format: whatever the layout, shard → merge is the identity, and every degree holds the same bits."""
+"""Laws of the weights format: shard → merge is the identity for any layout, and every degree holds the same bits."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import resource
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from tpcompiler.weights.wire import decode, encode
 Tensors = Mapping[str, torch.Tensor]
 Layouts = Mapping[str, tuple[Dim, ...]]
 
-# ---------------------------------------------------------------------------------------------------------- what we draw
+# --- what we draw ---
 
 
 @st.composite
@@ -134,7 +135,7 @@ def assert_equal(a: Tensors, b: Tensors) -> None:
         assert same_bits(a[name], b[name]), name
 
 
-# ------------------------------------------------------------------------------------------------------------ index sets
+# --- index sets ---
 
 index_sets = st.sets(st.integers(0, 30)).map(lambda s: runs_of(sorted(s)))
 
@@ -198,7 +199,21 @@ def test_a_layout_that_leaves_elements_out_is_refused() -> None:
         Layout.of(square, Mesh.of({"t": 2})).check("w")
 
 
-# ----------------------------------------------------------------------------------------------------- safetensors files
+@given(st.lists(st.tuples(index_sets, index_sets), min_size=1, max_size=4))
+def test_exactly_the_layouts_with_a_hole_are_refused(slices: list[tuple[Runs, Runs]]) -> None:
+    """Index sets per rank that come from nowhere: a layout is accepted when their products cover the tensor."""
+    slices = [(intersect(a, ((0, 3),)), b and ((0, 2),)) for a, b in slices]
+    layout = Layout(tuple(Held.of_runs(n, [s[d] for s in slices]) for d, n in enumerate((3, 2))), len(slices))
+    held = {e for s in slices for e in product(*map(indices, s))}
+    try:
+        layout.check("w")
+        accepted = True
+    except WeightsError:
+        accepted = False
+    assert accepted == (held == set(product(range(3), range(2))))
+
+
+# --- safetensors files ---
 
 
 @given(st.data())
@@ -223,19 +238,22 @@ def test_a_run_of_rows_reads_its_own_bytes_only(tmp_path: Path, monkeypatch: pyt
     reader = Reader(tmp_path / "f.safetensors")
     asked: list[int] = []
     fill = Reader._fill
-    monkeypatch.setattr(
-        Reader, "_fill", lambda self, buffer, offset: (asked.append(len(buffer)), fill(self, buffer, offset))[1]
-    )
+
+    def counted(self: Reader, buffer: memoryview, offset: int) -> None:
+        asked.append(len(buffer))
+        fill(self, buffer, offset)
+
+    monkeypatch.setattr(Reader, "_fill", counted)
     reader.read("w", (((2, 5), (9, 11)), ((0, 4),)))
     assert asked == [3 * 16, 2 * 16]
     reader.close()
 
 
-# ------------------------------------------------------------------------------------------------ shard, merge, reshard
+# --- shard, merge, reshard ---
 
 
 @given(models())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_shard_then_merge_is_the_identity_bit_for_bit(scratch: Path, model: Model) -> None:
     there = fresh(scratch)
     manifest = weights.shard(
@@ -252,6 +270,7 @@ def test_shard_then_merge_is_the_identity_bit_for_bit(scratch: Path, model: Mode
 
 
 @given(models(), st.data())
+@settings(max_examples=40)
 def test_any_rank_of_any_other_mesh_can_load(scratch: Path, model: Model, data: st.DataObject) -> None:
     there = fresh(scratch) / "sharded"
     weights.shard(model.tensors, model.parameters, model.dims, model.mesh, there)
@@ -360,11 +379,11 @@ def test_memory_stays_below_two_tensors(tmp_path: Path, monkeypatch: pytest.Monk
     assert files.digest(tmp_path / "in.safetensors").sha256 == files.digest(tmp_path / "out.safetensors").sha256
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# --- sources ---
 
 
 @given(models(), st.sampled_from(["file", "sharded", "pt", "bin index", "directory", "manifest"]))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_every_kind_of_source_gives_the_same_shards(scratch: Path, model: Model, kind: str) -> None:
     there = fresh(scratch)
     weights.shard(model.tensors, model.parameters, model.dims, model.mesh, there / "expected")
@@ -396,8 +415,6 @@ def saved(tensors: Tensors, there: Path, kind: str) -> Path:
             weights.merge(there / "m", plain / "parts", max_file=50)
             return plain / "parts"
         case "bin index":
-            import json
-
             for i, (n, t) in enumerate(tensors.items()):
                 torch.save({n: t}, plain / f"part-{i}.bin")
             index = {"weight_map": {n: f"part-{i}.bin" for i, n in enumerate(tensors)}}
@@ -490,7 +507,7 @@ def test_names_and_shapes_are_checked_before_anything_is_written(tmp_path: Path)
     assert_equal(load_file(tmp_path / "m.safetensors"), prefixed)
 
 
-# ------------------------------------------------------------------------------------------------------------ manifests
+# --- manifests ---
 
 
 @given(models())
@@ -534,8 +551,10 @@ def test_a_checkpoint_carries_optimizer_state_of_fsdp_chunks_and_reshards(tmp_pa
     weights.reshard(here, {"w": tree}, Mesh.of({"t": 3}), tmp_path / "three", spec={})
     assert (tmp_path / "three/state.json").read_text() == '{"sample": 41}\n'
     coords = {"t": 1}
-    mine = naive(values["exp_avg/w"], [d.runs(Mesh.of({"t": 3}), coords) for d in tree])
-    assert_equal(load_file(tmp_path / "three/optimizer-00001.safetensors"), {"exp_avg/w": mine, "step": values["step"]})
+    moments = naive(values["exp_avg/w"], [d.runs(Mesh.of({"t": 3}), coords) for d in tree])
+    assert_equal(
+        load_file(tmp_path / "three/optimizer-00001.safetensors"), {"exp_avg/w": moments, "step": values["step"]}
+    )
 
 
 def test_spots_in_order_keep_every_tensor_aligned(tmp_path: Path) -> None:

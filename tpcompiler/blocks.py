@@ -1,8 +1,8 @@
 """What each axis is for, and what splitting it saves and costs: the facts that the plan chooses by.
 
-Kinds are read off the graph, never off names: an axis that attention works on batchwise is `attention`, one that a
-table is looked up by is `embedding`, one that the loss contracts or that leaves as the output is `head`, one that
-stands between two weights is `mlp`.
+Kinds are read off the graph, never off names: an axis of a product of two activations (scores, or values weighted by
+them) is `attention`, one that a table is looked up by is `embedding`, one that the loss contracts or that leaves as the
+output is `head`, one that stands between two weights is `mlp`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from tpcompiler.axes.infer import AxisMap, Dims, Relation, op_name
 from tpcompiler.program import Capture
 
 ATTENTION, MLP, EMBEDDING, HEAD, OTHER = "attention", "mlp", "embedding", "head", "other"
-_SCORES = ("scaled_dot_product_attention", "softmax", "_softmax")
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class AxisFacts:
 
     leaf: int
     size: int
+    dynamic: bool  # a batch or sequence
     kinds: tuple[str, ...]
     batchwise: bool  # attention works on it as on a batch (heads), not through it (the width of a value head)
     parameters: tuple[str, ...]  # names of those it stands in
@@ -72,6 +72,7 @@ def gather_facts(capture: Capture, axes: AxisMap) -> Facts:
         leaf: AxisFacts(
             leaf,
             axes.terms.size(leaf),
+            axes.terms.size(leaf) in axes.dynamic,
             tally.kinds_of(leaf),
             leaf in tally.batchwise,
             tuple(members[leaf]),
@@ -107,10 +108,12 @@ class _Tally:
         self.entering: dict[int, set[str]] = defaultdict(set)
 
     def static(self, name: str) -> tuple[int, bool]:
-        """Elements of a value per token (its dimensions of fixed size), and whether it has no other dimensions."""
+        """Elements of a value per token, and whether it has no batch or sequence. A third such dimension is a second
+        sequence (scores): it counts as long."""
         val = self.nodes[name].meta["val"]
         fixed = [n for n in val.shape if isinstance(n, int)]
-        return prod(fixed), len(fixed) == len(val.shape)
+        dynamic = len(val.shape) - len(fixed)
+        return prod(fixed) * 1024 ** max(0, dynamic - 2), dynamic == 0
 
     def relation(self, node: fx.Node, relation: Relation) -> None:
         axes = self.axes
@@ -120,10 +123,8 @@ class _Tally:
         inside = {leaf for dims in relation.results for leaf in axes.axes_of(dims)} | contracted
         for leaf in inside:
             self.roles[leaf][op, relation.pattern, leaf in contracted] += 1
-            if op in _SCORES:
-                self.kinds[leaf].add(ATTENTION)
-        if op in _SCORES:
-            self.batchwise |= {leaf for dims in relation.results for leaf in axes.axes_of(dims[:-1])}
+        if op == "scaled_dot_product_attention" or relation.contracted:
+            self.attention(relation, inside, contracted, grouped=not relation.contracted)
         for leaf in special:
             self.kinds[leaf].add(EMBEDDING if op == "embedding" else HEAD)
         for leaf in contracted:
@@ -144,6 +145,16 @@ class _Tally:
             if operand.node in axes.grads:
                 for leaf in inside - mine:
                     self.entering[leaf].add(operand.node)
+
+    def attention(self, relation: Relation, inside: set[int], contracted: set[int], *, grouped: bool) -> None:
+        """Products of activations: an axis that all of them have is a batch to it (heads), the others go through it."""
+        acting = [o for o in relation.operands if o.live and o.dims is not None and not self.static(o.node)[1]]
+        if len(acting) < 2:
+            return
+        shared = acting[:1] if grouped else acting[:2]  # grouped keys lack the group that queries and results have
+        self.batchwise |= inside.intersection(*(self.axes.axes_of(o.dims or ()) for o in shared)) - contracted
+        for leaf in inside:
+            self.kinds[leaf].add(ATTENTION)
 
     def cost(self, leaf: int) -> float:
         backward = 0.0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpcompiler.errors import ModelError
+from tpcompiler.errors import ModelError, TpcError
 from tpcompiler.load import Arguments, Inputs, Loaded
 from tpcompiler.located import one_line
 from tpcompiler.spec import Spec, nearest
@@ -30,8 +30,8 @@ def load_hf(ref: str, spec: Spec, arguments: Arguments) -> Loaded:
         raise ModelError(f"{ref}: needs transformers; pip install 'tpcompiler[hf]'") from None
     place, architecture = _split(ref.removeprefix("hf:"))
     directory = Path(place) if Path(place).exists() else None
-    config = _read(directory, place, transformers) if directory else _of_type(place, transformers)
-    config = _changed(config, arguments, ref)
+    written = _read(directory, place, transformers) if directory else {"model_type": _type(place, transformers)}
+    config = _config(written, arguments, ref, transformers)
     cls = _class(config, architecture, ref, transformers)
     _no_cache(config)
 
@@ -55,48 +55,52 @@ def _split(place: str) -> tuple[str, str]:
     return place, ""
 
 
-def _read(directory: Path, place: str, transformers: Any) -> Any:
+def _read(directory: Path, place: str, transformers: Any) -> dict[str, Any]:
+    """config.json as it is written, of a type that transformers knows."""
     file = directory / "config.json"
     if not directory.is_dir():
         raise ModelError(f"hf:{place}: is a file; give the directory that holds config.json")
     if not file.exists():
         raise ModelError(f"hf:{place}: holds no config.json, which a Hugging Face model has")
     try:
-        raw = json.loads(file.read_bytes())
-        if not isinstance(raw, dict):
-            raise ModelError(f"{file}: is not a JSON object")
-        if raw.get("model_type") not in transformers.CONFIG_MAPPING:
-            known = transformers.CONFIG_MAPPING.keys()
-            what = f"model_type {raw.get('model_type')!r} is none of transformers {transformers.__version__}"
-            raise ModelError(f"{file}: {what}; {nearest(str(raw.get('model_type')), known)}")
-        return transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        written = json.loads(file.read_bytes())
     except json.JSONDecodeError as e:
         raise ModelError(f"{file}:{e.lineno}: not JSON: {e.msg}") from None
-    except ModelError:
-        raise
-    except Exception as e:
-        raise ModelError(f"{file}: {_said(e)}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ModelError(f"{file}: cannot be read: {e}") from None
+    if not isinstance(written, dict):
+        raise ModelError(f"{file}: is not a JSON object")
+    kind = str(written.get("model_type"))
+    if kind not in transformers.CONFIG_MAPPING:
+        near = nearest(kind, transformers.CONFIG_MAPPING.keys())
+        raise ModelError(f"{file}: model_type {kind!r} is none of transformers {transformers.__version__}; {near}")
+    return written
 
 
-def _of_type(kind: str, transformers: Any) -> Any:
+def _type(kind: str, transformers: Any) -> str:
     if kind in transformers.CONFIG_MAPPING:
-        return transformers.CONFIG_MAPPING[kind]()
+        return kind
     if "/" in kind or kind.startswith("."):
         raise ModelError(f"hf:{kind}: no such directory; models are not downloaded, give a local directory")
     known = transformers.CONFIG_MAPPING.keys()
     raise ModelError(f"hf:{kind}: neither a directory nor a model type of transformers; {nearest(kind, known)}")
 
 
-def _changed(config: Any, arguments: Arguments, ref: str) -> Any:
-    """The configuration with `model:` and `--set` in it, checked again as a whole."""
-    plain = config.to_dict()
-    known = {*plain, *config.attribute_map}
-    for key, value in arguments.values.items():
-        if key not in known:
-            raise arguments.error(key, f"{type(config).__name__} has no {key!r}; {nearest(key, known)}")
-        plain[config.attribute_map.get(key, key)] = value
+def _config(written: dict[str, Any], arguments: Arguments, ref: str, transformers: Any) -> Any:
+    """The configuration with `model:` and `--set` in it. What is written nowhere follows from the rest, as ever."""
+    cls = transformers.CONFIG_MAPPING[written["model_type"]]
     try:
-        return type(config).from_dict(plain)
+        known = {*cls.from_dict(written).to_dict(), *cls.attribute_map}
+        for key, value in arguments.values.items():
+            if key not in known:
+                raise arguments.error(key, f"{cls.__name__} has no {key!r}; {nearest(key, known)}")
+            name = cls.attribute_map.get(key, key)
+            part = written.get(name)
+            whole = {**part, **value} if isinstance(part, dict) and isinstance(value, Mapping) else value
+            written = {**{k: v for k, v in written.items() if k != key}, name: whole}
+        return cls.from_dict(written)
+    except TpcError:
+        raise
     except Exception as e:
         raise ModelError(f"{ref}: the configuration is refused: {_said(e)}") from e
 

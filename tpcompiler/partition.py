@@ -31,8 +31,16 @@ Over = tuple[str, ...]
 _SIZED = {"view", "reshape", "_unsafe_view", "expand", "broadcast_to"}
 
 
+class CannotSplit(PlanError):
+    """Axes that turned out to have no form on one rank. The plan is made again without them."""
+
+    def __init__(self, node: str, why: str, leaves: tuple[int, ...]) -> None:
+        super().__init__(f"{why} (at {node})")
+        self.node, self.why, self.leaves = node, why, leaves
+
+
 def partition(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec) -> Program:
-    """One graph for all ranks. Raises `PlanError` for what cannot be split, naming the node."""
+    """One graph for all ranks. Raises `CannotSplit` for axes without a form on one rank, naming the node."""
     rewriter = _Rewriter(capture, axes, plan, spec)
     graph = rewriter.run()
     dims = {
@@ -40,6 +48,10 @@ def partition(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec) -> Progra
         for p in capture.parameters
     }
     return Program(graph, plan.mesh, capture, dims)
+
+
+class Folded(Exception):
+    """An axis lies in a dimension together with a batch in a way that a local shape cannot say."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +77,24 @@ class _Rewriter:
         for node in self.capture.graph.nodes:
             if node.op == "output":
                 self.output(node)
-            elif node.op == "call_function" and node.target is aten.dropout.default:
-                self.env[node] = self.dropout(node)
-            elif node.name in self.axes.relations:
-                self.env[node] = self.op(node, self.axes.relations[node.name])
             else:
-                self.env[node] = self.copy(node)
+                self.env[node] = self.rewrite(node)
+        for new in reversed(self.graph.nodes):
+            if new.op == "call_function" and not new.users:  # a bias that entered before it was moved past the reduction
+                self.graph.erase_node(new)
         self.graph.lint()
         return self.graph
+
+    def rewrite(self, node: fx.Node) -> fx.Node:
+        relation = self.axes.relations.get(node.name)
+        try:
+            if node.op == "call_function" and node.target is aten.dropout.default:
+                return self.dropout(node)
+            return self.copy(node) if relation is None else self.op(node, relation)
+        except Folded as e:
+            assert relation is not None
+            terms = [t for dims in (*relation.results, *(o.dims or () for o in relation.operands)) for t in dims]
+            raise self.refuse(node, str(e), *terms) from None
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -95,13 +117,26 @@ class _Rewriter:
             new.meta["dims"] = tuple(dims)
         return new
 
-    def insert(self, target: Any, args: tuple[Any, ...], like: fx.Node, note: str, dims: Sequence[Dim] | None = None) -> fx.Node:
+    def insert(
+        self, target: Any, args: tuple[Any, ...], like: fx.Node, note: str, dims: Sequence[Dim] | None = None,
+        because: tuple[str, tuple[int, ...]] | None = None,
+    ) -> fx.Node:
+        """A node of the runtime. `because`: of which op and axes, for the list of collectives."""
         new = self.graph.call_function(target, args)
         self.describe(new, like, dims)
         new.meta["note"] = note
+        if because is not None:
+            new.meta["because"] = because
         return new
 
+    def split_axes(self, terms: Sequence[int | None]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(leaf for t in terms for leaf in self.axes.leaves(t) if leaf in self.plan.split))
+
     # -- one op -----------------------------------------------------------------------------------------------------
+
+    def refuse(self, node: fx.Node, why: str, *terms: int | None) -> CannotSplit:
+        leaves = tuple(leaf for t in terms for leaf in self.axes.leaves(t) if leaf in self.plan.split)
+        return CannotSplit(node.name, why, leaves)
 
     def over(self, terms: Sequence[int | None]) -> Over:
         """Mesh dimensions, in the mesh's order, that split any axis of these terms."""
@@ -120,7 +155,9 @@ class _Rewriter:
             if operand.live:
                 lacking = tuple(n for n in present if n not in self.over(operand.dims))
                 if lacking and source.name in self.axes.grads:
-                    value = self.enter(value, source, lacking)
+                    mine = self.split_axes(operand.dims)
+                    because = (op_name(node), tuple(a for a in self.split_axes(everywhere) if a not in mine))
+                    value = self.enter(value, source, lacking, because)
             else:
                 for i, term in enumerate(operand.dims):
                     if self.over([term]):
@@ -132,9 +169,11 @@ class _Rewriter:
             return self.local(node, relation, inputs)
         return self.contraction(node, relation, inputs, partial)
 
-    def enter(self, value: fx.Node, source: fx.Node, over: Over) -> fx.Node:
+    def enter(self, value: fx.Node, source: fx.Node, over: Over, because: tuple[str, tuple[int, ...]]) -> fx.Node:
         if (value, over) not in self.entered:
-            self.entered[value, over] = self.insert(runtime.enter, (value, over), source, "backward: all-reduce", value.meta.get("dims"))
+            self.entered[value, over] = self.insert(
+                runtime.enter, (value, over), source, "backward: all-reduce", value.meta.get("dims"), because
+            )
         return self.entered[value, over]
 
     def take(self, value: fx.Node, source: fx.Node, i: int, dim: Dim) -> fx.Node:
@@ -181,7 +220,7 @@ class _Rewriter:
                 return self.cross_entropy(node, relation, inputs, special, args)
             if name == "embedding":
                 return self.lookup(node, relation, inputs, special, args)
-            raise PlanError(f"{name} at {node.name} has no form for a split {relation.pattern}")
+            raise self.refuse(node, f"{name} has no form for a part of it", *relation.special)
         bias = None
         if name == "linear":
             bias = args["bias"]
@@ -196,10 +235,10 @@ class _Rewriter:
             new = self.graph.node_copy(node, inputs.__getitem__)
             new.kwargs = dict(new.kwargs)
         else:
-            raise PlanError(f"{name} at {node.name} cannot be split over a contraction: {relation.pattern}")
+            raise self.refuse(node, f"{name} has no form for a part of it", *relation.contracted)
         new.meta["note"] = f"partial over {'·'.join(partial)}"
         self.describe(new, node, dims)
-        out = self.reduce(new, node, partial, dims)
+        out = self.reduce(new, node, partial, dims, relation)
         if bias is None:
             return out
         return self.add_bias(node, relation, out, bias, dims)
@@ -212,12 +251,13 @@ class _Rewriter:
         present = self.over([t for t in relation.results[0]])
         lacking = tuple(n for n in present if n not in self.over(mine.dims))
         if lacking and bias.name in self.axes.grads:
-            value = self.enter(value, bias, lacking)
+            value = self.enter(value, bias, lacking, ("add", self.split_axes(relation.results[0])))
         new = self.graph.call_function(aten.add.Tensor, (out, value))
         return self.describe(new, node, dims)
 
-    def reduce(self, value: fx.Node, like: fx.Node, over: Over, dims: Sequence[Dim]) -> fx.Node:
-        return self.insert(runtime.reduce, (value, over), like, "all-reduce", dims)
+    def reduce(self, value: fx.Node, like: fx.Node, over: Over, dims: Sequence[Dim], relation: Relation) -> fx.Node:
+        because = (op_name(like), self.split_axes(relation.contracted))
+        return self.insert(runtime.reduce, (value, over), like, "all-reduce", dims, because)
 
     def mean(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], partial: Over, args: dict[str, Any]) -> fx.Node:
         """Sum of this rank's part, all-reduced, over the whole count: parts may be of different lengths."""
@@ -227,13 +267,13 @@ class _Rewriter:
         for i in dims if isinstance(dims, list | tuple | range) else [dims]:
             count *= source.meta["val"].shape[i]
         if not isinstance(count, int):
-            raise PlanError(f"mean at {node.name} is over a split axis and over the batch at once")
+            raise self.refuse(node, "a mean over it and over the batch at once", *relation.contracted)
         layout = self.plan.dims(self.axes, relation.results[0])
         kwargs = {"dtype": args["dtype"]} if args.get("dtype") is not None else {}
         new = self.graph.call_function(aten.sum.dim_IntList, (inputs[source], list(dims), bool(args.get("keepdim", False))), kwargs)
         new.meta["note"] = f"partial over {'·'.join(partial)}"
         self.describe(new, node, layout)
-        out = self.reduce(new, node, partial, layout)
+        out = self.reduce(new, node, partial, layout, relation)
         return self.describe(self.graph.call_function(aten.div.Tensor, (out, count)), node, layout)
 
     def lookup(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], over: Over, args: dict[str, Any]) -> fx.Node:
@@ -244,7 +284,7 @@ class _Rewriter:
         dims = self.plan.dims(self.axes, relation.results[0])
         call = (inputs[args["weight"]], inputs[args["indices"]], rows, *(() if padding is None else (padding,)))
         new = self.insert(runtime.lookup, call, node, f"partial over {'·'.join(over)}", dims)
-        return self.reduce(new, node, over, dims)
+        return self.reduce(new, node, over, dims, relation)
 
     def cross_entropy(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], over: Over, args: dict[str, Any]) -> fx.Node:
         logits = relation.operands[0]
@@ -255,7 +295,9 @@ class _Rewriter:
         call = (inputs[args["self"]], inputs[args["target"]], over, rows)
         kwargs = {"weight": weight, "reduction": reduction, "ignore_index": args["ignore_index"], "label_smoothing": args["label_smoothing"]}
         defaults = {"weight": None, "reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0}
-        new = self.insert(runtime.cross_entropy, call, node, "all-reduces of a few numbers a token", self.plan.dims(self.axes, relation.results[0]))
+        because = (op_name(node), self.split_axes(relation.special))
+        layout = self.plan.dims(self.axes, relation.results[0])
+        new = self.insert(runtime.cross_entropy, call, node, "all-reduces of a few numbers a token", layout, because)
         new.kwargs = {k: v for k, v in kwargs.items() if v != defaults[k]}
         return new
 
@@ -274,10 +316,14 @@ class _Rewriter:
         elif name == "unflatten":
             at = args["dim"] % args["self"].meta["val"].dim()
             new.update_arg(2, self.shape(new.args[2], results[0][at : at + len(args["sizes"])]))  # type: ignore[arg-type]
-        elif name in ("split", "split_with_sizes", "chunk"):
+        elif name in ("split", "split_with_sizes", "chunk", "tensor_split"):
             self.split(new, args, results)
         elif name == "slice":
             self.slice(new, relation, args, results[0])
+        elif name == "group_norm":
+            groups = head_of_product(results[0][1], args["num_groups"])
+            if groups is not None and groups.over:
+                new.update_arg(1, LocalSize(groups))
         elif name in ("repeat_interleave", "repeat"):
             self.repeats(new, name, args, relation, results[0])
         return new
@@ -291,7 +337,7 @@ class _Rewriter:
         first = bool(parts) and not parts[0].dynamic_size
         rest = parts[len(static) :] if first else parts[: len(parts) - len(static)]
         if not static or any(not p.dynamic_size for p in rest):
-            raise PlanError(f"{value.name}: dimension {i} is {dim}, which cannot be split")
+            raise Folded(f"a dimension folds it into the batch as {dim}")
         inner: Dim = static[0] if len(static) == 1 else Product(tuple(static))
         size = inner.size if whole or not inner.over else LocalSize(inner)
         sizes = [size, -1] if first else [-1, size]
@@ -306,10 +352,10 @@ class _Rewriter:
     def shape(self, given: Sequence[Any], dims: Sequence[Dim]) -> list[Any]:
         """A list of sizes with this rank's in the place of those that are split."""
         sizes = [LocalSize(d) if d.over else n for n, d in zip(given, dims, strict=True)]
-        dynamic = [i for i, d in enumerate(dims) if d.over and d.dynamic_size]
-        for i in dynamic:
+        dynamic = [(i, d) for i, d in enumerate(dims) if d.over and d.dynamic_size]
+        for i, d in dynamic:
             if len(dynamic) > 1 or any(n == -1 for n in given if isinstance(n, int)):
-                raise PlanError(f"a shape of two dimensions that are split and known at run time only: {list(map(str, dims))}")
+                raise Folded(f"a shape folds it into the batch as {d}")
             sizes[i] = -1
         return sizes
 
@@ -383,7 +429,9 @@ class _Rewriter:
                 dims = list(new.meta["dims"])
                 dims[i] = unsplit(dim)
                 apart = self.apart(new, i, dim, whole=False)
-                new = self.insert(runtime.gather, (apart.value, dim.over, apart.at, LocalRuns(apart.dim)), value, "all-gather", dims)
+                because = ("output", self.split_axes([self.axes.values[value.name][0][i]]))
+                args = (apart.value, dim.over, apart.at, LocalRuns(apart.dim))
+                new = self.insert(runtime.gather, args, value, "all-gather", dims, because)
                 new = self.together(new, apart, value, dims)
         return new
 

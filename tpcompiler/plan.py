@@ -177,7 +177,7 @@ def _candidates(facts: Facts, wishes: _Wishes, spec: Spec) -> tuple[Mesh, list[C
     degree = spec.mesh.tensor
     classes: dict[object, list[AxisFacts]] = defaultdict(list)
     for leaf, fact in facts.axes.items():
-        if fact.marks or leaf in wishes.no or fact.size < 2:
+        if fact.marks or fact.dynamic or leaf in wishes.no or fact.size < 2:
             continue
         if ATTENTION in fact.kinds and not fact.batchwise and leaf not in wishes.asked:
             continue  # the width of a value head: legal, but the scores would be computed on every rank

@@ -80,7 +80,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Collective:
-    """A communication the program does once a run (`count` of them are alike, one a layer)."""
+    """A communication that the program does in one forward and backward."""
 
     kind: str  # all_reduce | all_gather | reduce_scatter | broadcast
     direction: str  # forward | backward
@@ -91,6 +91,7 @@ class Collective:
     block: str  # the block it belongs to, e.g. "h.0 · attention"
     reason: str
     bytes: int = 0  # a rank, at the example's batch and sequence
+    count: int = 1  # of equal layers, when they are listed as one
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def run_ranks(mesh: Mesh, fn: Callable[[Ranks], T], log: list[Record] | None = N
     """`[fn(ranks of rank 0), fn(ranks of rank 1), …]`, all at the same time, each in a thread of its own.
 
     Collectives are appended to `log`. The first exception of a rank ends the others and is raised here, once.
-    Threads take over the caller's gradient mode and default device; backward runs in the thread of its rank, on GPUs too.
+    Threads take over the caller's gradient mode and default device; a rank's backward runs in its thread, on GPUs too.
     """
     hall = _Hall(mesh.size, [] if log is None else log)
     results: dict[int, T] = {}

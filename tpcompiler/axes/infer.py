@@ -17,7 +17,7 @@ from torch import fx
 
 from tpcompiler.axes.algebra import Mark, Terms
 from tpcompiler.axes.notation import ELLIPSIS, Group, Item, Letter, Pattern, parse
-from tpcompiler.axes.rules import Call, find, line_of
+from tpcompiler.axes.rules import SUMS, Call, find, line_of
 from tpcompiler.axes.views import Shape
 from tpcompiler.errors import RuleError
 from tpcompiler.program import Capture
@@ -73,14 +73,10 @@ class Sizes:
     accident. Symbols of one example size (the batch of ids and of labels) are one size to the model."""
 
     def __init__(self) -> None:
-        self._primes = _primes_above(10_000)
+        self._primes = _primes_above(2**31)
         self._symbols: dict[Any, int] = {}
         self._cache: dict[Any, int] = {}
-
-    @property
-    def dynamic(self) -> dict[int, str]:
-        """Numbers that stand for sizes known at run time only, with their expressions."""
-        return {n: str(expr) for expr, n in self._cache.items()} | {n: f"s{i}" for i, n in enumerate(self._symbols.values())}
+        self.dynamic: dict[int, str] = {}  # numbers that stand for sizes known at run time only, with their expressions
 
     def __call__(self, size: int | torch.SymInt) -> int:
         if isinstance(size, int):
@@ -91,11 +87,14 @@ class Sizes:
             examples = getattr(env, "backed_var_to_val", None) or env.var_to_val  # the name changed with torch 2.13
             values = {symbol: self._prime(examples.get(symbol, symbol)) for symbol in expr.free_symbols}
             self._cache[expr] = int(expr.subs(values))
+            if values:
+                self.dynamic[self._cache[expr]] = str(expr)
         return self._cache[expr]
 
     def _prime(self, example: Any) -> int:
         if example not in self._symbols:
             self._symbols[example] = next(self._primes)
+            self.dynamic[self._symbols[example]] = f"s{len(self._symbols)}"
         return self._symbols[example]
 
     def shape(self, value: Any) -> Shape:
@@ -222,8 +221,11 @@ class _Inference:
         for name in pattern.marked("whole"):
             if name in fit.atoms:
                 self.terms.mark(fit.atoms[name], Mark(node.name, f"{short} needs it whole"))
-        contracted = fit.terms_of(_names(ins) - _names(outs) - pattern.marked("whole"))
+        contracted = fit.terms_of(_names(ins) - _names(outs) - pattern.marked("whole") - pattern.dropped)
         special = fit.terms_of(pattern.marked("special"))
+        if short not in SUMS:
+            for t in contracted:
+                self.terms.mark(t, Mark(node.name, f"{short} has no form for a part of it"))
         return Relation(pattern.text, tuple(o for o in seen if o is not None), results, contracted, special)
 
     def marks(self) -> dict[int, tuple[Mark, ...]]:

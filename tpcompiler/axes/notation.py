@@ -55,7 +55,13 @@ class Pattern:
     @property
     def contracted(self) -> set[str]:
         """Letters that operands have and results have not: split, they leave a partial result."""
-        return self.letters(self.operands) - self.letters(self.results)
+        return self.letters(self.operands) - self.letters(self.results) - self.dropped - self.marked("whole")
+
+    @property
+    def dropped(self) -> set[str]:
+        """Letters of segments that do not reach the result: they are left out, not summed."""
+        segments = {x.name for items in self.operands for item in items or () for x in _segments(item)}
+        return segments - self.letters(self.results)
 
     def marked(self, attribute: str) -> set[str]:
         sides = (*self.operands, *self.results)
@@ -66,6 +72,10 @@ def _letters(item: Item) -> tuple[Letter, ...]:
     if isinstance(item, Letter):
         return (item,)
     return item.letters() if isinstance(item, Group) else ()
+
+
+def _segments(item: Item) -> tuple[Letter, ...]:
+    return item.letters() if isinstance(item, Group) and item.kind == "concat" else ()
 
 
 @lru_cache(maxsize=4096)

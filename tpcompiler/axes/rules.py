@@ -213,6 +213,8 @@ def slice_(call: Call) -> Line:
     if not isinstance(start, int):
         return _cut(d, i, [f"{d[i]}!"], [f"m{i}!"])
     start = max(start + n if start < 0 else start, 0)
+    if start + m > n:  # cut at a length known at run time only
+        return _cut(d, i, [f"{d[i]}!"], [f"m{i}!"])
     if step == 1:
         parts = [(f"p{i}", start), (f"q{i}", m), (f"r{i}", n - start - m)]
         parts = [(x, k) for x, k in parts if k]
@@ -350,6 +352,24 @@ def last_two_whole(call: Call) -> Line:
     return line(d, d)
 
 
+def halves(call: Call) -> Line:
+    """glu: one half of the dimension gates the other."""
+    d, i = letters(call.rank()), call.dim()
+    return _cut(d, i, [f"({d[i]} | {d[i]})"], [d[i]]), {d[i]: call.results[0][i]}
+
+
+def group_norm(call: Call) -> Line:
+    """Channels are (groups width); groups are batch."""
+    before, groups = call.operands[0], call.args["num_groups"]
+    assert before is not None
+    width = before[1] // groups
+    channels = "g" if width == 1 else "w!" if groups == 1 else "(g w!)"
+    sizes = {"g": groups} if width == 1 else {"w": width} if groups == 1 else {"g": groups, "w": width}
+    x = " ".join(["n", channels, *(f"d{i}!" for i in range(2, len(before)))])
+    rest = sum(s is not None for s in call.operands[1:])
+    return ", ".join([x] + [channels] * rest) + f" -> {x}", sizes
+
+
 RULES: dict[str, Rule] = {
     # products
     "aten::linear": "... i, o i, o -> ... o",
@@ -373,6 +393,8 @@ RULES: dict[str, Rule] = {
     "aten::logsumexp": whole("dim"),
     "aten::layer_norm": layer_norm,
     "aten::rms_norm": layer_norm,
+    "aten::glu": halves,
+    "aten::group_norm": group_norm,
     "aten::amax": whole("dim"),
     "aten::amin": whole("dim"),
     "aten::max.dim": whole("dim"),
@@ -408,6 +430,7 @@ RULES: dict[str, Rule] = {
     "aten::flatten.using_ints": view,
     "aten::unflatten.int": view,
     "aten::expand": expand,
+    "aten::expand_as": POINTWISE,
     "aten::broadcast_to": expand,
     "aten::transpose.int": permuted(_transpose),
     "aten::permute": permuted(lambda c: [i % c.rank() for i in c.args["dims"]]),
@@ -427,6 +450,8 @@ RULES: dict[str, Rule] = {
     "aten::split.Tensor": split,
     "aten::split_with_sizes": split,
     "aten::chunk": split,
+    "aten::tensor_split.sections": split,
+    "aten::tensor_split.indices": split,
     "aten::unbind.int": unbind,
     "aten::cat": cat,
     "aten::concat": cat,
@@ -445,6 +470,10 @@ RULES: dict[str, Rule] = {
         POINTWISE,
     ),
 }
+
+
+# Ops whose contraction is a plain sum (a bias or a count apart): the partial results of ranks add up.
+SUMS = {"linear", "matmul", "mm", "bmm", "mv", "dot", "addmm", "baddbmm", "einsum", "sum", "mean", "embedding", "cross_entropy_loss"}
 
 
 def _moved(call: Call) -> list[int]:

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from tpcompiler.capture.init import Literals, Recorded
+from tpcompiler.capture.whole import whole_operators
 from tpcompiler.errors import ModelError
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -137,7 +138,7 @@ def _export(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: 
             dynamic[x] = {i: Dim.AUTO for i in range(x.ndim)}
         inputs.append(x)
     args, kwargs = pytree.tree_unflatten(inputs, spec)
-    with _no_collection():
+    with _no_collection(), whole_operators():
         dynamic_shapes = dynamic.dynamic_shapes(model, args, kwargs)
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 

@@ -91,16 +91,20 @@ def diff(
 
     Inserted collectives are in colour, equal layers are folded.
     """
+    from tpcompiler.cli import sides
+
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
         with _loaded(model, spec, settings, stages) as (loaded, read):
             sharded = _compiled(loaded, read, stages)
-            plain = _compiled(loaded, read.with_(mesh={"tensor": 1}), stages)
-    from tpcompiler.cli import sides
+            from tpcompiler.api import compile_capture
 
-    lines = sides.align(plain.source.splitlines(), sharded.source.splitlines())
+            plain = compile_capture(sharded.capture, read.with_(mesh={"tensor": 1}), progress=stages)
+            stages("writing both programs")
+            programs = [sides.body(program.source.splitlines()) for program in (plain, sharded)]
+    lines = sides.align(*programs)
     shown = sides.squeeze(sides.fold_layers(lines), context)
-    screen.show(sides.side_by_side(shown, ("one rank", f"a rank of {read.ranks}")))
+    screen.show(sides.side_by_side(shown, ("one rank", f"a rank of {read.ranks}")), width=180)
     screen.result({"lines": [sides.as_dict(line) for line in lines], "collectives": sharded.report()["collectives"]})
 
 

@@ -1,4 +1,5 @@
-"""`tpc`: the command line. Exit code 0: done; 1: a check failed; 2: bad input, in one line; 130: interrupted.
+"""`tpc`: the command line. Exit code 0: done; 1: a check failed; 2: bad input, in one line; 70: a bug;
+130: interrupted.
 
 Command modules import torch inside their functions, so that help and the schema come at once.
 """
@@ -6,8 +7,13 @@ Command modules import torch inside their functions, so that help and the schema
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -52,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     command = typer.main.get_command(app)
     try:
-        code = command.main(args=arguments, prog_name="tpc", standalone_mode=False)
+        with _terminable():
+            code = command.main(args=arguments, prog_name="tpc", standalone_mode=False)
+            sys.stdout.flush()
     except TpcError as e:
         complain(str(e), as_json)
         return 2
@@ -61,17 +69,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `tpc schema | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:  # a full disk under stdout, a directory that is gone
+        complain(f"{e.filename or 'output'}: {(e.strerror or str(e)).lower()}", as_json)
+        return 2
     except Exception as e:
-        return _usage(e, as_json)
+        return _usage(e, as_json) if hasattr(e, "format_message") else _bug(e, as_json)
     return code if isinstance(code, int) else 0
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that half-written directories are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _usage(error: Any, as_json: bool) -> int:
-    """Typer's own errors (unknown options, missing arguments); anything else is a bug and keeps its traceback."""
-    if type(error).__name__ == "Abort":
-        return 130
-    if not hasattr(error, "format_message"):
-        raise error
+    """Typer's own errors: unknown options, missing arguments."""
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(error.format_message())
         return 2
@@ -79,6 +103,19 @@ def _usage(error: Any, as_json: bool) -> int:
     where = f"; see `{context.command_path} --help`" if context is not None else ""
     complain(error.format_message().rstrip(".") + where, as_json)
     return 2
+
+
+def _bug(error: Exception, as_json: bool) -> int:
+    """Not the user's mistake but ours: still one line, with the place to report."""
+    if os.environ.get("TPC_TRACEBACK"):
+        raise error
+    if type(error).__name__ == "Abort":
+        return 130
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}:{frame.lineno}"
+    what = f"{type(error).__name__}: {error}".removesuffix(": ")
+    complain(f"a bug of tpcompiler: {what} (at {place}); please report it with the output of TPC_TRACEBACK=1", as_json)
+    return 70
 
 
 if __name__ == "__main__":

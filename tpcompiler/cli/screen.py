@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -25,14 +26,16 @@ class Screen:
 
     @contextmanager
     def open(self) -> Iterator[Screen]:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")  # of torch and of the model; `python -W` shows them
             yield self
 
-    def show(self, *parts: RenderableType) -> None:
-        """Something for people to read; nothing with `--json`."""
+    def show(self, *parts: RenderableType, width: int = _WIDTH) -> None:
+        """Something for people to read; nothing with `--json`. `width`: when stdout is not a terminal."""
         if self.as_json:
             return
-        console = Console(file=self.out, width=None if self.out.isatty() else _WIDTH, highlight=False)
+        console = Console(file=self.out, width=None if self.out.isatty() else width, highlight=False)
         for part in parts:
             console.print(part)
 

@@ -15,9 +15,12 @@ from rich.text import Text
 
 Change = Literal["same", "changed", "inserted", "removed", "folded"]
 
+_FEW = 7  # repetitions of no more lines in all are not layers
 _ALIKE = 0.55  # similarity above which two lines are one line, changed
-_FORWARD = re.compile(r"\b(?:ops\.|runtime\.)?(reduce|gather|gather_sequence|scatter_sequence|cross_entropy)\(")
-_BACKWARD = re.compile(r"\b(?:ops\.|runtime\.)?(enter)\(")
+# Calls of the runtime's operators, which a program imports by name; `F.cross_entropy` is torch's.
+_FORWARD = re.compile(r"(?<![.\w])(reduce|gather|gather_sequence|scatter_sequence|cross_entropy)\(")
+_BACKWARD = re.compile(r"(?<![.\w])enter\(")
+_ALIKE_LAYERS = re.compile(r"\((\d+) alike\)")  # what an emitted class says of itself
 _TOKEN = re.compile(r"\w+|\s+|[^\w\s]")
 
 
@@ -51,6 +54,12 @@ def align(plain: Sequence[str], sharded: Sequence[str]) -> list[Line]:
         else:
             out += _match(plain[i0:i1], sharded[j0:j1])
     return out
+
+
+def body(lines: Sequence[str]) -> list[str]:
+    """A program from its first class on: without the head that says how to run it."""
+    start = next((i for i, line in enumerate(lines) if line.startswith("class ")), 0)
+    return list(lines[start:])
 
 
 def fold_layers(lines: Sequence[Line]) -> list[Line]:
@@ -104,37 +113,65 @@ def side_by_side(lines: Sequence[Line], titles: tuple[str, str]) -> RenderableTy
     table.add_column(titles[0], ratio=1, overflow="fold")
     table.add_column("", width=1)
     table.add_column(titles[1], ratio=1, overflow="fold")
-    for line in lines:
-        table.add_row(*_row(line))
-    found = [line for line in lines if line.collective]
-    legend = Text("  ").append("→ collective, forward", style="bold green").append("   ")
-    legend.append("← collective, backward", style="bold yellow").append(f"   {len(found)} inserted lines", style="dim")
+    for line, following in zip(lines, [*lines[1:], None], strict=True):
+        plain, mark, sharded = _row(line)
+        alike = _ALIKE_LAYERS.search(following.sharded or "") if following else None
+        if alike and (line.sharded or "").startswith("class "):
+            plain.append(f"  × {alike[1]}", style="bold cyan")
+            sharded.append(f"  × {alike[1]}", style="bold cyan")
+        table.add_row(plain, mark, sharded)
+    legend = Text("→ collective, forward", style="bold green").append("   ← collective, backward", style="bold yellow")
     return Group(table, legend)
 
 
 def _row(line: Line) -> tuple[Text, Text, Text]:
+    plain, sharded = _text(line.plain), _text(line.sharded)
     if line.change == "folded":
-        return Text(line.plain or "", style="dim italic"), Text(""), Text(line.sharded or "", style="dim italic")
-    plain, sharded = Text(line.plain or ""), Text(line.sharded or "")
+        return Text(line.plain or "", style="bold cyan"), Text(""), Text(line.sharded or "", style="bold cyan")
     if line.change == "same":
-        return plain, Text(" "), sharded
+        return plain, Text(""), sharded
     if line.collective:
-        forward = line.collective == "forward"
-        return (
-            plain,
-            Text("→" if forward else "←"),
-            Text(line.sharded or "", style="bold green" if forward else "bold yellow"),
-        )
+        style = "bold green" if line.collective == "forward" else "bold yellow"
+        sharded.stylize(style, 0, len(_code(line.sharded or "")))
+        return plain, Text("→" if line.collective == "forward" else "←", style=style), sharded
     if line.plain is None:
-        return plain, Text("+", style="green"), Text(line.sharded or "", style="green")
+        return plain, Text("+", style="green"), _over(sharded, "green")
     if line.sharded is None:
-        return Text(line.plain, style="red"), Text("-", style="red"), sharded
-    a, b = _TOKEN.findall(line.plain), _TOKEN.findall(line.sharded)
-    plain, sharded = Text(), Text()
-    for tag, i0, i1, j0, j1 in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        plain.append("".join(a[i0:i1]), style="" if tag == "equal" else "red")
-        sharded.append("".join(b[j0:j1]), style="" if tag == "equal" else "green")
+        return _over(plain, "red"), Text("-", style="red"), sharded
+    for text, spans, style in zip(
+        (plain, sharded), _changes(_code(line.plain), _code(line.sharded)), ("red", "green"), strict=True
+    ):
+        for start, stop in spans:
+            text.stylize(style, start, stop)
     return plain, Text("~", style="dim"), sharded
+
+
+def _text(line: str | None) -> Text:
+    """A line of code, its comment two spaces behind it and dim."""
+    if line is None:
+        return Text("")
+    if line.lstrip().startswith("#"):
+        return Text(line, style="dim")
+    code = _code(line)
+    comment = line[len(code) :].strip()
+    return Text(code).append(f"  {comment}" if comment else "", style="dim")
+
+
+def _over(text: Text, style: str) -> Text:
+    text.stylize(style)
+    return text
+
+
+def _changes(plain: str, sharded: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The spans of two lines, word by word, in which they differ."""
+    a, b = _TOKEN.findall(plain), _TOKEN.findall(sharded)
+    left: list[tuple[int, int]] = []
+    right: list[tuple[int, int]] = []
+    for tag, i0, i1, j0, j1 in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if tag != "equal":
+            left.append((len("".join(a[:i0])), len("".join(a[:i1]))))
+            right.append((len("".join(b[:j0])), len("".join(b[:j1]))))
+    return left, right
 
 
 def _match(plain: Sequence[str], sharded: Sequence[str]) -> Iterator[Line]:
@@ -178,7 +215,7 @@ def _repetition(shapes: Sequence[tuple[object, ...]], start: int, longest: int =
         times = 1
         while shapes[start : start + period] == shapes[start + times * period : start + (times + 1) * period]:
             times += 1
-        if times > 1 and period * times > found[0] * found[1]:
+        if times > 1 and period * times > max(_FEW, found[0] * found[1]):
             found = (period, times)
     return found
 

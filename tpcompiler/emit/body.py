@@ -14,13 +14,13 @@ from tpcompiler.emit import sizes
 from tpcompiler.emit.expr import TERNARY, Expr, call, constant, tuple_of
 from tpcompiler.emit.fields import Fields, attribute
 from tpcompiler.emit.layers import Frame, Names
-from tpcompiler.emit.names import Namer, Value, value
+from tpcompiler.emit.names import POOL, Namer, Value, value
 from tpcompiler.emit.operators import spell
 from tpcompiler.emit.outline import Layer, items
 from tpcompiler.emit.steps import Apply, Op, Section, Step
 from tpcompiler.emit.tidy import aten_name
 from tpcompiler.errors import TpcError
-from tpcompiler.layout import Dim, LocalRuns, LocalSize
+from tpcompiler.layout import LocalRuns, LocalSize
 from tpcompiler.program import Collective, Training
 from tpcompiler.runtime.mesh import Mesh
 
@@ -45,10 +45,11 @@ class File:
 
 @dataclass
 class Line:
-    """A statement, with what goes behind it; `section` tells where blocks begin."""
+    """A statement, with what goes behind it: a value's shape, and what else there is to say. `section` begins blocks."""
 
     text: str
-    comment: str = ""
+    shape: str = ""
+    note: str = ""
     section: Section | None = None
 
 
@@ -107,6 +108,12 @@ class Body:
         if isinstance(v, tuple):
             return Expr(tuple_of(self.expr(i).text for i in v))
         return constant(v)
+
+    def positive(self, v: Any) -> bool:
+        """Is the size above zero on every rank?"""
+        if isinstance(v, LocalSize):
+            return all(leaf.n >= self.file.mesh.degree(leaf.split) for leaf in v.dim.leaves)
+        return isinstance(v, int) and v > 0
 
     def device(self) -> str:
         """A tensor that comes in lies on the right device; without one, a parameter does."""
@@ -215,7 +222,8 @@ class Body:
                 text = self.fields.all_rows(given[name].dim, tuple(given["group"])).text
             else:
                 text = self._argument(given[name])
-            out.append(f"{name}={text}" if gap or name in _BY_KEYWORD else text)
+            gap = gap or name == "dim" or parameter.default is not parameter.empty and name not in ("rows", "group")
+            out.append(f"{name}={text}" if gap else text)
         self.file.imports.add(runtime_name(node))
         return call(runtime_name(node), out)
 
@@ -264,8 +272,9 @@ class Body:
     def _statement(self, step: Op, dead: list[Value], last: Mapping[Value, int]) -> Line:
         node = step.node
         text = self._spell(node).text
-        first = next((v for v in self._leaves(node) if v in self.namer.names), None)
-        reuse = self.namer.names[first] if first is not None and first in dead else None
+        leaves = [v for v in dict.fromkeys(self._leaves(node)) if v in self.namer.names]
+        first = leaves[0] if leaves else None
+        reuse = self._reused(node, leaves, dead)
         self.namer.release(dead)
         several = self._items(node)
         if several is None:
@@ -276,8 +285,17 @@ class Body:
             names = [self.namer.fresh(v) if v in last else "_" for v in several]
             target = ", ".join(names) + ("," if len(names) == 1 else "")
         if text == target:
-            return Line("", "", step.section)
-        return Line(f"{target} = {text}", self._comment(node, first), step.section)
+            return Line("")
+        return Line(f"{target} = {text}", self._shape(node, first), self._notes(node), step.section)
+
+    def _reused(self, node: fx.Node, leaves: list[Value], dead: list[Value]) -> str | None:
+        """`y = f(y)`: the name of the value that a statement replaces, where a person would keep it."""
+        if not leaves or leaves[0] not in dead or (aten_name(node) or runtime_name(node)) in _NEW_THING:
+            return None
+        name = self.namer.names[leaves[0]]
+        if not self.frame.name and leaves[0] in self.arguments:  # the model's own arguments keep their names
+            return None
+        return name if len(leaves) == 1 or name in POOL else None
 
     def _items(self, node: fx.Node) -> list[Value] | None:
         """A call's several results, if it has several."""
@@ -338,7 +356,7 @@ class Body:
             frame = step.frames[0]
             numbers = [f"{n.name}={constant(n.values[id(frame)])}" for n in by_call]
             callee = attribute("self", self._relative(frame))
-            yield Line(f"{target} = {callee}({', '.join(names + numbers)})", "", section)
+            yield Line(f"{target} = {callee}({', '.join(names + numbers)})", section=section)
             return
         variable, over = self._loop(step)
         if by_call:
@@ -347,18 +365,18 @@ class Body:
             loop = ", ".join(n.name for n in by_call)
             same = len({f.name for f in step.frames}) == 1
             if same:
-                yield Line(f"for {loop} in ({listed}):", "", section)
+                yield Line(f"for {loop} in ({listed}):", section=section)
                 variable = over
             else:
                 loop = f"({loop})" if len(by_call) > 1 else loop
-                yield Line(f"for {variable}, {loop} in zip({over}, ({listed})):", "", section)
+                yield Line(f"for {variable}, {loop} in zip({over}, ({listed})):", section=section)
             names = names + [f"{n.name}={n.name}" for n in by_call]
         elif len({f.name for f in step.frames}) == 1:
-            yield Line(f"for _ in range({len(step.frames)}):", "", section)
+            yield Line(f"for _ in range({len(step.frames)}):", section=section)
             variable = over
         else:
-            yield Line(f"for {variable} in {over}:", "", section)
-        yield Line(f"    {target} = {variable}({', '.join(names)})", "", section)
+            yield Line(f"for {variable} in {over}:", section=section)
+        yield Line(f"    {target} = {variable}({', '.join(names)})", section=section)
 
     def _loop(self, step: Apply) -> tuple[str, str]:
         """The loop's variable, and what it runs over."""
@@ -386,16 +404,17 @@ class Body:
 
     # --- comments -----------------------------------------------------------------------------------------------------
 
-    def _comment(self, node: fx.Node, first: Value | None) -> str:
-        parts = [note for n in self._together(node) if (note := self._note(n))]
+    def _shape(self, node: fx.Node, first: Value | None) -> str:
+        """The statement's shape, if it is not that of the value it begins with."""
         several = self._items(node)
         shape = self.file.shape(node) if several is None else self._shapes(node)
         before = self.file.shape(first) if isinstance(first, fx.Node) else None
         if isinstance(first, tuple):
             before = self._item_shape(first)
-        if shape is not None and shape != before:
-            parts.insert(0, shape)
-        return "  ".join(parts)
+        return shape if shape is not None and shape not in (before, "[]") else ""
+
+    def _notes(self, node: fx.Node) -> str:
+        return ", ".join(note for n in self._together(node) if (note := self._note(n)))
 
     def _together(self, node: fx.Node) -> list[fx.Node]:
         inner = [v for v in self._reads(node) if isinstance(v, fx.Node) and v in self.inlined]
@@ -422,9 +441,6 @@ class Body:
         return self.file.shape(picked) if picked is not None else None
 
 
-_BY_KEYWORD = ("dim", "reduction", "weight", "ignore_index", "label_smoothing", "padding_idx")
-
-
 def megabytes(n: int) -> str:
     """A number of bytes for a reader: 48.0 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -434,6 +450,7 @@ def megabytes(n: int) -> str:
     raise AssertionError
 
 
+_NEW_THING = {"scaled_dot_product_attention", "cross_entropy_loss", "cross_entropy", "embedding", "lookup", "matmul", "bmm", "einsum", "eq", "ne", "lt", "le", "gt", "ge"}
 _RANDOM = {"dropout", "native_dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "randint", "multinomial"}
 
 
@@ -446,7 +463,7 @@ def may_nest(inner: fx.Node, outer: fx.Node) -> bool:
     """Did the user's own line hold both? What carries a note stands alone, but for a sum behind a reduction."""
     if isinstance(inner.meta.get("val"), (list, tuple)):
         return False
-    if is_runtime(inner) or inner.meta.get("note"):
+    if inner.meta.get("note"):
         return runtime_name(inner) == "reduce" and aten_name(outer) == "add" and not outer.meta.get("note")
     line = inner.meta.get("line")
     return line is not None and line[:2] == (outer.meta.get("line") or ())[:2]

@@ -22,6 +22,7 @@ class Space:
     """A module that is only a namespace: what stands under each name."""
 
     inside: dict[str, Space | Parameter | Instance] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)  # those that are there already
 
 
 @dataclass(frozen=True)
@@ -76,51 +77,57 @@ class Constructor:
                 self._single(base, target, name, item)
             elif isinstance(item, Instance):
                 self.out.append(f"{target} = {self._call(item)}")
+            elif name in space.made:
+                self._module(target, item)
             else:
                 self._space(target, item)
 
     def _space(self, target: str, space: Space) -> None:
+        made, rest = self._made(space)
+        self.out.append(f"{target} = {made}")
+        self._module(target, rest)
+
+    def _made(self, space: Space) -> tuple[str, Space]:
+        """The expression that makes a namespace with what it can be given at once, and the rest."""
         members = list(space.inside)
         if members and all(m.isdigit() for m in members):
-            self._list(target, space)
-            return
-        parameters = {n: p for n, p in space.inside.items() if isinstance(p, Parameter)}
-        plain = {n: p for n, p in parameters.items() if self._plain(p) and n.isidentifier()}
-        self.out.append(f"{target} = {self._parameters(plain)}")
-        self._module(target, Space({n: i for n, i in space.inside.items() if n not in plain}))
+            return self._list({int(n): item for n, item in space.inside.items()})
+        parameters = {n: p for n, p in space.inside.items() if isinstance(p, Parameter) and self._plain(p) and n.isidentifier()}
+        frozen = bool(parameters) and not any(p.trainable for p in parameters.values())
+        if not frozen:
+            parameters = {n: p for n, p in parameters.items() if p.trainable}
+        rest = Space({n: i for n, i in space.inside.items() if n not in parameters})
+        shapes = ", ".join(f"{n}={self._shape(p)}" for n, p in parameters.items())
+        return f"Parameters({shapes})" + (".requires_grad_(False)" if frozen else ""), rest
 
-    def _list(self, target: str, space: Space) -> None:
-        items = {int(n): item for n, item in space.inside.items()}
+    def _list(self, items: dict[int, Space | Parameter | Instance]) -> tuple[str, Space]:
         if all(isinstance(i, Parameter) for i in items.values()):
-            self._parameter_list(target, items)  # type: ignore[arg-type]
-        elif all(isinstance(i, Instance) for i in items.values()) and sorted(items) == list(range(len(items))):
-            self._layer_list(target, [items[i] for i in range(len(items))])  # type: ignore[misc]
-        else:
-            rows, later = [], Space()
-            for i in range(max(items) + 1):
-                item = items.get(i, Space())
-                if isinstance(item, Instance):
-                    rows.append(self._call(item))
-                    continue
-                inside = item.inside if isinstance(item, Space) else {}
-                plain = {n: p for n, p in inside.items() if isinstance(p, Parameter) and self._plain(p) and n.isidentifier()}
-                rows.append(self._parameters(plain))
-                rest = {n: p for n, p in inside.items() if n not in plain}
-                if rest:
-                    later.inside[str(i)] = Space(rest)
-            self.out.append(f"{target} = nn.ModuleList([{', '.join(rows)}])")
-            for name, item in later.inside.items():
-                assert isinstance(item, Space)
-                self._module(attribute(target, name).text, item)
+            return self._parameter_list(items), Space()  # type: ignore[arg-type]
+        if all(isinstance(i, Instance) for i in items.values()) and sorted(items) == list(range(len(items))):
+            return self._layer_list([items[i] for i in range(len(items))]), Space()  # type: ignore[misc]
+        rows, later = [], Space()
+        for i in range(max(items) + 1):
+            item = items.get(i, Space())
+            if isinstance(item, Instance):
+                rows.append(self._call(item))
+                continue
+            assert isinstance(item, Space), "a list of modules and parameters"
+            made, rest = self._made(item)
+            rows.append(made)
+            if rest.inside:
+                later.inside[str(i)] = rest
+                later.made.add(str(i))
+        if len(rows) > 2 and len(set(rows)) == 1:
+            return f"nn.ModuleList({rows[0]} for _ in range({len(rows)}))", later
+        return f"nn.ModuleList([{', '.join(rows)}])", later
 
-    def _parameter_list(self, target: str, items: dict[int, Parameter]) -> None:
-        shapes = [f"torch.empty({self._shape(items[i])})" for i in sorted(items)]
+    def _parameter_list(self, items: dict[int, Parameter]) -> str:
+        shapes = [self._empty(items[i]) for i in sorted(items)]
         if len(set(shapes)) == 1:
-            self.out.append(f"{target} = nn.ParameterList({shapes[0]} for _ in range({len(shapes)}))")
-        else:
-            self.out.append(f"{target} = nn.ParameterList([{', '.join(shapes)}])")
+            return f"nn.ParameterList({shapes[0]} for _ in range({len(shapes)}))"
+        return f"nn.ParameterList([{', '.join(shapes)}])"
 
-    def _layer_list(self, target: str, items: list[Instance]) -> None:
+    def _layer_list(self, items: list[Instance]) -> str:
         """`nn.ModuleList(Block(ranks, site=3 * i) for i in range(72))`, runs of one class one comprehension each."""
         runs: list[list[Instance]] = []
         for item in items:
@@ -133,10 +140,9 @@ class Constructor:
             each = self._each(run, start)
             parts.append(f"*({each})" if len(run) > 1 else self._call(run[0]))
             if len(runs) == 1 and len(run) > 1:
-                self.out.append(f"{target} = nn.ModuleList({each})")
-                return
+                return f"nn.ModuleList({each})"
             start += len(run)
-        self.out.append(f"{target} = nn.ModuleList([{', '.join(parts)}])")
+        return f"nn.ModuleList([{', '.join(parts)}])"
 
     def _each(self, run: list[Instance], start: int) -> str:
         layer = run[0].layer
@@ -166,10 +172,7 @@ class Constructor:
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     def _plain(self, p: Parameter) -> bool:
-        return not p.buffer and p.trainable and p.dtype == torch.float32
-
-    def _parameters(self, plain: Mapping[str, Parameter]) -> str:
-        return f"Parameters({', '.join(f'{n}={self._shape(p)}' for n, p in plain.items())})"
+        return not p.buffer and p.dtype == torch.float32
 
     def _shape(self, p: Parameter) -> str:
         dims = self.dims.get(p.name)
@@ -177,20 +180,21 @@ class Constructor:
             return tuple_of(map(str, p.shape))
         return tuple_of(self.fields.size(d).text for d in dims)
 
-    def _single(self, base: str, target: str, name: str, p: Parameter) -> None:
+    def _empty(self, p: Parameter) -> str:
         shape = self._shape(p)
-        dtype = "" if p.dtype == torch.float32 else f", dtype={p.dtype}"
-        empty = f"torch.empty({shape}{dtype})"
+        inner = shape[1:-1].rstrip(",") or "()"
+        return f"torch.empty({inner}{'' if p.dtype == torch.float32 else f', dtype={p.dtype}'})"
+
+    def _single(self, base: str, target: str, name: str, p: Parameter) -> None:
         if p.buffer:
             keep = "" if p.persistent else ", persistent=False"
-            self.out.append(f"{base}.register_buffer({constant(name)}, {empty}{keep})")
+            self.out.append(f"{base}.register_buffer({constant(name)}, {self._empty(p)}{keep})")
+            return
+        made = f"nn.Parameter({self._empty(p)}{'' if p.trainable else ', requires_grad=False'})"
+        if target.startswith("getattr") or name.isdigit():
+            self.out.append(f"{base}.register_parameter({constant(name)}, {made})")
         else:
-            frozen = "" if p.trainable else ", requires_grad=False"
-            made = f"nn.Parameter({empty}{frozen})"
-            if target.startswith("getattr") or name.isdigit():
-                self.out.append(f"{base}.register_parameter({constant(name)}, {made})")
-            else:
-                self.out.append(f"{target} = {made}")
+            self.out.append(f"{target} = {made}")
 
 
 def _put(root: Space, name: str, item: Space | Parameter | Instance) -> None:

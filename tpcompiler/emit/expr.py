@@ -58,8 +58,19 @@ def number(value: int | float | complex) -> Expr:
         return Expr("torch.inf") if value > 0 else Expr("-torch.inf", UNARY)
     if isinstance(value, float) and abs(value) > 1e4 and value in _FINFO:
         return Expr(_FINFO[value])
+    if isinstance(value, float) and (root := _root(value)) is not None:
+        return root
     text = repr(value)
     return Expr(text, UNARY if text.startswith("-") else ATOM)
+
+
+def _root(value: float) -> Expr | None:
+    """`128**-0.5`, where a value is just that: the model's author will know the number again."""
+    for square, power in ((value * value, "0.5"), (1 / (value * value) if value else 0.0, "-0.5")):
+        n = round(square) if math.isfinite(square) and square < 1e9 else 0
+        if n > 1 and n**0.5 != round(n**0.5) and value == n ** float(power):
+            return Expr(f"{n}**{power}", POWER)
+    return None
 
 
 def constant(value: Any) -> Expr:

@@ -76,7 +76,7 @@ class Fields:
         parts = [self.size(p) for p in dim.parts if not (isinstance(dim, Product) and p.size == 1)]
         if isinstance(dim, Concat):
             if len({p.text for p in parts}) == 1:
-                return binary(number(len(parts)), "*", parts[0], MULTIPLY) if len(parts) > 1 else parts[0]
+                return Expr(f"{len(parts)} * {parts[0].at(MULTIPLY)}", MULTIPLY) if len(parts) > 1 else parts[0]
             return _joined(parts, "+", ADD)
         return _joined(parts, "*", MULTIPLY)
 

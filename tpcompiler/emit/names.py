@@ -14,6 +14,7 @@ from torch import fx
 
 from tpcompiler.emit.layers import is_item
 from tpcompiler.emit.outline import items
+from tpcompiler.emit.sizes import is_size
 from tpcompiler.emit.tidy import aten_name
 
 Value = fx.Node | tuple[fx.Node, int]  # a node's result, or one of several
@@ -28,36 +29,100 @@ def value(node: fx.Node) -> Value:
 
 @lru_cache(maxsize=4096)
 def targets(line: str) -> tuple[str, ...]:
-    """The names that a line of source assigns: ("q", "k", "v") of `q, k, v = self.qkv(x).chunk(3, -1)`."""
-    found = re.match(r"\s*([A-Za-z_][\w.,\s()*]*?)\s*(?::[^=]+)?(?:[-+*/@|&^%]|//|\*\*|>>|<<)?=(?!=)", line)
+    """The names that a line of source assigns: ("q", "k", "v") of `q, (k, v) = self.q(x), self.kv(x).chunk(2, -1)`."""
+    found = re.match(r"\s*([A-Za-z_(][\w.,\s()*]*?)\s*(?::[^=]+)?(?:[-+*/@|&^%]|//|\*\*|>>|<<)?=(?!=)", line)
     if not found:
         return ()
     try:
         target = ast.parse(found[1].strip(), mode="eval").body
     except SyntaxError:
         return ()
-    parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
-    return tuple(p.id if isinstance(p, ast.Name) else "" for p in parts)
+    return tuple(_names(target))
+
+
+def _names(target: ast.expr) -> Iterable[str]:
+    if isinstance(target, (ast.Tuple, ast.List)):
+        for part in target.elts:
+            yield from _names(part)
+    else:
+        yield target.id if isinstance(target, ast.Name) else ""
 
 
 def hints(nodes: Iterable[fx.Node]) -> dict[Value, str]:
-    """Names from the user's source, for the values that its assignments end in."""
+    """Names from the user's source, for the values that its assignments end in; then from what a value is or is for."""
     out: dict[Value, str] = {}
-    for node in nodes:
-        line = node.meta.get("line")
-        if line is None or not line[2]:
-            continue
-        names = targets(line[2])
-        if len(names) == 1 and names[0] and not any(_line(u) == line[:2] for u in node.users if not is_item(u)):
-            out[node] = names[0]
-        elif len(names) > 1 and (parts := items(node)):
-            out.update({(node, i): names[i] for i in range(len(names)) if names[i] and len(names) > max(parts)})
+    place = {n: i for i, n in enumerate(nodes)}
+    for run in _executions(place):
+        names = targets(run[0].meta["line"][2])
+        ends = _ends(run, place) if any(names) else []
+        if len(ends) == len(names):
+            out.update({v: name for v, name in zip(ends, names, strict=True) if name})
+    for node in place:
+        said = _role(node)
+        if said is not None:
+            out.setdefault(node, said)
     return {v: n for v, n in out.items() if n not in RESERVED and n.isidentifier()}
 
 
-def _line(node: fx.Node) -> Any:
-    line = node.meta.get("line")
-    return None if line is None else line[:2]
+def _executions(nodes: Iterable[fx.Node]) -> Iterable[list[fx.Node]]:
+    """The nodes that one execution of one line of source made, for all lines and all their executions."""
+    by_line: dict[Any, list[fx.Node]] = {}
+    for n in nodes:
+        line = n.meta.get("line")
+        if n.op == "call_function" and not is_size(n) and not is_item(n) and line is not None and line[2]:
+            by_line.setdefault(line, []).append(n)
+    for found in by_line.values():
+        said = [(n.target, _STRIPPED.sub("", "/".join(s[0] for s in n.meta.get("stack", ())))) for n in found]
+        starts = [i for i, s in enumerate(said) if s == said[0]]
+        period = next(p for p in (*starts[1:], len(said)) if all(a == b for a, b in zip(said, said[p:], strict=False)))
+        if len(said) % period:
+            period = len(said)
+        for i in range(0, len(found), period):
+            yield found[i : i + period]
+
+
+_STRIPPED = re.compile(r"\d+")
+
+
+def _ends(run: list[fx.Node], place: Mapping[fx.Node, int]) -> list[Value]:
+    """The values of an execution that it does not use up itself, be it on a detour through other lines."""
+    inside, last = set(run), place[run[-1]]
+    out: list[Value] = []
+    for n in run:
+        several = items(n)
+        for v, node in [((n, i), u) for i, u in sorted(several.items())] if several else [(n, n)]:
+            if not _reaches(node, inside - {n}, place, last):
+                out.append(v)
+    return out
+
+
+def _reaches(node: fx.Node, goal: set[fx.Node], place: Mapping[fx.Node, int], last: int) -> bool:
+    seen, todo = {node}, [node]
+    while todo:
+        for user in todo.pop().users:
+            if user in goal:
+                return True
+            if user not in seen and place.get(user, last) < last:
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+def _role(node: fx.Node) -> str | None:
+    """A name that says what a value is: a mask, a piece of a table, the queries."""
+    name = aten_name(node)
+    for user in node.users:
+        if aten_name(user) == "scaled_dot_product_attention" and node in (*user.args[3:4], user.kwargs.get("attn_mask")):
+            return "mask"
+    first = node.args[0] if node.args else None
+    if name in ("slice", "select", "index_select", "index") and isinstance(first, fx.Node) and first.op == "placeholder":
+        shown = str(first.meta.get("shown", "")).rpartition(".")[2]
+        return shown if shown.isidentifier() and first.meta.get("kind") == "buffer" else None
+    if name == "linear" and isinstance(node.args[1], fx.Node):
+        module = str(node.args[1].meta.get("shown", "")).split(".")[-2:-1]
+        stem = module[0].removesuffix("_proj") if module else ""
+        return stem if stem in ("q", "k", "v", "query", "key", "value", "gate", "up") else None
+    return None
 
 
 _BY_OPERATOR = {
@@ -83,7 +148,7 @@ _BY_OPERATOR = {
     "_softmax": "weights",
     "softmax": "weights",
 }
-_POOL = ("y", "z", "u", "v", "w")
+POOL = ("y", "z", "u", "v", "w")
 
 
 class Namer:
@@ -113,7 +178,7 @@ class Namer:
         """Binds `v` to its own name from the source, else to `reuse` (the name of what it is made from), else to a new one."""
         node = v[0] if isinstance(v, tuple) else v
         operator = aten_name(node) or getattr(node.target, "__name__", "")
-        wanted = [self.known.get(v), reuse if reuse in _POOL else None, _BY_OPERATOR.get(operator), *_POOL]
+        wanted = [self.known.get(v), reuse, _BY_OPERATOR.get(operator), *POOL]
         for name in wanted:
             if name is not None and self.free(name):
                 return self.bind(v, name)
@@ -122,8 +187,8 @@ class Namer:
             i += 1
         return self.bind(v, f"y{i}")
 
-    def argument(self, v: Value, default: str) -> str:
-        name = self.known.get(v, default)
+    def argument(self, v: Value, name: str) -> str:
+        """Binds an argument of the function to `name`, or one like it."""
         stem, i = name, 2
         while not self.free(name):
             name, i = f"{stem}{i}", i + 1

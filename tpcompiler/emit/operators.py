@@ -39,6 +39,9 @@ class Scope(Protocol):
     def expr(self, value: Any) -> Expr:
         """Any argument of a graph node."""
 
+    def positive(self, value: Any) -> bool:
+        """Is the size above zero on every rank?"""
+
     def device(self) -> str:
         """The run-time device, for calls that make a tensor out of nothing."""
 
@@ -97,7 +100,8 @@ _ITEMS_FIRST = ("size", "shape", "dims", "repeats")
 
 
 def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and bool(a == b)
+    numbers = (int, float)
+    return (type(a) is type(b) or type(a) in numbers and type(b) in numbers) and bool(a == b)
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -223,6 +227,13 @@ def _pad(c: Call) -> Expr:
     return call("F.pad", args)
 
 
+def _flatten(c: Call) -> Expr:
+    ends = [c.text("start_dim"), c.text("end_dim")]
+    if c["end_dim"] == -1:
+        ends = ends[: 1 if c["start_dim"] else 0]
+    return Expr(f"{c.x('self').at(ATOM)}.flatten({', '.join(ends)})")
+
+
 def _rsub(c: Call) -> Expr | None:
     return binary(c.x("other"), "-", c.x("self"), ADD) if c["alpha"] == 1 else None
 
@@ -256,7 +267,11 @@ def _listed(name: str) -> Callable[[Call], Expr]:
 
 def _split(c: Call) -> Expr:
     sizes = c["split_sizes"] if "split_sizes" in c.values else c["split_size"]
-    how = f"[{', '.join(c.scope.expr(s).text for s in sizes)}]" if isinstance(sizes, (list, tuple)) else c.scope.expr(sizes).text
+    how = c.scope.expr(sizes).text
+    if isinstance(sizes, (list, tuple)):
+        said = [c.scope.expr(s).text for s in sizes]
+        alike = len(set(said)) == 1 and c.scope.positive(sizes[0])
+        how = said[0] if alike else f"[{', '.join(said)}]"
     dim = [f"dim={c.text('dim')}"] if c["dim"] != 0 else []
     return Expr(f"{c.x('self').at(ATOM)}.split({', '.join([how, *dim])})")
 
@@ -328,6 +343,7 @@ _RULES: dict[str, Callable[[Call], Expr | None]] = {
     "log_softmax": lambda c: call(
         "F.log_softmax", [c.text("self"), *(f"{k}={c.text(k)}" for k in ("dim", "dtype") if c[k] is not None)]
     ),
+    "flatten": _flatten,
     "pad": _pad,
     "constant_pad_nd": _pad,
     "rsub": _rsub,
@@ -378,11 +394,11 @@ _OPERATORS: dict[str, tuple[str, int]] = {
 
 # ATen name → the method's name where it differs.
 _METHODS: dict[str, str] = dict.fromkeys(
-    """transpose squeeze contiguous clone detach flatten unflatten chunk unbind narrow index_select gather scatter
+    """transpose squeeze contiguous clone detach unflatten chunk unbind narrow index_select gather scatter
     scatter_add index_add masked_fill masked_scatter sum mean amax amin max min var std prod any all cumsum cumprod
     argmax argmin topk sort clamp clamp_min clamp_max tril triu roll flip t type_as repeat_interleave unfold movedim
     rsqrt diff square reciprocal logsumexp nonzero new_zeros new_ones new_full new_empty diagonal count_nonzero
-    float double half long expand_as view_as reshape_as logical_not swapaxes swapdims""".split(),
+    float double half long expand_as view_as reshape_as broadcast_to logical_not swapaxes swapdims""".split(),
     "",
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,37 +76,69 @@ def items(node: fx.Node) -> dict[int, fx.Node]:
 
 
 def outline(body: Frame, comparer: Comparer, root: bool) -> list[Layer]:
-    """The layers to be written apart from `body`, outermost first come.
+    """The layers to be written apart from `body`, in order of first call.
 
-    A frame becomes a class when that makes the file shorter; directly under the root also when it is a member of a
-    list of modules (which is never called itself) and no mere line or two.
+    A frame becomes a class when that makes the file shorter, the largest first; directly under the root also when it is
+    a member of a list of modules and no mere line or two, alike or not.
     """
     inside = list(body.walk())
-    alike = Counter(comparer.shape(f).signature for f in inside)
-    called = {f.name for f in inside} | {body.name, ""}
     by_name: dict[str, set[Any]] = defaultdict(set)
     for f in inside:
         by_name[f.name].add(comparer.shape(f).signature)
-
-    def worth(frame: Frame) -> bool:
-        if len(by_name[frame.name]) > 1:
-            return False
-        count, lines = alike[comparer.shape(frame).signature], len(frame.nodes)
-        saved = (count - 1) * lines - count - 10 - len(comparer.names.under(frame.name))
-        member = frame.name.rpartition(".")[0] not in called
-        return saved > 0 and (root or count > 2) or root and member and lines >= 10
-
+    open_ = [f for f in inside if len(by_name[f.name]) == 1]  # one instance, one forward
     chosen: dict[Any, list[Frame]] = {}
+    while found := _most(open_, comparer, root):
+        chosen[comparer.shape(found[0]).signature] = found
+        open_ = _outside(open_, found)
+    if root:
+        members = [f for f in _members(body, {id(f) for fs in chosen.values() for f in fs}) if f in open_ and _lines(f) >= 5]
+        for f in members:
+            chosen.setdefault(comparer.shape(f).signature, []).append(f)
+    position = {id(f): i for i, f in enumerate(inside)}
+    groups = sorted(chosen.values(), key=lambda fs: position[id(fs[0])])
+    return [layer for frames in groups for layer in _layers(frames, comparer)]
+
+
+def _most(frames: list[Frame], comparer: Comparer, root: bool) -> list[Frame] | None:
+    """The largest frames that are worth a class."""
+    alike: dict[Any, list[Frame]] = {}
+    for f in frames:
+        alike.setdefault(comparer.shape(f).signature, []).append(f)
+
+    def worth(fs: list[Frame]) -> bool:
+        own, instances = len(comparer.names.under(fs[0].name)), len({f.name for f in fs})
+        saved = (len(fs) - 1) * _lines(fs[0]) + (instances - 1) * own - len(fs) - 10
+        return saved > 0 and (root or len(fs) > 2)
+
+    return max((fs for fs in alike.values() if worth(fs)), key=lambda fs: len(fs[0].nodes), default=None)
+
+
+def _lines(frame: Frame) -> float:
+    return len(frame.nodes) / 2  # statements, about: two calls stand in one
+
+
+def _outside(frames: list[Frame], chosen: list[Frame]) -> list[Frame]:
+    """The frames that neither are, nor are in, nor hold a chosen one."""
+    taken = {id(g) for f in chosen for g in (f, *f.walk())}
+    return [f for f in frames if id(f) not in taken and not any(id(g) in taken for g in f.walk())]
+
+
+def _members(body: Frame, chosen: set[int]) -> list[Frame]:
+    """The frames whose module stands in a list of modules: in a container that has no code of its own."""
+    called = {body.name, ""} | {f.name for f in body.walk()}
+    out: list[Frame] = []
 
     def visit(frame: Frame) -> None:
+        bare = frame is not body and len(frame.frames) > 1 and not any(isinstance(i, fx.Node) for i in frame.items)
         for child in frame.frames:
-            if worth(child):
-                chosen.setdefault(comparer.shape(child).signature, []).append(child)
-            else:
+            holds = any(id(f) in chosen for f in (child, *child.walk()))
+            if not holds and (bare or child.name.rpartition(".")[0] not in called):
+                out.append(child)
+            elif id(child) not in chosen:
                 visit(child)
 
     visit(body)
-    return [layer for frames in chosen.values() for layer in _layers(frames, comparer)]
+    return out
 
 
 _MOST_NUMBERS = 4

@@ -36,16 +36,14 @@ def signature(capture: Capture) -> Signature:
             default = capture.input_leaves[value]
             out.parameters.append(f"{name}={constant(default)}")
             optional = True
-            if default is not None:
-                out.lines.append(f"assert {name} == {constant(default)}, \"traced with {name}={_plain(default)}\"")
-            else:
-                out.lines.append(f"assert {name} is None, \"traced without {name}\"")
+            test = f"{name} is {default}" if default is None or isinstance(default, bool) else f"{name} == {constant(default)}"
+            out.lines.append(f'assert {test}, "traced with {name}={_plain(default)}"')
             continue
         if optional and name not in kwargs:
             raise AssertionError(f"{name}: a tensor follows a constant by position")
         if optional and "*" not in out.parameters:
             out.parameters.append("*")
-        out.parameters.append(name)
+        out.parameters.append(f"{name}: Tensor" if isinstance(value, int) else name)
         for path, i in _leaves(value, ""):
             leaf = capture.input_leaves[i]
             if not isinstance(leaf, Slot):

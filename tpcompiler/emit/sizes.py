@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tpcompiler.layout import Dim
+from tpcompiler.layout import Concat, Dim, Factor, Product
 
 _LETTERS = {"batch": "b", "sequence": "s", "seq": "s", "tokens": "t", "source": "s", "target": "t"}
 _BY_PLACE = ("b", "s", "t", "n", "m", "l", "j", "k", "r", "w")
@@ -54,8 +54,9 @@ def letters(inputs: Iterable[fx.Node], taken: Iterable[str]) -> dict[str, str]:
             if not isinstance(size, torch.SymInt) or key(size) in out:
                 continue
             named = [getattr(dims[place], "name", "")] if dims is not None else []
-            wanted = [_LETTERS[n] for n in named if n in _LETTERS] + list(_BY_PLACE[place:]) + list(_BY_PLACE)
-            name = next((w for w in wanted if w not in used), f"n{len(out)}")
+            wanted = [_LETTERS[n] for n in named if n in _LETTERS] + list(_BY_PLACE[place : place + 1])
+            wanted += [f"{w}{i}" for w in wanted[:1] or ["n"] for i in range(2, len(used) + len(out) + 3)]
+            name = next(w for w in wanted if w not in used)
             used.add(name)
             out[key(size)] = name
     return out
@@ -65,7 +66,8 @@ def shown(size: Any, names: dict[str, str]) -> str:
     """A size for a reader: `b`, `768`, `2*s`."""
     if key(size) in names:
         return names[key(size)]
-    return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), key(size)).replace(" ", "")
+    said = re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), key(size)).replace(" ", "")
+    return "·".join(sorted(said.split("*"))) if re.fullmatch(r"\w+(\*\w+)+", said) else said
 
 
 def shape(node: fx.Node, names: dict[str, str], degree: Any) -> str | None:
@@ -79,17 +81,14 @@ def shape(node: fx.Node, names: dict[str, str], degree: Any) -> str | None:
 
 
 def _dim(dim: Dim | None, size: Any, names: dict[str, str], degree: Any) -> str:
-    if dim is None or (not dim.over and not isinstance(size, torch.SymInt) and not hasattr(dim, "parts")):
-        name = getattr(dim, "name", "")
-        return name if name and not isinstance(size, torch.SymInt) else shown(size, names)
-    if isinstance(size, torch.SymInt) and not dim.over:
-        return shown(size, names)
-    parts = getattr(dim, "parts", None)
-    if parts is None:
-        split = degree(dim.over)
-        base = getattr(dim, "name", "") or shown(size, names)
+    if dim is None or not dim.over:
+        return shown(size, names) if isinstance(size, torch.SymInt) or dim is None else str(size)
+    if isinstance(dim, Factor):
+        split = degree(dim.split)
+        base = dim.name or shown(size, names)
         return base if split == 1 else f"{base}/{split}"
-    inner = [_dim(p, p.size, names, degree) for p in parts]
-    if type(dim).__name__ == "Concat":
+    assert isinstance(dim, (Product, Concat))
+    inner = [_dim(p, "b" if p.dynamic_size else p.size, names, degree) for p in dim.parts]
+    if isinstance(dim, Concat):
         return f"{len(inner)}·{inner[0]}" if len(set(inner)) == 1 else "(" + " | ".join(inner) + ")"
     return "·".join(i for i in inner if i != "1") or "1"

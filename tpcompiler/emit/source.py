@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from tpcompiler.emit.tidy import tidy
 from tpcompiler.emit.wrap import LIMIT, wrap
 from tpcompiler.program import Collective, Program
 
-_COMMENT_COLUMN = 74
+_COMMENT_COLUMN = 84
 
 
 def emit(program: Program) -> str:
@@ -49,6 +50,7 @@ class _Writer:
         self.file = File(program.mesh, names, letters, known, collectives)
         self.comparer = Comparer(names, program.dims)
         self.classes: list[str] = []
+        self.written: dict[str, str] = {}  # a class's text → its name
         self.titles: set[str] = {"Model", "Parameters", "Ranks", "Rng", "NamedTuple", "Any"}
         self.root = frames(graph)
 
@@ -82,7 +84,14 @@ class _Writer:
         for layer, name in zip(layers, self._class_names(layers), strict=True):
             layer.name = name
         for layer in layers:
-            self.classes.append(self._class(layer))
+            head, text = self._class(layer)
+            same = self.written.get(text)
+            if same is not None:  # the same class in another layer
+                self.titles.discard(layer.name)
+                layer.name = same
+            else:
+                self.written[text] = layer.name
+                self.classes.append(f"class {layer.name}(nn.Module):\n{head}\n{text}")
         return layers
 
     def _class_names(self, layers: list[Layer]) -> list[str]:
@@ -103,7 +112,8 @@ class _Writer:
             out.append(name)
         return out
 
-    def _class(self, layer: Layer) -> str:
+    def _class(self, layer: Layer) -> tuple[str, str]:
+        """Its docstring, and what follows."""
         frame = layer.first
         inner = self._layers(frame)
         own = {n.split(".")[0] for n, _ in self.file.names.under(frame.name)} | {n.split(".")[0] for n in _relative(inner, frame)}
@@ -123,12 +133,10 @@ class _Writer:
         arguments = [f"{body.first_names[v]}: Tensor" for v in inputs] + extra + varying
         returned = ", ".join(body.say_output(v) for v in outputs)
         several = "tuple[Tensor, ...]" if len(outputs) > 1 else "Tensor"
-        text = [f"class {layer.name}(nn.Module):", f'    """{_where(layer)}"""', ""]
-        text += self._init(["ranks: Ranks"] + (["rng: Rng"] if fields.draws else []) + kept, fields.lines + constructor)
+        text = self._init(["ranks: Ranks"] + (["rng: Rng"] if fields.draws else []) + kept, fields.lines + constructor)
         text += [*wrap(f"def forward({', '.join(['self', *arguments])}) -> {several}:", 4)]
-        text += _block(header + lines, 8)
-        text += [f"        return {returned}"]
-        return "\n".join(text)
+        text += _block(header + _returning(lines, returned), 8)
+        return f'    """{_where(layer)}"""\n', "\n".join(text)
 
     def _argument_names(self, body: Body, layer: Layer) -> None:
         """Names for a layer's inputs: what later calls are given says more than what the first is."""
@@ -172,7 +180,7 @@ class _Writer:
         body.first_names = {}
         for node in self.inputs:
             body.first_names[node] = body.namer.bind(node, self.signature.tensors[node.name])
-        body.namer.taken |= {p.split("=")[0] for p in self.signature.parameters} - set(self.signature.tensors.values())
+        body.namer.taken |= {re.split("[:=]", p)[0] for p in self.signature.parameters} - set(self.signature.tensors.values())
         lines = body.write()
         header, missing = self._sizes(body, inputs)
         assert not missing, f"sizes of no input: {missing}"
@@ -185,8 +193,7 @@ class _Writer:
         text = ["class Model(nn.Module):", f'    """{self.program.capture.model}, one rank of {self.program.mesh}."""', ""]
         text += self._init(["ranks: Ranks", "rng: Rng | None = None"], fields.lines + constructor)
         text += wrap(f"def forward({', '.join(['self', *self.signature.parameters])}):", 4)
-        text += _block(opening + header + lines, 8)
-        text += wrap(f"return {returned.text}", 8)
+        text += _block(opening + header + _returning(lines, returned.text), 8)
         return "\n".join(text) + "\n", returned.definition
 
     def _init(self, arguments: list[str], lines: list[str]) -> list[str]:
@@ -328,25 +335,44 @@ def _block(lines: list[Line], indent: int) -> list[str]:
         if titled:
             assert section is not None
             out.append(" " * indent + f"# {section[0]}: {section[1]}")
-        for line in group:
-            out.extend(_commented(line, indent))
+        out += _commented(group, indent)
         opened = bool(titled)
     return out
 
 
-def _commented(line: Line, indent: int) -> list[str]:
-    stripped = line.text.lstrip(" ")
-    indent += len(line.text) - len(stripped)
-    code = wrap(stripped, indent)
-    if not line.comment:
-        return code
-    padded = code[-1].ljust(_COMMENT_COLUMN)
-    if len(padded) + 4 + len(line.comment) <= LIMIT:
-        return [*code[:-1], f"{padded}  # {line.comment}"]
-    if len(code[-1]) + 4 + len(line.comment) <= LIMIT:
-        return [*code[:-1], f"{code[-1]}  # {line.comment}"]
-    return [" " * indent + f"# {line.comment}", *code]
+def _commented(lines: list[Line], indent: int) -> list[str]:
+    """The statements of one block, their comments in one column where they can be."""
+    codes = []
+    for line in lines:
+        stripped = line.text.lstrip(" ")
+        codes.append(wrap(stripped, indent + len(line.text) - len(stripped)))
+    said = [line.shape or line.note for line in lines]
+    short = [len(code[-1]) for code, s in zip(codes, said, strict=True) if s and len(code[-1]) <= _COMMENT_COLUMN]
+    column = max(short, default=0)
+    out: list[str] = []
+    for code, line in zip(codes, lines, strict=True):
+        shape = line.shape if len(code) == 1 else ""
+        for comment in dict.fromkeys(("  ".join(c for c in (shape, line.note) if c), line.note)):
+            end = next((e for e in (code[-1].ljust(column), code[-1]) if len(e) + 4 + len(comment) <= LIMIT), None)
+            if not comment:
+                out += code
+            elif end is not None:
+                out += [*code[:-1], f"{end}  # {comment}"]
+            elif comment == line.note:
+                out += [" " * (len(code[0]) - len(code[0].lstrip())) + f"# {comment}", *code]
+            else:
+                continue  # a shape alone is not worth a line
+            break
+    return out
+
+
+def _returning(lines: list[Line], returned: str) -> list[Line]:
+    """The lines and the return; a last assignment of what is returned is itself the return."""
+    last = lines[-1] if lines else None
+    if last is not None and last.text.startswith(f"{returned} = ") and returned.isidentifier():
+        lines = [*lines[:-1], replace(last, text=f"return {last.text[len(returned) + 3 :]}")]
+        return lines
+    return [*lines, Line(f"return {returned}")]
 
 
 __all__ = ["emit"]
-_ = Mapping

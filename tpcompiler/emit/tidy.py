@@ -16,11 +16,21 @@ def tidy(graph: fx.Graph) -> fx.Graph:
     """A copy of `graph` (whose nodes keep their names and meta), tidied."""
     copy = fx.Graph()
     twin: dict[fx.Node, fx.Node] = {}
+    seen: dict[Any, fx.Node] = {}
     for node in graph.nodes:
         if aten_name(node) in _SILENT:
             continue
         kept = _source(node)
-        twin[node] = twin[kept] if kept is not None else copy.node_copy(node, twin.__getitem__)
+        if kept is not None:
+            twin[node] = twin[kept]
+            continue
+        key = _key(node, twin)
+        if key is not None and key in seen:
+            twin[node] = seen[key]
+            continue
+        twin[node] = copy.node_copy(node, twin.__getitem__)
+        if key is not None:
+            seen[key] = twin[node]
     for node in reversed(copy.nodes):
         if node.op == "call_function" and not node.users:
             copy.erase_node(node)
@@ -33,6 +43,17 @@ def aten_name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         return target._schema.name.removeprefix("aten::")
     return ""
+
+
+def _key(node: fx.Node, twin: dict[fx.Node, fx.Node]) -> Any:
+    """What two pieces of one table share that one module call takes out of it twice, in a loop over its layers say."""
+    if aten_name(node) not in _PIECES or not isinstance(node.args[0], fx.Node):
+        return None
+    arguments = fx.map_arg((node.args, dict(node.kwargs)), lambda n: twin[n].name)
+    return node.target, repr(arguments), node.meta.get("stack")
+
+
+_PIECES = {"slice", "select", "unsqueeze", "view", "transpose", "expand"}
 
 
 def _source(node: fx.Node) -> fx.Node | None:

@@ -16,9 +16,9 @@ def part(size: int, degree: int, index: int) -> Run:
 
     25 over 8 is 4, 3, 3, 3, 3, 3, 3, 3.
     """
-    q, r = divmod(size, degree)
+    q, r = size // degree, size % degree  # divmod would not do for torch.compile's symbolic sizes
     start = index * q + min(index, r)
-    return start, start + q + (index < r)
+    return start, start + q + (1 if index < r else 0)
 
 
 @dataclass(frozen=True)

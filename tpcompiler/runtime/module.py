@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
@@ -12,6 +14,10 @@ class Parameters(nn.Module):
     They take the default dtype and the device of the surrounding `torch.device` context, as `torch.empty` does. Other
     modules, among them `Parameters`, and further attributes can be assigned to it, so that names nest.
     """
+
+    if TYPE_CHECKING:  # an attribute is whatever was assigned
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, **shapes: tuple[int, ...]) -> None:
         super().__init__()

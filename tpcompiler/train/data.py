@@ -70,6 +70,11 @@ class Batches:
         """Samples seen before a step: what a checkpoint keeps."""
         return self.first_position + (step - self.first_step) * self.batch
 
+    @property
+    def epoch_steps(self) -> int:
+        """Steps that fit into one epoch whole; at least 1."""
+        return max(1, len(self.samples) // self.batch)
+
     def micro_batches(self, data_degree: int) -> int:
         """How many micro-batches a step has on every rank.
 
@@ -113,29 +118,18 @@ class Corpus:
     train: Batches
     validation: Batches | None  # in order, not shuffled; the same at every evaluation
     tokenizer: Tokenizer
-    largest_id: int
+    sequence: int
+    largest_id: int  # that a batch may hold
 
     def fits(self, vocabulary: int | None = None, positions: int | None = None) -> None:
         """Raises `TpcError` when the model has too few embeddings for these ids or for this sequence length."""
-        largest = max(self.largest_id, *self.tokenizer.specials.ids) if self._marks else self.largest_id
-        if vocabulary is not None and largest >= vocabulary:
+        if vocabulary is not None and self.largest_id >= vocabulary:
             raise TpcError(
-                f"data: holds token id {largest}, but the model's vocabulary is {vocabulary}; "
-                f"vocab {largest + 1} or more would work (or the tokenizer that the ids were made with)"
+                f"data: holds token id {self.largest_id}, but the model's vocabulary is {vocabulary}; "
+                f"vocab {self.largest_id + 1} or more would work (or the tokenizer that the ids were made with)"
             )
-        sequence = self._sequence
-        if positions is not None and sequence > positions:
-            raise TpcError(f"train.sequence: {sequence} is longer than the model's {positions} positions")
-
-    @property
-    def _marks(self) -> bool:
-        samples = self.train.samples
-        inner = samples.samples if isinstance(samples, Part) else samples
-        return isinstance(inner, Masked)
-
-    @property
-    def _sequence(self) -> int:
-        return len(self.train.samples.sample(0, 0)["input_ids"])
+        if positions is not None and self.sequence > positions:
+            raise TpcError(f"train.sequence: {self.sequence} is longer than the model's {positions} positions")
 
 
 def open_corpus(train: Train) -> Corpus:
@@ -144,32 +138,34 @@ def open_corpus(train: Train) -> Corpus:
     Let one process of each host do it first, then the others: they find the cache filled. Raises `TpcError`.
     """
     data, tokenizer = train.data, load_tokenizer(train.tokenizer)
-    tokens = open_tokens(sources(data.path, data), data, tokenizer)
-    samples = make_samples(tokens, train, tokenizer)
-    if len(samples) < 1:
-        need = train.sequence + (data.task == "causal")
-        raise TpcError(
-            f"data {tokens}: {len(tokens)} tokens are less than one sample of {need}; a shorter sequence would work"
-        )
+    samples, largest = _open(data.path, train, tokenizer)
     held: Samples | None
     if data.validation:
-        other = open_tokens(sources(data.validation, data), data, tokenizer)
-        held, largest = make_samples(other, train, tokenizer), max(tokens.largest, other.largest)
-        if len(held) < 1:
-            raise TpcError(
-                f"data {other}: {len(other)} tokens are less than one sample of {train.sequence} to evaluate on"
-            )
+        held, other = _open(data.validation, train, tokenizer)
+        largest = max(largest, other)
     else:
+        whole = len(samples)
         samples, held = split(samples, data.held_out)
-        largest = tokens.largest
-    if train.evaluation.every and held is None and data.held_out:
+        if train.evaluation.every and held is None and data.held_out:
+            raise TpcError(
+                f"data {data.path[0]}: {whole} sample of {train.sequence} tokens cannot be trained and evaluated on; "
+                f"more text, a shorter sequence or evaluation: {{every: 0}} would work"
+            )
+    validation = _batches(held, train, shuffle=False) if held is not None else None
+    return Corpus(_batches(samples, train, shuffle=True), validation, tokenizer, train.sequence, largest)
+
+
+def _open(paths: tuple[str, ...], train: Train, tokenizer: Tokenizer) -> tuple[Samples, int]:
+    """The samples of some files, at least one, and the largest id that they can hold."""
+    tokens = open_tokens(sources(paths, train.data), train.data, tokenizer)
+    samples = make_samples(tokens, train, tokenizer)
+    if not len(samples):
         raise TpcError(
-            f"data {tokens}: {len(samples)} samples cannot spare one for evaluation; "
-            f"evaluation: {{every: 0}}, more text or a shorter sequence would work"
+            f"data {tokens}: {len(tokens)} tokens are less than one sample of {train.sequence}; "
+            f"more text or a shorter sequence would work"
         )
-    return Corpus(
-        _batches(samples, train, True), _batches(held, train, False) if held is not None else None, tokenizer, largest
-    )
+    # Masked batches hold marks and random words besides.
+    return samples, tokens.largest if train.data.task == "causal" else max(tokens.largest, tokenizer.vocab - 1)
 
 
 def make_samples(tokens: Tokens, train: Train, tokenizer: Tokenizer) -> Samples:

@@ -42,6 +42,10 @@ class TokenFile:
     count: int
     largest: int  # id
 
+    @property
+    def bytes(self) -> int:
+        return self.count * _DTYPES[self.dtype].itemsize
+
     @cached_property
     def ids(self) -> Tensor:
         return _map(self.path, self.dtype, self.count)
@@ -102,7 +106,7 @@ def _tokenised(source: Source, data: Data, tokenizer: Tokenizer, cache: Path) ->
     key = f"{content_digest(source)} {source.format} {data.field} {tokenizer.digest}"
     path = cache / f"{sha256(key.encode()).hexdigest()[:32]}.bin"
     known = _read_sidecar(path)
-    if known is not None:
+    if known is not None and path.is_file() and path.stat().st_size == known.bytes:
         return known
     dtype = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
     count, largest = 0, 0
@@ -175,7 +179,7 @@ def _beside(path: Path) -> Path:
 def _read_sidecar(path: Path) -> TokenFile | None:
     try:
         value = json.loads(_beside(path).read_text("utf-8"))
-        return TokenFile(path, value["dtype"], int(value["count"]), int(value["largest"]))
+        return TokenFile(path, str(value["dtype"]), int(value["count"]), int(value["largest"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,0 +1,203 @@
+"""The Python API: the stages one after the other, each one's result at hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpcompiler.axes.algebra import Mark
+from tpcompiler.axes.infer import AxisMap, infer_axes
+from tpcompiler.capture import capture as capture_model
+from tpcompiler.collectives import folded, list_collectives
+from tpcompiler.partition import CannotSplit, partition
+from tpcompiler.plan import Plan, make_plan
+from tpcompiler.program import Capture, Program
+from tpcompiler.spec import Spec
+
+Progress = Callable[[str], None]
+MOMENTS = 2 * 4  # bytes of optimizer state for a parameter's element: Adam's two moments in float32
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A compiled model. `source` and `memory` are made when asked for."""
+
+    spec: Spec
+    capture: Capture
+    axes: AxisMap
+    plan: Plan
+    program: Program
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def source(self) -> str:
+        """The emitted Python file."""
+        from tpcompiler.emit import emit
+
+        with _timed(self.seconds, "emit"):
+            return emit(self.program)
+
+    @cached_property
+    def memory(self) -> dict[str, int]:
+        """Bytes on the rank that holds most: parameters, gradients like them, Adam's moments. No activations."""
+        mesh = self.program.mesh
+        worst = (0, 0, 0)
+        for rank in range(mesh.size):
+            coords = mesh.coords(rank)
+            held, gradients, moments = 0, 0, 0
+            for p in self.capture.parameters:
+                n = 1
+                for dim in self.program.dims[p.name]:
+                    n *= dim.local_size(mesh, coords)
+                held += n * p.dtype.itemsize
+                if p.trainable and not p.buffer:
+                    gradients += n * p.dtype.itemsize
+                    moments += n * MOMENTS
+            worst = max(worst, (held, gradients, moments), key=sum)
+        return dict(zip(("parameters", "gradients", "optimizer"), worst, strict=True)) | {"total": sum(worst)}
+
+    @cached_property
+    def sharded_fraction(self) -> float:
+        """Bytes of matrix parameters that are split, over bytes of all matrix parameters."""
+        matrices = [p for p in self.capture.parameters if not p.buffer and len(p.shape) > 1]
+        split = sum(p.bytes for p in matrices if any(d.over for d in self.program.dims[p.name]))
+        return split / max(1, sum(p.bytes for p in matrices))
+
+    def report(self) -> dict[str, Any]:
+        """What `tpc shard --json` prints."""
+        return {
+            "model": self.capture.model,
+            "mesh": dict(self.program.mesh.dims),
+            "blocks": [
+                {"kind": b.kind, "name": b.name, "layers": b.layers, "axis": b.axis, "size": b.size}
+                | {"over": list(b.over), "local": list(b.local), "parameters": list(b.parameters)}
+                for b in self.plan.blocks
+            ],
+            "collectives": [
+                {"kind": c.kind, "direction": c.direction, "over": list(c.over), "shape": list(c.shape), "bytes": c.bytes}
+                | {"block": c.block, "node": c.node, "count": c.count, "reason": c.reason}
+                for c in folded(self.program.collectives, self.plan)
+            ],
+            "memory": self.memory,
+            "replicated": [{"name": r.name, "bytes": r.bytes, "reason": r.reason} for r in self.plan.replicated],
+            "sharded_fraction": self.sharded_fraction,
+            "seconds": {k: round(v, 3) for k, v in self.seconds.items()},
+        }
+
+    def write(
+        self, directory: str | Path, weights: Any = None, progress: Callable[[int, int], None] | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """`model.py`, `manifest.json`, buffers, and the ranks' weights if there are any: all of it or nothing.
+
+        `weights` is anything `tpcompiler.weights.open_source` takes.
+        """
+        from tpcompiler.weights import output, write_shards, write_text
+
+        source = self.source
+        with output(directory) as new:
+            write_shards(
+                weights, self.capture.parameters, self.program.dims, self.program.mesh, new, spec=self.spec.dump(), dtype=dtype, progress=progress
+            )
+            write_text(new / "model.py", source)
+
+
+def shard(
+    model: Callable[[], nn.Module] | nn.Module,
+    example_inputs: Any,
+    spec: str | Path | Mapping[str, Any] | Spec,
+    *,
+    progress: Progress | None = None,
+    source: str = "",
+) -> Sharded:
+    """Compile a model for the ranks of a spec.
+
+    `model` is a module or a function that builds one (its parameters are then never allocated). `example_inputs` is a
+    tuple, a dictionary of keyword arguments, or both. Raises `TpcError`, one line.
+    """
+    seconds: dict[str, float] = {}
+    tell = progress or (lambda stage: None)
+    read = Spec.load(spec)
+    tell("capturing the model")
+    with _timed(seconds, "capture"):
+        captured = capture_model(model, example_inputs, source=source)
+    return compile_capture(captured, read, progress=tell, seconds=seconds)
+
+
+def compile_capture(
+    captured: Capture, spec: Spec, *, progress: Progress | None = None, seconds: dict[str, float] | None = None
+) -> Sharded:
+    """The stages after capture: axes, plan, partition."""
+    seconds = {} if seconds is None else seconds
+    tell = progress or (lambda stage: None)
+    tell("inferring axes")
+    with _timed(seconds, "axes"):
+        axes = infer_axes(captured)
+    tell("planning")
+    while True:
+        with _timed(seconds, "plan"):
+            plan = make_plan(captured, axes, spec)
+        try:
+            with _timed(seconds, "partition"):
+                program = partition(captured, axes, plan, spec)
+            break
+        except CannotSplit as e:
+            axes = _without(axes, e)
+    program = replace(program, collectives=list_collectives(program, plan))
+    return Sharded(spec, captured, axes, plan, program, seconds)
+
+
+def _without(axes: AxisMap, refused: CannotSplit) -> AxisMap:
+    """The same axes, those that had no form on one rank marked whole: less parallel, never wrong."""
+    assert refused.leaves, str(refused)
+    mark = Mark(refused.node, refused.why)
+    return replace(axes, marks=axes.marks | {leaf: (*axes.marks.get(leaf, ()), mark) for leaf in refused.leaves})
+
+
+def parallelize(
+    model: Callable[[], nn.Module] | nn.Module,
+    example_inputs: Any,
+    spec: str | Path | Mapping[str, Any] | Spec,
+    mesh: Any = None,
+    *,
+    weights: Any = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """This rank's module, ready to train: call it on every rank.
+
+    `mesh` is a `DeviceMesh` whose dimension names are the spec's; left out, the processes that torchrun started.
+    Values come from `weights` (anything `tpcompiler.weights.open_source` takes), else from `model` itself when it is a
+    module with values. No rank holds more than its own slices of the weights in a file.
+    """
+    from tpcompiler.emit import load_source
+    from tpcompiler.place import fill_from
+    from tpcompiler.runtime import Ranks
+
+    sharded = shard(model, example_inputs, spec)
+    program = sharded.program
+    ranks = Ranks.from_env(program.mesh) if mesh is None else Ranks.from_device_mesh(mesh).refined(program.mesh)
+    built = load_source(sharded.source, f"tpc_{sharded.capture.model}").Model
+    with torch.device(device or "cpu"):
+        module = built(ranks)
+    if dtype is not None:
+        module = module.to(dtype)
+    fill_from(module, program, ranks, weights if weights is not None else model)
+    return module
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Any:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+__all__ = ["Sharded", "compile_capture", "parallelize", "shard"]
