@@ -116,12 +116,23 @@ def test_the_report_has_every_number_and_fits(layers: int, width: int) -> None:
 def test_a_failed_verification_names_the_worst() -> None:
     cases = [
         {"what": "outputs", "worst": "logits", "max_rel_error": 1e-15, "passed": True},
-        {"what": "gradients", "worst": "h.0.mlp.w", "max_rel_error": 0.25, "passed": False},
+        {"what": "gradients", "worst": "h.0.mlp.w", "max_rel_error": 0.25, "passed": False, "tolerance": 1e-10},
     ]
     text = drawn(draw.verify_report({"passed": False, "max_rel_error": 0.25, "cases": cases}))
-    assert re.search(r"gradients +h\.0\.mlp\.w +2\.5e-01 +DIFFERS", text)
-    assert re.search(r"outputs +logits +1\.0e-15 +equal", text)
+    assert re.search(r"gradients +h\.0\.mlp\.w +2\.5e-01 +1\.0e-10 +DIFFERS", text)
+    assert re.search(r"outputs +logits +1\.0e-15 +- +equal", text)
     assert "FAILED" in text
+
+
+def test_what_is_not_an_error_of_numbers_is_shown_too() -> None:
+    case = {
+        "what": "outputs",
+        "max_rel_error": 0.0,
+        "passed": False,
+        "notes": ["output 0 is not the same bits on all ranks"],
+    }
+    text = drawn(draw.verify_report({"passed": False, "max_rel_error": 0.0, "cases": [case]}))
+    assert "not the same bits" in text
 
 
 # -- side by side -----------------------------------------------------------------------------------------------------
@@ -234,3 +245,180 @@ def test_help_and_schema_come_without_torch() -> None:
     """They must be at hand at once: importing torch takes seconds."""
     program = "import sys; from tpcompiler.cli.main import main; main(['schema']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+# -- compiling --------------------------------------------------------------------------------------------------------
+
+SMALL = ("--set", "layers=2", "--set", "hidden=16", "--set", "heads=4", "--set", "vocab=40")
+
+
+def shard(capsys: pytest.CaptureFixture[str], *arguments: str | Path, spec: Path = SPEC) -> dict[str, Any]:
+    status, out, err = run(capsys, "shard", MODEL, "--spec", spec, *SMALL, "--json", *arguments)
+    assert (status, err) == (0, "")
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_shard_reports_what_its_contract_says(capsys: pytest.CaptureFixture[str]) -> None:
+    found = shard(capsys)
+    assert {"blocks", "collectives", "memory", "replicated", "seconds"} <= set(found)
+    for row in found["blocks"]:
+        assert sum(row["local"]) == row["size"]
+        assert len(row["local"]) == 2
+    for row in found["collectives"]:
+        assert {"kind", "direction", "bytes", "block", "node", "count", "reason"} <= set(row)
+        assert row["direction"] in ("forward", "backward")
+        assert row["bytes"] > 0
+        assert row["count"] >= 1
+    assert found["memory"]["total"] == sum(v for k, v in found["memory"].items() if k != "total")
+
+
+def test_the_picture_shows_the_report_s_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    found = shard(capsys)
+    status, out, _ = run(capsys, "shard", MODEL, "--spec", SPEC, *SMALL)
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 120
+    for row in found["blocks"]:
+        assert row["name"] in out
+    for direction in ("forward", "backward"):
+        count = sum(r["count"] for r in found["collectives"] if r["direction"] == direction)
+        assert re.search(rf"all .*{direction} .*× {count} ", out)
+    assert draw.size(found["memory"]["total"]) in out
+
+
+def test_shard_writes_a_program_and_replaces_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):
+        shard(capsys, "-o", out)
+        assert {"model.py", "manifest.json"} <= {p.name for p in out.iterdir()}
+        compile((out / "model.py").read_text(), "model.py", "exec")
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_weights_are_sharded_and_merged_to_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from tpcompiler.load import load_model, parse_settings
+
+    model = load_model(str(MODEL), Spec.load(SPEC), parse_settings([*SMALL[1::2]])).build()
+    before = {k: v.detach().clone() for k, v in model.named_parameters()}
+    save_file(before, str(tmp_path / "w.safetensors"))
+    shard(capsys, "-o", tmp_path / "out", "-w", tmp_path / "w.safetensors")
+    assert (tmp_path / "out" / "rank-00001.safetensors").exists()
+    status, out, _ = run(capsys, "merge", tmp_path / "out", "-o", tmp_path / "m.safetensors", "--json")
+    assert status == 0
+    assert [f["file"] for f in json.loads(out)["files"]] == [str(tmp_path / "m.safetensors")]
+    after = load_file(str(tmp_path / "m.safetensors"))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+def refused_output(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The error of a `shard -o` that must leave the directory as it was."""
+    before = {p: p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")}
+    status, out, err = run(capsys, "shard", MODEL, "--spec", SPEC, *SMALL, *arguments)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert not out
+    assert {p: p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")} == before
+    return err
+
+
+def test_an_output_that_cannot_be_written_leaves_everything_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "bad.safetensors").write_bytes(b"not safetensors at all")
+    out = tmp_path / "out"
+    assert "holds other files" in refused_output(tmp_path, capsys, "-o", tmp_path / "mine")
+    assert "in the way" in refused_output(tmp_path, capsys, "-o", tmp_path / "file")
+    assert "no such file" in refused_output(tmp_path, capsys, "-o", out, "-w", tmp_path / "none.safetensors")
+    assert "bad.safetensors" in refused_output(tmp_path, capsys, "-o", out, "-w", tmp_path / "bad.safetensors")
+
+
+def test_a_full_disk_and_an_interrupt_leave_no_half_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tpcompiler import weights
+
+    def full(path: Path, text: str) -> None:
+        path.write_text(text[:10])
+        raise OSError(28, "No space left on device", str(path))
+
+    def interrupted(path: Path, text: str) -> None:
+        path.write_text(text[:10])
+        raise KeyboardInterrupt
+
+    for fails, status, words in ((full, 2, "no space left on device"), (interrupted, 130, "")):
+        monkeypatch.setattr(weights, "write_text", fails)
+        code, out, err = run(capsys, "shard", MODEL, "--spec", SPEC, *SMALL, "-o", tmp_path / "out")
+        assert code == status
+        assert words in err
+        assert err.count("\n") == (1 if words else 0)
+        assert not out
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_the_model_prints_does_not_spoil_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "loud.py"
+    file.write_text(
+        "print('hello')\n" + MODEL.read_text().replace("super().__init__()", "super().__init__(); print('built')")
+    )
+    status, out, err = run(capsys, "shard", file, "--spec", SPEC, *SMALL, "--json")
+    assert status == 0
+    assert "blocks" in json.loads(out)
+    assert "hello" in err
+    assert "built" in err
+
+
+def test_diff_shows_every_collective_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "diff", MODEL, "--spec", SPEC, *SMALL, "--json")
+    assert status == 0
+    lines, rows = json.loads(out)["lines"], json.loads(out)["collectives"]
+    assert all(x["plain"] == x["sharded"] or x["change"] != "same" or "#" in x["sharded"] for x in lines)
+    found = [x["collective"] for x in lines if x["collective"]]
+    # Equal layers are one class, and one row; the loss's two reductions stand in one line.
+    assert found.count("backward") == sum(r["direction"] == "backward" for r in rows) > 0
+    assert found.count("forward") == sum(r["direction"] == "forward" for r in rows) - 1 > 0
+    status, out, _ = run(capsys, "diff", MODEL, "--spec", SPEC, *SMALL)
+    assert status == 0
+    assert "class Block(nn.Module):  × 2" in out
+
+
+def test_explain_prints_the_layout_of_what_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "explain", MODEL, "--spec", SPEC, "h.*.mlp", *SMALL, "--json")
+    assert status == 0
+    names = [row["name"] for row in json.loads(out)["parameters"]]
+    assert names == [f"h.{i}.mlp.{m}.{p}" for i in range(2) for m in ("c_fc", "c_proj") for p in ("weight", "bias")]
+    status, out, _ = run(capsys, "explain", MODEL, "--spec", SPEC, "h.*.mlp", *SMALL)
+    assert "h.*.mlp.c_fc.weight  × 2" in out
+    assert "layer_norm needs it whole" in out
+    status, _, err = run(capsys, "explain", MODEL, "--spec", SPEC, "h.9", *SMALL)
+    assert status == 2
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("tolerance", [1e-10, -1.0])
+def test_verify_says_what_it_compared_and_exits_with_the_verdict(
+    tolerance: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from tpcompiler import verify
+
+    monkeypatch.setitem(verify.TOLERANCE, torch.float64, tolerance)
+    status, out, _ = run(capsys, "verify", MODEL, "--spec", SPEC, *SMALL, "--json")
+    found = json.loads(out)
+    assert status == (0 if tolerance > 0 else 1)
+    assert found["passed"] is (tolerance > 0)
+    assert found["max_rel_error"] == max(case["max_rel_error"] for case in found["cases"])
+    assert all({"what", "max_rel_error", "passed"} <= set(case) for case in found["cases"])
+
+
+def test_verify_takes_only_types_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "verify", MODEL, "--spec", SPEC, *SMALL, "--dtype", "int8")
+    assert status == 2
+    assert "--dtype int8: not a floating-point type" in err

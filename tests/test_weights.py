@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -555,6 +555,18 @@ def test_a_checkpoint_carries_optimizer_state_of_fsdp_chunks_and_reshards(tmp_pa
     assert_equal(
         load_file(tmp_path / "three/optimizer-00001.safetensors"), {"exp_avg/w": moments, "step": values["step"]}
     )
+
+
+def test_the_reader_in_the_documentation_needs_nothing_of_ours(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs/format.md").read_text()
+    code = next(block for block in page.split("```python\n") if "def merged(" in block).split("```")[0]
+    assert "tpcompiler" not in code
+    found: dict[str, Callable[[Path, str], torch.Tensor]] = {}
+    exec(code, found)
+    directory_of(FUSED, tmp_path / "d")
+    for name, t in FUSED.tensors.items():
+        if t.dtype != torch.bfloat16:  # numpy has none
+            assert same_bits(torch.as_tensor(found["merged"](tmp_path / "d", name)), t)
 
 
 def test_spots_in_order_keep_every_tensor_aligned(tmp_path: Path) -> None:

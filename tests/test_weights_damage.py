@@ -215,7 +215,8 @@ def test_a_manifest_that_is_none_of_ours_is_refused(tmp_path: Path, change: dict
     path = tmp_path / "d/manifest.json"
     data = json.loads(path.read_text()) | change
     del data["sha256"]
-    path.write_text(json.dumps(data | {"sha256": wire._seal(data)}))
+    text = json.dumps(data)[:-1].encode() + b","
+    path.write_bytes(text + wire.seal(text).encode())
     with pytest.raises(WeightsError) as error:
         weights.load_manifest(tmp_path / "d")
     says(error, "manifest.json", word)
@@ -279,6 +280,26 @@ def test_a_killed_writer_leaves_the_old_output_whole_and_the_next_one_cleans_up(
     write(here, 2.0)
     assert contents(here) == contents(tmp_path / "count")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["count", "d"]
+
+
+def test_a_killed_merge_leaves_the_old_file_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    write(tmp_path / "d", 1.0)
+    out = tmp_path / "m.safetensors"
+    out.write_bytes(b"old")
+
+    def die(done: int, _: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(
+        target=weights.merge, args=(tmp_path / "d", out), kwargs={"progress": die}
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert out.read_bytes() == b"old"
+    weights.merge(tmp_path / "d", out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "m.safetensors"]
+    assert set(load_file(out)) == {*SHAPES, "extra"}
 
 
 def test_a_writer_that_lives_is_not_swept(tmp_path: Path) -> None:

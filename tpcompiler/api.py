@@ -18,6 +18,7 @@ from tpcompiler.axes.infer import AxisMap, infer_axes
 from tpcompiler.capture import capture as capture_model
 from tpcompiler.collectives import folded, list_collectives
 from tpcompiler.partition import CannotSplit, partition
+from tpcompiler.passes import run_passes
 from tpcompiler.plan import Plan, make_plan
 from tpcompiler.program import Capture, Program
 from tpcompiler.spec import Spec
@@ -150,7 +151,10 @@ def compile_capture(
             break
         except CannotSplit as e:
             axes = _without(axes, e)
-    program = replace(program, collectives=list_collectives(program, plan))
+    tell("running the passes")
+    with _timed(seconds, "passes"):
+        program = run_passes(program)
+        program = replace(program, collectives=list_collectives(program, plan))
     return Sharded(spec, captured, axes, plan, program, seconds)
 
 

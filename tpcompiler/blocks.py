@@ -42,7 +42,6 @@ class Facts:
     axes: dict[int, AxisFacts]
     conflicts: frozenset[tuple[int, int]]  # pairs that stand in different factors of one tensor, smaller first
     products: frozenset[tuple[int, int]]  # (major, minor) neighbours in a product
-    concats: tuple[tuple[frozenset[int], ...], ...]  # per concatenation, the axes of each segment
 
 
 def gather_facts(capture: Capture, axes: AxisMap) -> Facts:
@@ -83,8 +82,8 @@ def gather_facts(capture: Capture, axes: AxisMap) -> Facts:
         )
         for leaf in members
     }
-    conflicts, products, concats = _neighbours(axes)
-    return Facts(facts, conflicts, products, concats)
+    conflicts, products = _neighbours(axes)
+    return Facts(facts, conflicts, products)
 
 
 def _outputs(graph: fx.Graph) -> list[fx.Node]:
@@ -170,10 +169,9 @@ class _Tally:
         return tuple(k for k in (ATTENTION, MLP, EMBEDDING, HEAD, OTHER) if k in kinds)
 
 
-def _neighbours(axes: AxisMap) -> tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int]], tuple[tuple[frozenset[int], ...], ...]]:
+def _neighbours(axes: AxisMap) -> tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int]]]:
     conflicts: set[tuple[int, int]] = set()
     products: set[tuple[int, int]] = set()
-    concats: dict[tuple[frozenset[int], ...], None] = {}
 
     def cross(sets: list[frozenset[int]]) -> None:
         for a, b in combinations(sets, 2):
@@ -187,8 +185,6 @@ def _neighbours(axes: AxisMap) -> tuple[frozenset[tuple[int, int]], frozenset[tu
         if bound.kind == "product":
             cross(parts)
             products.update((x, y) for a, b in zip(parts, parts[1:], strict=False) for x in a for y in b)
-        else:
-            concats[tuple(parts)] = None
         return frozenset().union(*parts)
 
     seen: set[Dims] = set()
@@ -202,4 +198,4 @@ def _neighbours(axes: AxisMap) -> tuple[frozenset[tuple[int, int]], frozenset[tu
         if sets not in known:
             known.add(sets)
             cross(list(sets))
-    return frozenset(conflicts), frozenset(products), tuple(concats)
+    return frozenset(conflicts), frozenset(products)

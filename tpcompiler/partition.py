@@ -11,6 +11,7 @@ What an op does to a split axis is said by its rule (`axes`); this stage knows o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -146,6 +147,8 @@ class _Rewriter:
     def op(self, node: fx.Node, relation: Relation) -> fx.Node:
         everywhere = [t for dims in relation.results for t in dims] + list(relation.contracted)
         present = self.over(everywhere)
+        if self.mixed(node, relation):
+            return self.take_apart(node, relation)
         replaced = {}
         for operand in relation.operands:
             source = next(n for n in node.all_input_nodes if n.name == operand.node)
@@ -168,6 +171,71 @@ class _Rewriter:
         if not partial:
             return self.local(node, relation, inputs)
         return self.contraction(node, relation, inputs, partial)
+
+    def mixed(self, node: fx.Node, relation: Relation) -> bool:
+        """Whether the result is split in some of its segments only, and an operand lacks what splits them: its gradient
+        would count the whole segments once a rank."""
+        results = [d for dims in relation.results for d in self.plan.dims(self.axes, dims)]
+        if not any(isinstance(d, Concat) and len({p.over for p in d.parts}) > 1 for d in results):
+            return False
+        present = self.over([t for dims in relation.results for t in dims])
+        return any(
+            o.live and o.dims is not None and o.node in self.axes.grads and set(present) - set(self.over(o.dims))
+            for o in relation.operands
+        )
+
+    def take_apart(self, node: fx.Node, relation: Relation) -> fx.Node:
+        """A product whose weight is fused from segments, as one product a segment, each with an `enter` of its own."""
+        name, args = op_name(node), bind(node)
+        terms = relation.results[0]
+        dims = self.plan.dims(self.axes, terms)
+        at = len(dims) - 1
+        segments = dims[at]
+        if name == "linear":
+            x, weight, bias, along = args["input"], args["weight"], args["bias"], 0
+        elif name in ("matmul", "mm"):
+            x, weight, bias, along = args["self"], args[{"mm": "mat2"}.get(name, "other")], None, -1
+        elif name == "addmm" and args["beta"] == 1 and args["alpha"] == 1:
+            x, weight, bias, along = args["mat1"], args["mat2"], args["self"], -1
+        else:
+            raise self.refuse(node, f"{name} of segments of which some are split", terms[at])
+        others = any(d.over for d in dims[:at]) or self.over(relation.contracted)
+        if others or not isinstance(segments, Concat) or not isinstance(self.env[weight].meta["dims"][along], Concat):
+            raise self.refuse(node, f"{name} of segments of which some are split", terms[at])
+        weights = self.segments(weight, along, segments)
+        biases = [None] * len(weights) if bias is None else self.segments(bias, -1, segments)
+        out = []
+        for part, w, b in zip(segments.parts, weights, biases, strict=True):
+            value = self.env[x]
+            if part.over and x.name in self.axes.grads:
+                leaves = tuple(dict.fromkeys(leaf for leaf in self.split_axes(terms[-1:]) if self.plan.split[leaf] == part.over))
+                value = self.enter(value, x, part.over, (name, leaves))
+            own = [*dims[:at], part]
+            if name == "linear":
+                new = self.graph.call_function(node.target, (value, w) if b is None else (value, w, b))
+            else:
+                new = self.graph.call_function(aten.matmul.default, (value, w))
+                new = new if b is None else self.graph.call_function(aten.add.Tensor, (self.describe(new, node, own), b))
+            out.append(self.describe(new, node, own))
+        return self.describe(self.graph.call_function(aten.cat.default, (out, -1)), node, dims)
+
+    def segments(self, source: fx.Node, along: int, segments: Concat) -> list[fx.Node]:
+        """A parameter's segments, as views."""
+        value = self.env[source]
+        sizes = [LocalSize(p) if p.over else p.size for p in segments.parts]
+        whole = self.graph.call_function(aten.split_with_sizes.default, (value, sizes, along))
+        whole.meta["val"] = torch.ops.aten.split_with_sizes(source.meta["val"], [p.size for p in segments.parts], along)
+        out = []
+        for i, part in enumerate(segments.parts):
+            dims = list(value.meta["dims"])
+            dims[along] = part
+            piece = self.graph.call_function(operator.getitem, (whole, i))
+            piece.meta["val"] = whole.meta["val"][i]
+            out.append(self.describe(piece, source, dims))
+        for key in ("module", "stack", "line"):
+            if key in source.meta:
+                whole.meta[key] = source.meta[key]
+        return out
 
     def enter(self, value: fx.Node, source: fx.Node, over: Over, because: tuple[str, tuple[int, ...]]) -> fx.Node:
         if (value, over) not in self.entered:

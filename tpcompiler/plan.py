@@ -269,7 +269,7 @@ def _choose(candidates: list[Candidate], facts: Facts) -> dict[int, tuple[str, .
     for component in nx.connected_components(graph):
         for i in _heaviest(graph.subgraph(component)):
             split.update(dict(useful[i].split))
-    return _whole_concats(split, facts)
+    return split
 
 
 def _heaviest(graph: nx.Graph) -> Iterable[int]:
@@ -290,20 +290,6 @@ def _exclude(a: Candidate, b: Candidate, facts: Facts) -> bool:
     return any(
         set(over) & set(other) and (min(x, y), max(x, y)) in facts.conflicts for x, over in a.split for y, other in b.split
     )
-
-
-def _whole_concats(split: dict[int, tuple[str, ...]], facts: Facts) -> dict[int, tuple[str, ...]]:
-    """Drop axes that would split only some segments of a dimension: their gradients are of two kinds in one tensor."""
-    out = dict(split)
-    while True:
-        bad: set[int] = set()
-        for segments in facts.concats:
-            overs = [frozenset(n for leaf in s for n in out.get(leaf, ())) for s in segments]
-            if len(set(overs)) > 1:
-                bad.update(leaf for s in segments for leaf in s if leaf in out)
-        if not bad:
-            return out
-        out = {leaf: over for leaf, over in out.items() if leaf not in bad}
 
 
 def _names(facts: Facts, split: dict[int, tuple[str, ...]]) -> dict[int, str]:

@@ -60,7 +60,8 @@ class Capture:
     input_leaves: tuple[Any, ...]  # flattened example: a placeholder's name (as `Slot`) or a constant
     model: str  # the model's class name
     source: str  # where the model stands, for messages
-    arg_names: tuple[str, ...]  # the forward's own names of the flattened inputs
+    arg_names: tuple[str, ...]  # the forward's own names of the tensor inputs
+    held: tuple[str, ...] = ()  # modules traced in eval mode: in training they branch on random numbers (layerdrop)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tpcompiler.api import Sharded, compile_capture
-from tpcompiler.capture import capture, split_example
+from tpcompiler.capture import capture
+from tpcompiler.capture.trace import split_example
 from tpcompiler.capture.promote import float64
 from tpcompiler.errors import TpcError
 from tpcompiler.interpret import interpret, interpret_capture

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from tpcompiler.capture.init import Recorded, record
-from tpcompiler.capture.normalise import inline, normalise, remove_dead
+from tpcompiler.capture.masks import recover_causal
+from tpcompiler.capture.normalise import inline, normalise
+from tpcompiler.capture.promote import float64
 from tpcompiler.capture.sizes import sizes_from_inputs
-from tpcompiler.capture.trace import Traced, trace
+from tpcompiler.capture.trace import Traced, split_example, trace
 from tpcompiler.errors import ModelError
 from tpcompiler.program import Capture, Parameter, Slot
 
-__all__ = ["Recorded", "capture", "capture_recorded", "record"]
+__all__ = ["Recorded", "capture", "capture_recorded", "float64", "record", "split_example"]
 
 
 def capture(build: Callable[[], nn.Module] | nn.Module, example_inputs: Any, *, source: str = "") -> Capture:
@@ -27,7 +28,7 @@ def capture(build: Callable[[], nn.Module] | nn.Module, example_inputs: Any, *, 
     tuple of positional arguments, a dictionary of keyword arguments, or (tuple, dictionary). `source` says in messages
     where the model stands. Errors: `ModelError`, one line that names the model's own line.
     """
-    return capture_recorded(record(build), example_inputs, source=source)
+    return capture_recorded(record(build, source=source), example_inputs, source=source)
 
 
 def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "") -> Capture:
@@ -37,11 +38,11 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
     exported = traced.exported
     graph = exported.graph_module.graph
     inline(graph, exported.graph_module)
-    parameters = _placeholders(graph, exported, recorded)
+    parameters = _placeholders(graph, exported, recorded, source)
     inputs, leaves, names = _inputs(graph, traced)
     normalise(graph, traced.held)
     sizes_from_inputs(graph, inputs)
-    remove_dead(graph)
+    recover_causal(graph, {p.node: p.value for p in parameters if p.value is not None})
     return Capture(
         graph=graph,
         parameters=parameters,
@@ -52,10 +53,11 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
         model=type(model).__name__,
         source=source,
         arg_names=names,
+        held=traced.held,
     )
 
 
-def _placeholders(graph: fx.Graph, exported: ExportedProgram, recorded: Recorded) -> tuple[Parameter, ...]:
+def _placeholders(graph: fx.Graph, exported: ExportedProgram, recorded: Recorded, source: str) -> tuple[Parameter, ...]:
     """Parameters and buffers, each once: placeholders of one tensor are merged, lifted constants become buffers."""
     model = recorded.model
     nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
@@ -94,11 +96,14 @@ def _placeholders(graph: fx.Graph, exported: ExportedProgram, recorded: Recorded
         t = tensors.get(name, constants.get(name))
         assert t is not None
         buffer = not isinstance(t, nn.Parameter)
+        if buffer and not recorded.tape.has_value(t):
+            raise ModelError(f"{source or name}: the constant {name} has no value that could be kept; make it a buffer")
         node.meta["kind"] = "buffer" if buffer else "parameter"
         node.meta["shown"] = name
         value = recorded.value(t) if buffer else None
+        shape = tuple(t.shape)
         result.append(
-            Parameter(name, node.name, tuple(t.shape), t.dtype, tuple(aliases), t.requires_grad, buffer, name in kept, value)
+            Parameter(name, node.name, shape, t.dtype, tuple(aliases), t.requires_grad, buffer, name in kept, value)
         )
     return tuple(sorted(result, key=lambda p: p.buffer))
 

@@ -19,7 +19,10 @@ aten = torch.ops.aten
 
 
 def functionalise(graph: fx.Graph) -> None:
-    """Errors: `ModelError` when the model writes into an input, a parameter or a buffer, or through a view without inverse."""
+    """Makes a graph functional, in place.
+
+    Errors: `ModelError` when the model writes into an input, a parameter or a buffer, or through a view without inverse.
+    """
     _Functionaliser(graph).run()
 
 
@@ -142,9 +145,8 @@ class _Functionaliser:
             return self._call(aten.select_scatter.default, (base, value, *self._args(a[1:])), node, like)
         if t is aten.diagonal.default:
             return self._call(aten.diagonal_scatter.default, (base, value, *self._args(a[1:])), node, like)
-        if t in (aten.alias.default, aten.detach.default, aten.lift_fresh.default) or _shape(view) == _shape(base):
-            if t in _SAME_ORDER:
-                return value
+        if t in _UNORDERED and _shape(view) == _shape(base):
+            return value
         if t is aten.unsqueeze.default:
             return self._call(aten.squeeze.dim, (value, a[1]), node, like)
         if t is aten.squeeze.dim:
@@ -153,9 +155,9 @@ class _Functionaliser:
             return self._call(t, (value, *a[1:]), node, like)
         if t is aten.permute.default:
             order: Any = a[1]
-            inverse = [list(d % len(order) for d in order).index(i) for i in range(len(order))]
+            inverse = [[d % len(order) for d in order].index(i) for i in range(len(order))]
             return self._call(t, (value, inverse), node, like)
-        if t in (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten._unsafe_view.default):
+        if t in _RESHAPES:
             return self._call(aten.reshape.default, (value, self._shape(base)), node, like)
         raise ModelError(f"{at(node)}: writes in place through a view made by {t}; write into the tensor itself")
 
@@ -175,8 +177,25 @@ class _Functionaliser:
         return out
 
 
-_SAME_ORDER = (aten.alias.default, aten.detach.default, aten.lift_fresh.default, aten.contiguous.default, aten.to.dtype,
-               aten.view.default, aten.reshape.default, aten.slice.Tensor, aten.to.dtype_layout, aten.to.device)
+_RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten._unsafe_view.default,
+)
+_UNORDERED = (
+    *_RESHAPES,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh.default,
+    aten.contiguous.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+)  # views that keep elements in place where they keep the shape
 
 
 def _val(node: fx.Node) -> Any:

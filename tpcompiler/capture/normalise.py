@@ -38,10 +38,10 @@ def inline(graph: fx.Graph, owner: torch.nn.Module) -> None:
             enabled, inner, *args = node.args
             stop = not enabled
         elif name == "wrap_with_autocast":
-            _, dtype, enabled, _, inner, *args = node.args
+            _, _, enabled, _, inner, *args = node.args
             if enabled:
                 raise ModelError(
-                    f"{at(node)}: an autocast region inside of the model; take it out, the trainer's precision does this"
+                    f"{at(node)}: an autocast region inside of the model; take it out, precision is the trainer's"
                 )
             stop = False
         else:
@@ -66,8 +66,8 @@ def _copy(source: fx.Graph, into: fx.Graph, args: Any) -> list[Any]:
         if n.op == "placeholder":
             env[n] = next(given)
         elif n.op == "output":
-            out = n.args[0]
-            return [env[o] if isinstance(o, fx.Node) else o for o in (out if isinstance(out, (tuple, list)) else (out,))]
+            out = n.args[0] if isinstance(n.args[0], (tuple, list)) else (n.args[0],)
+            return [env[o] if isinstance(o, fx.Node) else o for o in out]
         else:
             env[n] = into.node_copy(n, lambda m: env[m])
     raise AssertionError("a graph without output")
@@ -133,9 +133,23 @@ _CASTS = tuple(
     }.items()
     for name in names
 )
-_FACTORIES = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.zeros.default, aten.ones.default,
-              aten.full.default, aten.empty.memory_format, aten.scalar_tensor.default, aten.eye.default,
-              aten.linspace.default, aten.rand.default, aten.randn.default)
+_FACTORIES = (
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.full.default,
+    aten.empty.memory_format,
+    aten.scalar_tensor.default,
+    aten.eye.default,
+    aten.linspace.default,
+    aten.rand.default,
+    aten.randn.default,
+)
+
+
+_IDENTITIES = (aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default)
 
 
 def drop_copies(graph: fx.Graph) -> None:
@@ -144,7 +158,7 @@ def drop_copies(graph: fx.Graph) -> None:
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         x = node.args[0]
-        if node.target in (aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default):
+        if node.target in _IDENTITIES:
             _become(graph, node, x)
         elif node.target is aten.clone.default:
             if node.kwargs.get("memory_format") is torch.contiguous_format:
@@ -152,7 +166,7 @@ def drop_copies(graph: fx.Graph) -> None:
             else:
                 _become(graph, node, x)
         elif node.target is aten.slice.Tensor:
-            start, end, step = (*node.args[2:], None, None, None)[:3] if len(node.args) < 5 else node.args[2:5]
+            start, end, step = (*node.args[2:5], *(None, None, 1)[len(node.args) - 2 :])
             if start in (0, None) and end in (_END, None) and step in (1, None):
                 _become(graph, node, x)
         elif node.target is aten.detach_.default:
@@ -165,15 +179,18 @@ def drop_detached_constants(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         val = node.meta.get("val")
         if node.op == "placeholder":
-            floating = isinstance(val, Tensor) and (val.is_floating_point() or val.is_complex())
-            if floating and node.meta.get("kind") != "buffer":
+            if isinstance(val, Tensor) and _carries(val) and node.meta.get("kind") != "buffer":
                 live.add(node)
         elif node.target is aten.detach.default:
             if node.args[0] not in live:
                 _become(graph, node, node.args[0])
-        elif any(n in live for n in node.all_input_nodes):
-            if not isinstance(val, Tensor) or val.is_floating_point() or val.is_complex():
-                live.add(node)
+        elif any(n in live for n in node.all_input_nodes) and _carries(val):
+            live.add(node)
+
+
+def _carries(val: Any) -> bool:
+    """Whether a gradient can flow through a value."""
+    return not isinstance(val, Tensor) or val.is_floating_point() or val.is_complex()
 
 
 def _become(graph: fx.Graph, node: fx.Node, x: Any) -> None:
@@ -181,8 +198,13 @@ def _become(graph: fx.Graph, node: fx.Node, x: Any) -> None:
     graph.erase_node(node)
 
 
-_DROPOUTS = (aten.dropout.default, aten.alpha_dropout.default, aten.feature_dropout.default,
-             aten.feature_alpha_dropout.default, aten.native_dropout.default)
+_DROPOUTS = (
+    aten.dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_dropout.default,
+    aten.feature_alpha_dropout.default,
+    aten.native_dropout.default,
+)
 
 
 def modes(graph: fx.Graph, held: Collection[str]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import linecache
-import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from tpcompiler.capture.init import Literals, Recorded
+from tpcompiler.capture.explain import chain, explain
+from tpcompiler.capture.init import Recorded
+from tpcompiler.capture.recording import Literals
 from tpcompiler.capture.whole import whole_operators
 from tpcompiler.errors import ModelError
 
 Shapes = tuple[tuple[int, ...], ...]
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 @dataclass(frozen=True)
@@ -39,24 +38,24 @@ class Traced:
 
 
 def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
-    """Export `model` (parameters and buffers on meta) in training mode.
+    """Export a model in training mode.
 
     Sizes of 1, and batch and sequence of one size, would be taken for constants or for each other; so the example is
     traced at other sizes first where it has such, and as it is when the model refuses those.
     """
     model = recorded.model
     args, kwargs = split_example(example)
+    names = arg_names(model, args, kwargs, source)
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
-    names = arg_names(model, args, kwargs)
+    example_shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, Tensor))
     model.train()
     held: list[str] = []
     error: Exception | None = None
-    for shapes in candidate_shapes([tuple(x.shape) for x in leaves if isinstance(x, Tensor)]):
+    for shapes in candidate_shapes(example_shapes):
         while True:
             try:
                 with Literals(recorded.tape):
                     exported = _export(model, leaves, in_spec, shapes)
-                return Traced(exported, tuple(leaves), in_spec, names, tuple(held))
             except Exception as e:  # whatever the model's own code raises
                 name = _drawing_module(model, e)
                 if name is None or name in held:
@@ -64,8 +63,12 @@ def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
                     break
                 held.append(name)
                 model.get_submodule(name).training = False
+                continue
+            if _fits(exported, example_shapes):
+                return Traced(exported, tuple(leaves), in_spec, names, tuple(held))
+            break
     assert error is not None
-    raise _explain(error, source) from error
+    raise explain(error, source, "cannot be traced", _files(model)) from error
 
 
 def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -84,48 +87,55 @@ def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def arg_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """The forward's own names of the flattened inputs: `ids`, or `state.0` inside of a container."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+def arg_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], source: str = "") -> tuple[str, ...]:
+    """The forward's own names of the flattened inputs: `ids`, or `state.0` inside of a container.
+
+    Errors: `ModelError` when the forward does not take these arguments.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ModelError(
+            f"{source or type(model).__name__}: the example inputs do not fit forward{signature}: {error}"
+        ) from None
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p.name for p in signature.parameters.values() if p.kind in kinds]
     out = []
     for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
-        first, *rest = [getattr(k, "idx", getattr(k, "key", getattr(k, "name", None))) for k in path[1:]]
-        if path[0] == pytree.SequenceKey(0):
-            first = positional[first] if first < len(positional) else f"args.{first}"
-        out.append(".".join(map(str, (first, *rest))))
+        parts: list[Any] = [getattr(k, "idx", getattr(k, "key", getattr(k, "name", ""))) for k in path]
+        if parts[0] == 0:
+            i = parts[1]
+            parts[1] = positional[i] if i < len(positional) else f"args.{i}"
+        out.append(".".join(map(str, parts[1:])))
     return tuple(out)
 
 
-def candidate_shapes(shapes: list[tuple[int, ...]]) -> Iterator[Shapes]:
+def candidate_shapes(shapes: Shapes) -> Iterator[Shapes]:
     """Shapes to trace with, best first; the example's own last.
 
     Dimensions of one size at one position are taken for one thing (the batch of all inputs); at different positions for
     different things, so all but the last position get another size. Then without that, then as it is.
     """
     seen: set[Shapes] = set()
+    last: dict[int, int] = {}
+    for s in shapes:
+        for i, n in enumerate(s):
+            last[n] = max(last.get(n, 0), i)
     for apart in (True, False):
         taken = {n for s in shapes for n in s}
         new: dict[tuple[int, int], int] = {}
-        last: dict[int, int] = {}
-        for s in shapes:
-            for i, n in enumerate(s):
-                last[n] = max(last.get(n, 0), i)
-        for s in shapes:
-            for i, n in enumerate(s):
-                key = (n, i) if apart else (n, 0)
-                if key not in new and (n == 1 or (apart and i != last[n])):
-                    size = n + 1
-                    while size in taken:
-                        size += 1
-                    taken.add(size)
-                    new[key] = size
-        out = tuple(tuple(new.get((n, i) if apart else (n, 0), n) for i, n in enumerate(s)) for s in shapes)
-        if out not in seen:
-            seen.add(out)
-            yield out
-    if tuple(shapes) not in seen:
-        yield tuple(shapes)
+        for n, i in sorted({(n, i if apart else 0) for s in shapes for i, n in enumerate(s)}):
+            if n == 1 or (apart and n > 1 and i != last[n]):
+                size = next(m for m in range(n + 1, n + len(taken) + 2) if m not in taken)
+                taken.add(size)
+                new[n, i] = size
+        candidate = tuple(tuple(new.get((n, i if apart else 0), n) for i, n in enumerate(s)) for s in shapes)
+        if candidate not in seen:
+            seen.add(candidate)
+            yield candidate
+    if shapes not in seen:
+        yield shapes
 
 
 def _export(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes) -> ExportedProgram:
@@ -135,7 +145,7 @@ def _export(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: 
     for x in leaves:
         if isinstance(x, Tensor):  # each a tensor of its own: export merges two inputs that are one object
             x = torch.empty(next(sizes), dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
-            dynamic[x] = {i: Dim.AUTO for i in range(x.ndim)}
+            dynamic[x] = dict.fromkeys(range(x.ndim), Dim.AUTO)
         inputs.append(x)
     args, kwargs = pytree.tree_unflatten(inputs, spec)
     with _no_collection(), whole_operators():
@@ -143,9 +153,21 @@ def _export(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: 
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
 
+def _fits(exported: ExportedProgram, shapes: Shapes) -> bool:
+    """Whether the sizes that the model turned out to fix are those of the example."""
+    nodes = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    specs = (s for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT)
+    vals = [v for s in specs if isinstance(v := nodes[s.arg.name].meta.get("val"), Tensor)]
+    return all(
+        isinstance(n, torch.SymInt) or n == wanted
+        for val, shape in zip(vals, shapes, strict=True)
+        for n, wanted in zip(val.shape, shape, strict=True)
+    )
+
+
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Tracing makes millions of small objects that all live on: collecting garbage meanwhile costs a fifth of the time."""
+    """Tracing makes millions of objects that all live on: collecting garbage meanwhile costs a fifth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -155,37 +177,26 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _drawing_module(model: nn.Module, error: Exception) -> str | None:
     """The module, in training mode, whose own forward branches on the values of a tensor (layerdrop)."""
-    names = {id(m.__dict__): name for name, m in model.named_modules()}
-    for e in _chain(error):
+    names = {id(vars(m)): name for name, m in model.named_modules()}
+    for e in chain(error):
         if isinstance(e, GuardOnDataDependentSymNode):
             for frame, _ in reversed(list(traceback.walk_tb(e.__traceback__))):
                 module = frame.f_locals.get("self")
-                if frame.f_code.co_filename.startswith(_TORCH) or not isinstance(module, nn.Module):
-                    continue
-                name = names.get(id(module.__dict__))
-                return name if name is not None and module.training else None
+                name = names.get(id(vars(module))) if isinstance(module, nn.Module) else None
+                if name is not None:
+                    return name if model.get_submodule(name).training else None
     return None
 
 
-def _explain(error: Exception, source: str) -> ModelError:
-    """One line: the user's own line where tracing stopped, and why."""
-    where = source or "the model"
-    for e in _chain(error):
-        frames = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith((_TORCH, _HERE))]
-        if frames:
-            f = frames[-1]
-            where = f"{f.filename}:{f.lineno}: {linecache.getline(f.filename, f.lineno or 0).strip()}"
-            break
-    data_dependent = any(isinstance(e, GuardOnDataDependentSymNode) for e in _chain(error))
-    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if data_dependent or "item()" in why:
-        why = "the model's path depends on the values of a tensor; use torch.where, or an argument that is a Python number"
-    return ModelError(f"{where}: cannot be traced: {why}")
+def _files(model: nn.Module) -> frozenset[str]:
+    """The files where the model's own modules are written."""
+    own = {type(m) for m in model.modules() if not type(m).__module__.startswith("torch.")}
+    return frozenset(f for c in own for k in c.__mro__ if (f := _file_of(k)) is not None)
+
+
+def _file_of(cls: type) -> str | None:
+    forward = vars(cls).get("forward")
+    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
+    return code.co_filename if code is not None and not cls.__module__.startswith("torch.") else None

@@ -1,7 +1,8 @@
 """Shapes of the large operators, said directly: tracing need not take them apart to learn what comes out.
 
 `linear`, attention, norms and dropout are composites to torch: it runs their parts on fake tensors to find a shape
-that one line gives. Saying it makes capture of a deep model 1.6 times as fast. Where a case is not plain, torch decides.
+that one line gives. Saying it makes capture of a deep model 1.6 times as fast. Where a case is not plain, torch
+decides.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def _attention(
         and _same(q.shape[3], k.shape[3])
         and not (is_causal and attn_mask is not None)
     )
-    grouped = enable_gqa and isinstance(q.shape[1], int) and isinstance(k.shape[1], int) and q.shape[1] % k.shape[1] == 0
+    grouped = (
+        enable_gqa and isinstance(q.shape[1], int) and isinstance(k.shape[1], int) and q.shape[1] % k.shape[1] == 0
+    )
     if not plain or not (_same(q.shape[1], k.shape[1]) or grouped):
         return None
     if attn_mask is not None:
@@ -63,7 +66,8 @@ def _attention(
         fits = attn_mask.ndim <= 4 and all(n is not None and (_same(n, 1) or _same(n, m)) for n, m in aligned)
         if not fits or attn_mask.dtype not in (torch.bool, q.dtype):
             return None
-    return q.new_empty((*q.shape[:3], v.shape[3]))
+    batch, heads, rows, _ = q.shape
+    return q.new_empty((batch, rows, heads, v.shape[3])).transpose(1, 2)  # as the fused kernels lay it out
 
 
 def _layer_norm(

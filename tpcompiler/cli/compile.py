@@ -116,7 +116,11 @@ def verify(
     ] = "float64",
     micro_batches: Annotated[
         int, typer.Option("--micro-batches", min=1, help="Gradients are accumulated over so many batches.")
-    ] = 1,
+    ] = 3,
+    distributed: Annotated[
+        bool,
+        typer.Option("--distributed", help="Also the emitted source and written weights, in real processes (gloo)."),
+    ] = False,
     settings: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -127,14 +131,21 @@ def verify(
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
         with _loaded(model, spec, settings, stages) as (loaded, read):
-            stages("running all ranks")
             from tpcompiler.verify import verify as run
 
-            report = run(loaded.build, loaded.inputs(), read, dtype=_dtype(dtype), micro_batches=micro_batches)
+            report = run(
+                loaded.build,
+                loaded.inputs(),
+                read,
+                dtype=_dtype(dtype),
+                micro_batches=micro_batches,
+                distributed=distributed,
+                progress=stages,
+            )
     from tpcompiler.cli import draw
 
     result = report.as_dict()
-    screen.show(draw.verify_report(result))
+    screen.show(draw.heading(loaded.name, loaded.source, str(report.mesh)), draw.verify_report(result))
     screen.result(result)
     if not report.passed:
         raise typer.Exit(1)

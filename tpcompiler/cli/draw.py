@@ -122,20 +122,25 @@ def replicated(rows: Sequence[Row]) -> Table | None:
 
 
 def verify_report(report: Mapping[str, Any]) -> RenderableType:
-    """A line a case, and the verdict."""
-    table = _table("Verification", "against the plain model")
+    """A line a case, what it found besides, and the verdict."""
+    table = _table("Verification", "all ranks against the plain model")
     table.add_column("case", ratio=1)
     table.add_column("what is worst", ratio=1)
-    table.add_column("relative error", justify="right")
+    for heading in ("relative error", "allowed"):
+        table.add_column(heading, justify="right")
     table.add_column("")
     for case in report["cases"]:
-        passed = case.get("passed", True)
+        passed, clean = case["passed"], not case.get("notes")
         mark = Text("equal", style="green") if passed else Text("DIFFERS", style="bold red")
-        table.add_row(str(case.get("what", "")), str(case.get("worst", "")), error(case.get("max_rel_error")), mark)
-    verdict = (Text("passed", style="bold green") if report["passed"] else Text("FAILED", style="bold red")).append(
-        f"   largest relative error {error(report['max_rel_error'])}", style="not bold default"
-    )
-    return Group(table, verdict)
+        worst = Text("\n".join([case.get("worst", ""), *case.get("notes", ())]), style="" if clean else "red")
+        table.add_row(case["what"], worst, error(case["max_rel_error"]), error(case.get("tolerance")), mark)
+    style = "bold green" if report["passed"] else "bold red"
+    verdict = Text("passed" if report["passed"] else "FAILED", style=style)
+    facts = [f"largest relative error {error(report['max_rel_error'])}"]
+    if "sharded_fraction" in report:
+        facts.append(f"{report['sharded_fraction']:.1%} of the matrices' bytes are split")
+    facts += [f"{count} {name.replace('_', '-')}" for name, count in report.get("collectives", {}).items()]
+    return Group(table, verdict.append("   " + ", ".join(facts), style="not bold default"))
 
 
 def explain_report(rows: Sequence[Row]) -> RenderableType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -42,7 +43,7 @@ class Screen:
     def result(self, value: Mapping[str, Any]) -> None:
         """The command's result as the one JSON object of `--json`; nothing without."""
         if self.as_json:
-            self.out.write(json.dumps(value, allow_nan=False, ensure_ascii=False) + "\n")
+            self.out.write(json.dumps(_finite(value), allow_nan=False, ensure_ascii=False) + "\n")
             self.out.flush()
 
     @contextmanager
@@ -67,6 +68,15 @@ class Stages:
     def bytes(self, done: int, total: int) -> None:
         """How far the running stage is, in bytes."""
         self._bar.update(self._task, completed=done, total=total)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: numbers that are not finite are written as words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def complain(message: str, as_json: bool) -> None:

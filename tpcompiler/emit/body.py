@@ -335,15 +335,22 @@ class Body:
             reuse = self.namer.names[first] if first is not None else None
             self.namer.release(dead)
             for v in outputs:
-                if v in last:
-                    own = reuse if reuse is not None and self.namer.free(reuse) else None
-                    results[v] = self.namer.bind(v, own) if own else self.namer.fresh(v)
+                if v in last and v not in self.file.hints and reuse is not None and self._alike(v, first):
+                    if self.namer.free(reuse):
+                        results[v] = self.namer.bind(v, reuse)
         for v in outputs:
             if v in last and v not in results:
                 results[v] = self.namer.fresh(v)
         self.namer.release(dead)
         self.namer.release(v for v in outputs if v not in last)
         yield from self._calls(step, names, ", ".join(results.get(v, "_") for v in outputs))
+
+    def _alike(self, v: Value, other: Value | None) -> bool:
+        """Have two values one shape?"""
+        return other is not None and self._shape_of(v) == self._shape_of(other)
+
+    def _shape_of(self, v: Value) -> str | None:
+        return self.file.shape(v) if isinstance(v, fx.Node) else self._item_shape(v)
 
     def _calls(self, step: Apply, names: list[str], target: str) -> Iterable[Line]:
         layer = step.layer
@@ -408,9 +415,7 @@ class Body:
         """The statement's shape, if it is not that of the value it begins with."""
         several = self._items(node)
         shape = self.file.shape(node) if several is None else self._shapes(node)
-        before = self.file.shape(first) if isinstance(first, fx.Node) else None
-        if isinstance(first, tuple):
-            before = self._item_shape(first)
+        before = self._shape_of(first) if first is not None else None
         return shape if shape is not None and shape not in (before, "[]") else ""
 
     def _notes(self, node: fx.Node) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import fx
 
 from tpcompiler.emit.layers import is_item
@@ -66,22 +67,26 @@ def hints(nodes: Iterable[fx.Node]) -> dict[Value, str]:
 
 def _executions(nodes: Iterable[fx.Node]) -> Iterable[list[fx.Node]]:
     """The nodes that one execution of one line of source made, for all lines and all their executions."""
-    by_line: dict[Any, list[fx.Node]] = {}
+    by_call: dict[Any, list[fx.Node]] = {}
     for n in nodes:
         line = n.meta.get("line")
         if n.op == "call_function" and not is_size(n) and not is_item(n) and line is not None and line[2]:
-            by_line.setdefault(line, []).append(n)
-    for found in by_line.values():
-        said = [(n.target, _STRIPPED.sub("", "/".join(s[0] for s in n.meta.get("stack", ())))) for n in found]
+            by_call.setdefault((line, _caller(n)), []).append(n)
+    for found in by_call.values():  # in a loop, a call executes its line again and again
+        said = [(n.target, n.meta.get("stack")) for n in found]
         starts = [i for i, s in enumerate(said) if s == said[0]]
         period = next(p for p in (*starts[1:], len(said)) if all(a == b for a, b in zip(said, said[p:], strict=False)))
-        if len(said) % period:
-            period = len(said)
+        period = len(said) if len(said) % period else period
         for i in range(0, len(found), period):
             yield found[i : i + period]
 
 
-_STRIPPED = re.compile(r"\d+")
+def _caller(node: fx.Node) -> tuple[Any, ...]:
+    """The module call whose own code holds the node's line: torch's modules stand for a line of who calls them."""
+    stack = tuple(node.meta.get("stack", ()))
+    while stack and hasattr(torch.nn, stack[-1][1]):
+        stack = stack[:-1]
+    return stack
 
 
 def _ends(run: list[fx.Node], place: Mapping[fx.Node, int]) -> list[Value]:

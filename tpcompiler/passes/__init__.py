@@ -1,0 +1,19 @@
+"""Passes: graph rewrites on one rank's program, each a function from program to program in a file of its own."""
+
+from __future__ import annotations
+
+from tpcompiler.passes.merge_reductions import merge_reductions
+from tpcompiler.passes.segments import drop_joined_segments
+from tpcompiler.program import Program
+
+PASSES = (drop_joined_segments, merge_reductions)
+
+
+def run_passes(program: Program) -> Program:
+    """All passes in order. A program is not changed: each pass works on a graph of its own."""
+    for p in PASSES:
+        program = p(program)
+    return program
+
+
+__all__ = ["PASSES", "run_passes"]

@@ -68,12 +68,10 @@ class _Losses(torch.autograd.Function):
         smoothing: float,
     ) -> tuple[Tensor, Tensor]:
         dim = 1 if logits.dim() > 1 else 0
-        x = _wide(logits)
-        top = group.all_reduce(_max(x, dim), "max", FORWARD)
-        x = x - top.unsqueeze(dim)
-        w = None if weight is None else _along(weight.to(x.dtype), x, dim)
+        top = group.all_reduce(_wide(_max(logits, dim)), "max", FORWARD)
         local, held = local_ids(target, rows)
-        exp_sum, picked, w_picked, x_sum, classes, w_sum = _global_sums(x, w, local, held, dim, group, smoothing)
+        sums = _global_sums(logits, top, weight, local, held, dim, group, smoothing)
+        exp_sum, picked, w_picked, x_sum, classes, w_sum = sums
         log_sum = exp_sum.log()
         counted = target != ignore_index
         stray = counted & ((target < 0) | (target >= classes))
@@ -91,36 +89,40 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         logits, weight, local, held, counted, lse, share, classes, w_sum = ctx.saved_tensors
         dim, smoothing = ctx.dim, ctx.smoothing
-        x = _wide(logits)
         grad = grad.masked_fill(~counted, 0)
         hard = grad * share * (1 - smoothing)
         soft = grad * (smoothing / classes)
-        p = (x - lse.unsqueeze(dim)).exp()
+        out = (logits - lse.unsqueeze(dim)).exp_().mul_((hard + soft * w_sum).unsqueeze(dim))
         if smoothing:
-            w = 1.0 if weight is None else _along(weight.to(x.dtype), x, dim)
-            out = p * (hard + soft * w_sum).unsqueeze(dim) - w * soft.unsqueeze(dim)
-        else:
-            out = p * hard.unsqueeze(dim)
-        if out.shape[dim]:
-            out = out.scatter_add(dim, local.unsqueeze(dim), -(hard * held).unsqueeze(dim))
+            out.sub_(soft.unsqueeze(dim) * (1 if weight is None else _along(weight, out, dim)))
+        out = _subtract_at(out, dim, local, hard * held)
         return out.to(logits.dtype), None, None, None, None, None, None
 
 
 def _global_sums(
-    x: Tensor, w: Tensor | None, local: Tensor, held: Tensor, dim: int, group: Group, smoothing: float
+    logits: Tensor,
+    top: Tensor,
+    weight: Tensor | None,
+    local: Tensor,
+    held: Tensor,
+    dim: int,
+    group: Group,
+    smoothing: float,
 ) -> tuple[Tensor, ...]:
-    """Over all classes: Σ exp x, x_y, w_y, Σ w x (each as many as there are targets), C and Σ w, by one all-reduce."""
-    n = x.shape[dim]
-    here = local.unsqueeze(dim)
-    picked = x.gather(dim, here).squeeze(dim).masked_fill(~held, 0) if n else torch.zeros_like(local, dtype=x.dtype)
-    tokens = [x.exp().sum(dim), picked]
-    scalars = [x.new_full((1,), n)]
+    """Of x = logits − top, over all classes, by one all-reduce: a token's Σ exp x, x_y, w_y, Σ w x; and C, Σ w."""
+    n = logits.shape[dim]
+    x = logits - top.unsqueeze(dim)  # float32 for half precision; from here in place
+    picked, w = torch.zeros_like(top), None if weight is None else weight.to(top.dtype)
+    if n:
+        # Not out of x: torch.compile would have to write x to memory.
+        picked = (logits.gather(dim, local.unsqueeze(dim)).squeeze(dim) - top).masked_fill(~held, 0)
+    x_sum = (x if w is None else x * _along(w, x, dim)).sum(dim) if smoothing else None
+    tokens, scalars = [x.exp_().sum(dim), picked], [top.new_full((1,), n)]
     if w is not None:
-        found = w.flatten()[local] if n else torch.zeros_like(picked)
-        tokens.append(found.masked_fill(~held, 0))
+        tokens.append(w[local].masked_fill(~held, 0) if n else torch.zeros_like(top))
         scalars.append(w.sum().view(1))
-    if smoothing:
-        tokens.append((x if w is None else x * w).sum(dim))
+    if x_sum is not None:
+        tokens.append(x_sum)
     flat = group.all_reduce(torch.cat([t.flatten() for t in tokens] + scalars), "sum", FORWARD)
     size = local.numel()
     sums = [flat[i * size : (i + 1) * size].view(local.shape) for i in range(len(tokens))]
@@ -129,12 +131,23 @@ def _global_sums(
     return sums[0], sums[1], w_picked, sums[-1], classes, classes if w is None else flat[-1]
 
 
+def _subtract_at(x: Tensor, dim: int, index: Tensor, amount: Tensor) -> Tensor:
+    """`x` less `amount` at `index` along `dim`; may change `x`."""
+    n = x.shape[dim]
+    if n == 0:
+        return x
+    if torch.compiler.is_compiling():  # fuses with what comes before and after, where a scatter cannot
+        here = _along(torch.arange(n, device=x.device), x, dim) == index.unsqueeze(dim)
+        return torch.where(here, x - amount.unsqueeze(dim), x)
+    return x.scatter_add_(dim, index.unsqueeze(dim), -amount.unsqueeze(dim))
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _along(w: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Class weights [C] shaped to multiply `x`."""
+    """One number a class [C], shaped to go with `x`."""
     return w.view([w.shape[0] if d == dim else 1 for d in range(x.dim())])
 
 

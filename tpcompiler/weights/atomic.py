@@ -63,16 +63,18 @@ def replacing_file(path: Path | str) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise WeightsError(f"{path}: a directory of that name is in the way")
-    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
     with disk(path, "write"):
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        temporary, lock = _make(target)
     try:
-        yield temporary
+        yield temporary / target.name
         with disk(path, "write"):
-            os.replace(temporary, target)
+            os.replace(temporary / target.name, target)
             sync(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
 
 
 def sync(directory: Path) -> None:

@@ -311,7 +311,7 @@ def digest(path: Path) -> FileInfo:
 
 
 def write_text(path: Path, text: str) -> FileInfo:
-    """A small text file, synced."""
+    """A small text file (`state.json`, `model.py`), new and synced."""
     data = text.encode()
     with disk(path, f"write {len(data)} bytes"), open(path, "xb") as file:
         file.write(data)

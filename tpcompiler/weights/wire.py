@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class _Manifest(_Strict):
     dims: list[_Dim]
     tensors: list[_Tensor]
     files: list[_File]
+    sha256: str
 
 
 def encode(manifest: Manifest) -> str:
@@ -107,7 +108,8 @@ def encode(manifest: Manifest) -> str:
     }
     blocks = ("dims", "tensors", "files")
     lines = [f"{_dump(key)}: {_block(value) if key in blocks else _dump(value)}" for key, value in out.items()]
-    return "{\n" + ",\n".join([*lines, f'"sha256": "{_seal(out)}"']) + "\n}\n"
+    text = "{\n" + ",\n".join(lines) + ",\n"
+    return text + seal(text.encode())
 
 
 def _dim(held: Held) -> dict[str, Any]:
@@ -132,10 +134,9 @@ def _block(items: Iterable[Any]) -> str:
     return f"[\n{lines}\n]" if lines else "[]"
 
 
-def _seal(out: Mapping[str, Any]) -> str:
-    """The digest of everything else: canonical JSON, so that layout and order of the text do not count."""
-    text = json.dumps(out, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def seal(text: bytes) -> str:
+    """The manifest's end: the digest of all the bytes before it."""
+    return f'"sha256": "{hashlib.sha256(text).hexdigest()}"\n}}\n'
 
 
 def decode(raw: bytes, path: Path) -> Manifest:
@@ -148,10 +149,11 @@ def decode(raw: bytes, path: Path) -> Manifest:
         raise WeightsError(f"{path}: not a manifest of tpcompiler")
     if data.get("version") != VERSION:
         raise WeightsError(f"{path}: format version {data.get('version')}; this tpcompiler reads version {VERSION}")
-    if data.pop("sha256", None) != _seal(data):
+    text = raw[: -len(seal(b""))]
+    if raw != text + seal(text).encode():
         raise WeightsError(f"{path}: altered: its content does not have the digest that it names")
     try:
-        return _build(_Manifest.model_validate_json(json.dumps(data)))
+        return _build(_Manifest.model_validate_json(raw))
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -173,7 +173,8 @@ def _write_parts(weights: Weights, chosen: Sequence[Named], new: Path, max_file:
     if len(parts) > 1:
         home = {name: file for file, part in zip(names, parts, strict=True) for name, _ in part}
         index = {"metadata": {"total_size": total.whole}, "weight_map": home}
-        write_text(new / "model.safetensors.index.json", json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        write_text(new / "model.safetensors.index.json", text)
         names.append("model.safetensors.index.json")
     return names
 

@@ -1,0 +1,63 @@
+"""A capture in float64, for comparing numbers: also where the model itself asks for less."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tpcompiler.program import Capture, Parameter
+
+aten = torch.ops.aten
+_LOW = (torch.float32, torch.bfloat16, torch.float16)
+_DEFAULT_DTYPE = tuple(
+    getattr(getattr(aten, packet), name)
+    for packet, names in {
+        "arange": ("default", "start", "start_step"),
+        "empty": ("memory_format",),
+        **dict.fromkeys(("zeros", "ones", "full", "eye", "linspace", "rand", "randn", "scalar_tensor"), ("default",)),
+    }.items()
+    for name in names
+)  # factories whose type is torch's default when none is given
+
+
+def float64(capture: Capture) -> Capture:
+    """A copy that computes in float64 throughout, parameters, buffers and inputs given.
+
+    Casts that the model makes itself (`.float()` in a norm, `dtype=` of a softmax, float factories) would leave errors
+    of 1e-7 in a comparison that is to hold to 1e-10.
+    """
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in capture.graph.nodes:
+        new = graph.node_copy(node, env.__getitem__)
+        env[node] = new
+        val = node.meta.get("val")
+        new.meta = {**node.meta, "val": _promoted(val)}
+        new.args, new.kwargs = fx.node.map_aggregate((new.args, new.kwargs), _dtype)
+        if node.target in _DEFAULT_DTYPE and "dtype" not in node.kwargs and _is_low(val):
+            new.kwargs = {**new.kwargs, "dtype": torch.float64}
+    graph.lint()
+    return replace(capture, graph=graph, parameters=tuple(map(_parameter, capture.parameters)))
+
+
+def _is_low(val: Any) -> bool:
+    return isinstance(val, Tensor) and val.dtype in _LOW
+
+
+def _dtype(a: Any) -> Any:
+    return torch.float64 if a in _LOW and isinstance(a, torch.dtype) else a
+
+
+def _promoted(val: Any) -> Any:
+    if isinstance(val, (list, tuple)):
+        return type(val)(map(_promoted, val))
+    return val.to(torch.float64) if _is_low(val) else val
+
+
+def _parameter(p: Parameter) -> Parameter:
+    if p.dtype not in _LOW:
+        return p
+    return replace(p, dtype=torch.float64, value=None if p.value is None else p.value.to(torch.float64))

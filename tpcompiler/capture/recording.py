@@ -1,0 +1,166 @@
+"""The modes under which a constructor, or a forward, runs so that its tensors' values end up on a tape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from tpcompiler.capture.tape import Entry, Tape, seed_from
+
+_CPU = torch.device("cpu")
+_META = torch.device("meta")
+
+
+class Recording(TorchDispatchMode):
+    """Runs every operation on meta and writes it down.
+
+    Operations on real tensors alone (read from a file, made of Python numbers) run as they are.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = _tensors((args, kwargs))
+        if tensors and all(t.device.type != "meta" for t in tensors):
+            return self._run_real(func, args, kwargs)
+        return self._record(func, args, kwargs)
+
+    def stand_in(self, t: Tensor) -> Tensor:
+        """A real tensor's constant on meta, a parameter where it is one."""
+        with _disable_current_modes():
+            out = self.tape.constant(t.detach())
+            if isinstance(t, nn.Parameter):
+                return nn.Parameter(out, requires_grad=t.requires_grad)
+            return out.requires_grad_(t.requires_grad)
+
+    def real(self, t: Tensor) -> Tensor:
+        """What a meta tensor holds at this moment. Random numbers among it are thereby settled for good."""
+        if t.device.type != "meta":
+            return t
+        view = self.tape.view(t)
+        self.tape.drawn.update(i for i in self.tape.slice(view.storage) if self.tape.entries[i].random)
+        return self.tape.replay(view, lambda i: seed_from(0, f"#{i}"))
+
+    def _run_real(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = _CPU
+        for t in _mutated(func, args, kwargs):  # what the tape has read stays as it was read
+            for key, content in self.tape.constants.items():
+                if content.untyped_storage()._cdata == t.untyped_storage()._cdata:
+                    self.tape.constants[key] = content.clone()
+        return func(*args, **kwargs)
+
+    def _record(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda t: t if t.device.type == "meta" else self.tape.constant(t), (args, kwargs)
+        )
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("generator", "pin_memory")}
+        args = _positional_device(func, args, _CPU)
+        takes_device = any(a.name == "device" and a.kwarg_only for a in func._schema.arguments)
+        on_cpu = {**kwargs, "device": _CPU} if takes_device else kwargs
+        on_meta = {**kwargs, "device": _META} if takes_device else kwargs
+        mutated = _mutated(func, args, kwargs)
+        try:
+            out = func(*_positional_device(func, args, _META), **on_meta)
+        except (NotImplementedError, RuntimeError):
+            if mutated:
+                raise
+            return self._by_value(func, args, on_cpu)
+        results = _tensors(out)
+        if not results and not mutated:
+            return self._by_value(func, args, on_cpu)
+        reads = frozenset(self.tape.view(t).storage for t in _tensors((args, kwargs)))
+        views = tuple(map(self.tape.view, results))
+        writes = {self.tape.view(t).storage for t in mutated} | {v.storage for v in views if v.storage not in reads}
+        if writes:  # else a view: nothing happens
+            recorded, by_name = pytree.tree_map_only(Tensor, self.tape.view, (args, on_cpu))
+            random = torch.Tag.nondeterministic_seeded in func.tags
+            self.tape.append(Entry(func, recorded, by_name, views, reads, frozenset(writes), random))
+        return out
+
+    def _by_value(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation whose result depends on values (`item`, `nonzero`): run it; its result is a constant from here on."""
+        args, kwargs = pytree.tree_map_only(Tensor, self.real, (args, kwargs))
+        return pytree.tree_map_only(Tensor, self.tape.constant, func(*args, **kwargs))
+
+
+class Values(TorchFunctionMode):
+    """What a constructor does with tensors outside of torch's dispatcher: reading values, deep copies."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            with _disable_current_modes():
+                return func(self.recording.real(args[0].detach()), *args[1:], **kwargs)
+        if func is Tensor.__deepcopy__ and args[0].device.type != "meta":
+            source, memo = args
+            return memo.setdefault(id(source), self.recording.stand_in(source))
+        return func(*args, **kwargs)
+
+
+class Literals(TorchFunctionMode):
+    """Gives tensors that a forward makes from Python numbers a place on the tape: on meta they would lose their values."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.recording = Recording(tape)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, Tensor.new_tensor):
+            data = kwargs.get("data", args[-1] if args else None)
+            if not any(isinstance(x, (Tensor, *_SYMBOLIC)) for x in pytree.tree_leaves(data)):
+                if func is Tensor.new_tensor:
+                    kwargs.setdefault("dtype", args[0].dtype)
+                return self._literal(data, kwargs.get("dtype")).requires_grad_(kwargs.get("requires_grad", False))
+        if func in (Tensor.__getitem__, Tensor.__setitem__):  # lists among the indices become tensors inside of torch
+            args = (args[0], self._index(args[1]), *args[2:])
+        return func(*args, **kwargs)
+
+    def _literal(self, data: Any, dtype: torch.dtype | None = None) -> Tensor:
+        with _disable_current_modes():
+            made = self.recording.stand_in(torch.as_tensor(data, dtype=dtype))
+        return torch.ops.aten.lift_fresh.default(made)
+
+    def _index(self, index: Any) -> Any:
+        if isinstance(index, tuple):
+            return tuple(map(self._index, index)) if any(isinstance(i, list) for i in index) else index
+        if isinstance(index, list) and all(isinstance(i, int) for i in pytree.tree_leaves(index)):
+            return self._literal(index)
+        return index
+
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _positional_device(func: Any, args: Any, device: torch.device) -> Any:
+    """Arguments with the device among them, where one is given by position, replaced."""
+    for i, a in enumerate(func._schema.arguments[: len(args)]):
+        if a.name == "device" and args[i] is not None:
+            return (*args[:i], device, *args[i + 1 :])
+    return args
+
+
+def _mutated(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    found = [
+        args[i] if i < len(args) else kwargs.get(a.name)
+        for i, a in enumerate(func._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+    return _tensors(found)

@@ -1,0 +1,129 @@
+"""Sums of partial values are reduced once: reduce(p) + reduce(q) → reduce(p + q).
+
+A transformer block whose attention and feed-forward stand side by side then has one all-reduce, not two. Between the
+reductions and their sum may stand what is linear: adding replicated values (biases, the residual), and dropout, whose
+counter-based mask is the same on all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from tpcompiler import runtime
+from tpcompiler.passes.copy import copy_graph, erase_dead
+from tpcompiler.program import Program
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Open:
+    """A value as `reduce(partial) + rest`."""
+
+    partial: fx.Node
+    over: tuple[str, ...]
+    rest: fx.Node | None
+    because: Any
+
+
+def merge_reductions(program: Program) -> Program:
+    """Merge wherever it saves an all-reduce."""
+    graph = copy_graph(program.graph)
+    for node in list(graph.nodes):
+        if _is_sum(node) and all(_has_reduction(x) for x in node.args):
+            left, right = node.args
+            if _over(left) == _over(right):
+                _merge(graph, node)
+    erase_dead(graph)
+    return replace(program, graph=graph)
+
+
+def _is_sum(node: Any) -> bool:
+    return (
+        isinstance(node, fx.Node)
+        and node.target is aten.add.Tensor
+        and not node.kwargs
+        and all(isinstance(x, fx.Node) for x in node.args)
+        and all(x.meta["val"].dtype == node.meta["val"].dtype for x in node.args)
+    )
+
+
+def _chain(node: fx.Node) -> fx.Node | None:
+    """The reduction that a value opens to, through operations that nobody else looks into."""
+    if len(node.users) != 1:
+        return None
+    if node.target is runtime.reduce:
+        return node
+    if node.target is runtime.dropout:
+        return _chain(node.args[0])  # type: ignore[arg-type]
+    if _is_sum(node):
+        found = [f for x in node.args if (f := _chain(x)) is not None]  # type: ignore[arg-type]
+        return found[0] if len(found) == 1 else None
+    return None
+
+
+def _has_reduction(node: Any) -> bool:
+    return _chain(node) is not None
+
+
+def _over(node: Any) -> tuple[str, ...]:
+    found = _chain(node)
+    assert found is not None
+    return found.args[1]  # type: ignore[return-value]
+
+
+def _merge(graph: fx.Graph, node: fx.Node) -> None:
+    with graph.inserting_before(node):
+        a, b = (_open(graph, x) for x in node.args)  # type: ignore[arg-type]
+        partial = _add(graph, a.partial, b.partial, node)
+        total = graph.call_function(runtime.reduce, (partial, a.over))
+        total.meta = {**node.meta, "note": "all-reduce", "because": a.because}
+        partial.meta["note"] = f"partial over {'·'.join(a.over)}"
+        out = total
+        for rest in (a.rest, b.rest):
+            if rest is not None:
+                out = _add(graph, out, rest, node)
+    node.replace_all_uses_with(out)
+
+
+def _open(graph: fx.Graph, node: fx.Node) -> Open:
+    if node.target is runtime.reduce:
+        return Open(node.args[0], node.args[1], None, node.meta.get("because"))  # type: ignore[arg-type]
+    if node.target is runtime.dropout:
+        inner = _open(graph, node.args[0])  # type: ignore[arg-type]
+        return replace(
+            inner,
+            partial=_dropped(graph, inner.partial, node),
+            rest=None if inner.rest is None else _dropped(graph, _expanded(graph, inner.rest, node), node),
+        )
+    opened, other = node.args if _has_reduction(node.args[0]) else reversed(node.args)
+    inner = _open(graph, opened)  # type: ignore[arg-type]
+    assert isinstance(other, fx.Node)
+    return replace(inner, rest=other if inner.rest is None else _add(graph, inner.rest, other, node))
+
+
+def _add(graph: fx.Graph, a: fx.Node, b: fx.Node, like: fx.Node) -> fx.Node:
+    new = graph.call_function(aten.add.Tensor, (a, b))
+    new.meta = {k: v for k, v in like.meta.items() if k not in ("note", "because")}
+    return new
+
+
+def _dropped(graph: fx.Graph, x: fx.Node, dropout: fx.Node) -> fx.Node:
+    new = graph.call_function(runtime.dropout, (x, *dropout.args[1:]), dict(dropout.kwargs))
+    new.meta = dict(dropout.meta)
+    return new
+
+
+def _expanded(graph: fx.Graph, x: fx.Node, like: fx.Node) -> fx.Node:
+    """A bias in the shape of the value it was added to: dropout draws a mask for every element."""
+    source = like.args[0]
+    assert isinstance(source, fx.Node)
+    if x.meta["val"].shape == source.meta["val"].shape:
+        return x
+    new = graph.call_function(aten.expand_as.default, (x, like.args[0]))
+    new.meta = {k: v for k, v in source.meta.items() if k not in ("note", "because")}
+    return new
