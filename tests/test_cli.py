@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -374,6 +375,48 @@ def test_what_the_model_prints_does_not_spoil_json(tmp_path: Path, capsys: pytes
     assert "built" in err
 
 
+UNTRACEABLE = """
+import sys
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+    def forward(self, x):
+        print("tracing", file=sys.stderr)
+        y = self.up(x)
+        if y.sum() > 0:
+            y = y * 2
+        return self.down(y)
+
+example_inputs = {"x": torch.ones(2, 8)}
+"""
+
+
+def test_a_model_that_cannot_be_traced_is_one_line_that_names_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(UNTRACEABLE)
+    status, out, err = run(capsys, "shard", file, "--spec", SPEC, "-o", tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert f"net.py:{UNTRACEABLE[: UNTRACEABLE.index('if y.sum')].count(chr(10)) + 1}" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["net.py"]
+
+
+def test_a_degree_longer_than_every_axis_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(UNTRACEABLE.replace("if y.sum() > 0", "if True"))
+    (tmp_path / "wide.yaml").write_text("mesh: {tensor: 64}")
+    status, out, err = run(capsys, "shard", file, "--spec", tmp_path / "wide.yaml")
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "64" in err
+
+
 def test_diff_shows_every_collective_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "diff", MODEL, "--spec", SPEC, *SMALL, "--json")
     assert status == 0
@@ -407,9 +450,8 @@ def test_verify_says_what_it_compared_and_exits_with_the_verdict(
 ) -> None:
     import torch
 
-    from tpcompiler import verify
-
-    monkeypatch.setitem(verify.TOLERANCE, torch.float64, tolerance)
+    tolerances = importlib.import_module("tpcompiler.verify").TOLERANCE
+    monkeypatch.setitem(tolerances, torch.float64, tolerance)
     status, out, _ = run(capsys, "verify", MODEL, "--spec", SPEC, *SMALL, "--json")
     found = json.loads(out)
     assert status == (0 if tolerance > 0 else 1)

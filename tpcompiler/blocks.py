@@ -73,7 +73,7 @@ def gather_facts(capture: Capture, axes: AxisMap) -> Facts:
             axes.terms.size(leaf),
             axes.terms.size(leaf) in axes.dynamic,
             tally.kinds_of(leaf),
-            leaf in tally.batchwise,
+            tally.products[leaf] > 1,
             tuple(members[leaf]),
             hash(frozenset(roles[leaf].items())),
             tally.gain[leaf],
@@ -99,7 +99,7 @@ class _Tally:
         self.largest_table = largest_table
         self.axes, self.nodes, self.roles = axes, nodes, roles
         self.kinds: dict[int, set[str]] = defaultdict(set)
-        self.batchwise: set[int] = set()
+        self.products: Counter[int] = Counter()  # of activations, in whose result the axis stands
         self.made: set[int] = set()
         self.used: set[int] = set()
         self.gain: dict[int, float] = defaultdict(float)
@@ -123,7 +123,7 @@ class _Tally:
         for leaf in inside:
             self.roles[leaf][op, relation.pattern, leaf in contracted] += 1
         if op == "scaled_dot_product_attention" or relation.contracted:
-            self.attention(relation, inside, contracted, grouped=not relation.contracted)
+            self.attention(relation, inside, fused=not relation.contracted)
         for leaf in special:
             self.kinds[leaf].add(EMBEDDING if op == "embedding" else HEAD)
         for leaf in contracted:
@@ -145,15 +145,17 @@ class _Tally:
                 for leaf in inside - mine:
                     self.entering[leaf].add(operand.node)
 
-    def attention(self, relation: Relation, inside: set[int], contracted: set[int], *, grouped: bool) -> None:
-        """Products of activations: an axis that all of them have is a batch to it (heads), the others go through it."""
+    def attention(self, relation: Relation, inside: set[int], *, fused: bool) -> None:
+        """Products of activations. What stands in the results of both of attention's products is a batch to it (heads);
+        a fused attention is both at once, and the last dimension of its result comes from the values alone."""
         acting = [o for o in relation.operands if o.live and o.dims is not None and not self.static(o.node)[1]]
         if len(acting) < 2:
             return
-        shared = acting[:1] if grouped else acting[:2]  # grouped keys lack the group that queries and results have
-        self.batchwise |= inside.intersection(*(self.axes.axes_of(o.dims or ()) for o in shared)) - contracted
         for leaf in inside:
             self.kinds[leaf].add(ATTENTION)
+        for dims in relation.results:
+            for leaf in self.axes.axes_of(dims[:-1] if fused else dims):
+                self.products[leaf] += 2 if fused else 1
 
     def cost(self, leaf: int) -> float:
         backward = 0.0

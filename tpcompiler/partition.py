@@ -176,7 +176,7 @@ class _Rewriter:
         """Whether the result is split in some of its segments only, and an operand lacks what splits them: its gradient
         would count the whole segments once a rank."""
         results = [d for dims in relation.results for d in self.plan.dims(self.axes, dims)]
-        if not any(isinstance(d, Concat) and len({p.over for p in d.parts}) > 1 for d in results):
+        if not any(uneven_segments(d) for d in results):
             return False
         present = self.over([t for dims in relation.results for t in dims])
         return any(
@@ -199,43 +199,60 @@ class _Rewriter:
             x, weight, bias, along = args["mat1"], args["mat2"], args["self"], -1
         else:
             raise self.refuse(node, f"{name} of segments of which some are split", terms[at])
-        others = any(d.over for d in dims[:at]) or self.over(relation.contracted)
-        if others or not isinstance(segments, Concat) or not isinstance(self.env[weight].meta["dims"][along], Concat):
+        fused = uneven_segments(segments)
+        if fused is None or any(d.over for d in dims[:at]) or self.over(relation.contracted):
             raise self.refuse(node, f"{name} of segments of which some are split", terms[at])
-        weights = self.segments(weight, along, segments)
-        biases = [None] * len(weights) if bias is None else self.segments(bias, -1, segments)
+        weights = self.segments(weight, along, fused)
+        biases = [None] * len(weights) if bias is None else self.segments(bias, -1, fused)
         out = []
-        for part, w, b in zip(segments.parts, weights, biases, strict=True):
+        for part, w, b in zip(fused.parts, weights, biases, strict=True):
+            piece = fused.around(part)
             value = self.env[x]
-            if part.over and x.name in self.axes.grads:
-                leaves = tuple(dict.fromkeys(leaf for leaf in self.split_axes(terms[-1:]) if self.plan.split[leaf] == part.over))
-                value = self.enter(value, x, part.over, (name, leaves))
-            own = [*dims[:at], part]
+            if piece.over and x.name in self.axes.grads:
+                leaves = tuple(a for a in self.split_axes(terms[-1:]) if set(self.plan.split[a]) <= set(piece.over))
+                value = self.enter(value, x, tuple(n for n in self.plan.mesh.names if n in piece.over), (name, leaves))
+            own = [*dims[:at], piece]
             if name == "linear":
                 new = self.graph.call_function(node.target, (value, w) if b is None else (value, w, b))
             else:
                 new = self.graph.call_function(aten.matmul.default, (value, w))
                 new = new if b is None else self.graph.call_function(aten.add.Tensor, (self.describe(new, node, own), b))
-            out.append(self.describe(new, node, own))
-        return self.describe(self.graph.call_function(aten.cat.default, (out, -1)), node, dims)
+            out.append(self.unfold(self.describe(new, node, own), at, fused, part, node))
+        return self.fold(out, at, fused, node, dims)
 
-    def segments(self, source: fx.Node, along: int, segments: Concat) -> list[fx.Node]:
-        """A parameter's segments, as views."""
+    def segments(self, source: fx.Node, along: int, fused: Fused) -> list[fx.Node]:
+        """A parameter's segments, as views: `(kv (q | k | v) d)` is three weights `(kv q d)`, `(kv k d)`, `(kv v d)`."""
         value = self.env[source]
-        sizes = [LocalSize(p) if p.over else p.size for p in segments.parts]
-        whole = self.graph.call_function(aten.split_with_sizes.default, (value, sizes, along))
-        whole.meta["val"] = torch.ops.aten.split_with_sizes(source.meta["val"], [p.size for p in segments.parts], along)
+        along %= len(value.meta["dims"])
+        opened = value if fused.plain else self.graph.call_function(aten.unflatten.int, (value, along, fused.sizes))
+        at = along if fused.plain else along + bool(fused.before)
+        sizes = [LocalSize(p) if p.over else p.size for p in fused.parts]
+        whole = self.graph.call_function(aten.split_with_sizes.default, (opened, sizes, at))
         out = []
-        for i, part in enumerate(segments.parts):
-            dims = list(value.meta["dims"])
-            dims[along] = part
+        for i, part in enumerate(fused.parts):
             piece = self.graph.call_function(operator.getitem, (whole, i))
-            piece.meta["val"] = whole.meta["val"][i]
+            if not fused.plain:
+                last = along + bool(fused.before) + bool(fused.after)
+                piece = self.graph.call_function(aten.flatten.using_ints, (piece, along, last))
+            dims = list(value.meta["dims"])
+            dims[along] = fused.around(part)
+            piece.meta["val"] = _sized(source.meta["val"], along, dims[along].size)
             out.append(self.describe(piece, source, dims))
-        for key in ("module", "stack", "line"):
-            if key in source.meta:
-                whole.meta[key] = source.meta[key]
         return out
+
+    def unfold(self, value: fx.Node, at: int, fused: Fused, part: Dim, like: fx.Node) -> fx.Node:
+        if fused.plain:
+            return value
+        new = self.graph.call_function(aten.unflatten.int, (value, at, fused.sizes_with(part)))
+        return new
+
+    def fold(self, pieces: list[fx.Node], at: int, fused: Fused, like: fx.Node, dims: Sequence[Dim]) -> fx.Node:
+        """The segments' results joined again as the fused product gives them."""
+        if fused.plain:
+            return self.describe(self.graph.call_function(aten.cat.default, (pieces, -1)), like, dims)
+        joined = self.graph.call_function(aten.cat.default, (pieces, at + bool(fused.before)))
+        last = at + bool(fused.before) + bool(fused.after)
+        return self.describe(self.graph.call_function(aten.flatten.using_ints, (joined, at, last)), like, dims)
 
     def enter(self, value: fx.Node, source: fx.Node, over: Over, because: tuple[str, tuple[int, ...]]) -> fx.Node:
         if (value, over) not in self.entered:
@@ -272,10 +289,32 @@ class _Rewriter:
                 value = apart.value
         site, self.sites = self.sites, self.sites + 1
         args = (value, p, mode if isinstance(mode, Training) else Training(mode, mode), None, site, tuple(rows))
-        new = self.graph.call_function(runtime.dropout, args)
+        new = self.graph.call_function(runtime.dropout, args, self.batch(node, [a.at for a in undo]))
         for apart in reversed(undo):
             new = self.together(new, apart, node, layout)
         return self.describe(new, node, layout)
+
+    def batch(self, node: fx.Node, moved: list[int]) -> dict[str, Any]:
+        """Where a value has its samples, so that a mask depends on which samples of the step these are, and not on how
+        the step was cut into micro-batches: dimension 0 is what the first input's dimension 0 is, or that times more."""
+        first = next(n for n in self.capture.graph.nodes if n.name == self.capture.inputs[0])
+        batch = first.meta["val"].shape[0] if first.meta["val"].dim() else None
+        shape = node.meta["val"].shape
+        if batch is None or isinstance(batch, int):
+            return {} if shape and batch == shape[0] else {"batch_dim": None}
+        symbol = batch.node.expr
+        for i, n in enumerate(shape):
+            expr = getattr(getattr(n, "node", None), "expr", None)
+            place = i + sum(at <= i for at in moved)
+            if expr == symbol:
+                return {"batch_dim": place} if place else {}
+            if expr is not None and symbol in expr.free_symbols:
+                if i in [at - 1 for at in moved]:  # (b heads) seen as b, heads
+                    return {"batch_dim": place} if place else {}
+                size = self.graph.call_function(aten.sym_size.int, (self.env[first], 0))
+                size.meta["val"] = batch
+                return {**({"batch_dim": place} if place else {}), "samples": size}
+        return {"batch_dim": None}
 
     def contraction(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], partial: Over) -> fx.Node:
         """An op over a split axis: its partial result is summed; what must be added or divided once comes after."""
@@ -502,6 +541,45 @@ class _Rewriter:
                 new = self.insert(runtime.gather, args, value, "all-gather", dims, because)
                 new = self.together(new, apart, value, dims)
         return new
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A dimension `(before (part | part | …) after)` of whose segments only some are split."""
+
+    before: tuple[Dim, ...]
+    parts: tuple[Dim, ...]
+    after: tuple[Dim, ...]
+
+    @property
+    def plain(self) -> bool:
+        return not self.before and not self.after
+
+    def around(self, part: Dim) -> Dim:
+        return part if self.plain else Product((*self.before, part, *self.after))
+
+    @property
+    def sizes(self) -> list[Any]:
+        return self.sizes_with(Concat(self.parts))
+
+    def sizes_with(self, part: Dim) -> list[Any]:
+        dims = [Product(d) if len(d) > 1 else d[0] for d in (self.before, (part,), self.after) if d]
+        return [LocalSize(d) if d.over else d.size for d in dims]
+
+
+def uneven_segments(dim: Dim) -> Fused | None:
+    """The segments of a dimension, when they are not all split alike."""
+    if isinstance(dim, Concat) and len({p.over for p in dim.parts}) > 1:
+        return Fused((), dim.parts, ())
+    if isinstance(dim, Product):
+        for i, p in enumerate(dim.parts):
+            if isinstance(p, Concat) and len({q.over for q in p.parts}) > 1:
+                return Fused(dim.parts[:i], p.parts, dim.parts[i + 1 :])
+    return None
+
+
+def _sized(val: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    return val.new_empty([size if i == dim else n for i, n in enumerate(val.shape)])
 
 
 def head_of_product(dim: Dim, n: int) -> Dim | None:

@@ -197,6 +197,10 @@ def inputs_of(captured: Capture, example_inputs: Any, dtype: torch.dtype) -> Bat
     return {n: x.detach().to(dtype) if x.is_floating_point() else x.detach() for n, x in zip(captured.inputs, tensors, strict=True)}
 
 
+def is_dynamic(size: int | torch.SymInt) -> bool:
+    return not isinstance(size, int) and bool(size.node.expr.free_symbols)
+
+
 def smaller(captured: Capture, batch: Batch) -> Batch | None:
     """The same inputs one element shorter in every dimension that is not fixed; None when there is none."""
     nodes = {n.name: n for n in captured.graph.nodes if n.op == "placeholder"}
@@ -204,7 +208,7 @@ def smaller(captured: Capture, batch: Batch) -> Batch | None:
     changed = False
     for name, x in batch.items():
         for i, n in enumerate(nodes[name].meta["val"].shape):
-            if not isinstance(n, int) and x.shape[i] > 2:
+            if is_dynamic(n) and x.shape[i] > 2:
                 x = x.narrow(i, 0, x.shape[i] - 1)
                 changed = True
         out[name] = x.clone()
@@ -216,7 +220,7 @@ def vary(captured: Capture, batch: Batch, i: int) -> Batch:
     nodes = {n.name: n for n in captured.graph.nodes if n.op == "placeholder"}
     out: Batch = {}
     for name, x in batch.items():
-        dims = [d for d, n in enumerate(nodes[name].meta["val"].shape) if not isinstance(n, int)]
+        dims = [d for d, n in enumerate(nodes[name].meta["val"].shape) if is_dynamic(n)]
         out[name] = x.roll([i] * len(dims), dims) if dims and i else x
     return out
 

@@ -21,7 +21,8 @@ aten = torch.ops.aten
 def functionalise(graph: fx.Graph) -> None:
     """Makes a graph functional, in place.
 
-    Errors: `ModelError` when the model writes into an input, a parameter or a buffer, or through a view without inverse.
+    Errors: `ModelError` when the model writes into an input, a parameter or a buffer, or through a view that has no
+    inverse.
     """
     _Functionaliser(graph).run()
 

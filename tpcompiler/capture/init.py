@@ -1,8 +1,8 @@
 """Building a model without its weights: the constructor's tensor operations are recorded, not run.
 
 Everything that a constructor computes (random weights, rotary frequencies, masks) is a tensor on the meta device, and
-the operations go on a tape. Any one tensor can be had later by replaying what it depends on: buffers at once, parameters
-one at a time and only by those who need them, with the same values whatever the number of ranks.
+the operations go on a tape. Any one tensor can be had later by replaying what it depends on: buffers at once,
+parameters one at a time and only by those who need them, with the same values whatever the number of ranks.
 """
 
 from __future__ import annotations

@@ -166,11 +166,18 @@ def drop_copies(graph: fx.Graph) -> None:
             else:
                 _become(graph, node, x)
         elif node.target is aten.slice.Tensor:
-            start, end, step = (*node.args[2:5], *(None, None, 1)[len(node.args) - 2 :])
+            start, end, step = _padded(node.args[2:5], (None, None, 1))
             if start in (0, None) and end in (_END, None) and step in (1, None):
                 _become(graph, node, x)
         elif node.target is aten.detach_.default:
             node.target = aten.detach.default
+
+
+def reshape_views(graph: fx.Graph) -> None:
+    """`view` as `reshape`: the strides it was traced with are not those of other sizes, modes, or a part of the value."""
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
 
 
 def drop_detached_constants(graph: fx.Graph) -> None:
@@ -238,9 +245,13 @@ def _sdpa_arguments(node: fx.Node) -> tuple[Any, Any]:
 
 def sdpa(node: fx.Node) -> tuple[Any, Any, Any]:
     """Mask, dropout probability and `is_causal` of a scaled_dot_product_attention node."""
-    mask, p, causal = (*node.args[3:6], *(None, 0.0, False)[len(node.args) - 3 :])
+    mask, p, causal = _padded(node.args[3:6], (None, 0.0, False))
     k = node.kwargs
     return k.get("attn_mask", mask), k.get("dropout_p", p), k.get("is_causal", causal)
+
+
+def _padded(given: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    return given + defaults[len(given) :]
 
 
 def remove_dead(graph: fx.Graph) -> None:
@@ -256,6 +267,7 @@ PASSES: tuple[Callable[[fx.Graph], None], ...] = (
     describe,
     drop_devices,
     drop_copies,
+    reshape_views,
     drop_detached_constants,
     remove_dead,
 )

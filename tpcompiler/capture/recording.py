@@ -87,7 +87,7 @@ class Recording(TorchDispatchMode):
         return out
 
     def _by_value(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operation whose result depends on values (`item`, `nonzero`): run it; its result is a constant from here on."""
+        """An operation whose result depends on values (`item`, `nonzero`): run it; its result is a constant."""
         args, kwargs = pytree.tree_map_only(Tensor, self.real, (args, kwargs))
         return pytree.tree_map_only(Tensor, self.tape.constant, func(*args, **kwargs))
 
@@ -111,7 +111,7 @@ class Values(TorchFunctionMode):
 
 
 class Literals(TorchFunctionMode):
-    """Gives tensors that a forward makes from Python numbers a place on the tape: on meta they would lose their values."""
+    """Puts tensors that a forward makes from Python numbers on the tape: on meta they would lose their values."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ def collectives(rows: Sequence[Row]) -> Table:
     for heading in ("bytes", "count", "in all"):
         table.add_column(heading, justify="right")
     table.add_column("reason", ratio=1, style="dim")
-    same = lambda r: (r["kind"], r["direction"], tuple(r["over"]), r["bytes"], _pattern(r["reason"]))  # noqa: E731
+    same = lambda r: (r["kind"], r["direction"], tuple(r["over"]), r["bytes"], _alike(r["reason"]))  # noqa: E731
     totals = {"forward": [0, 0], "backward": [0, 0]}
     for where, group in fold(rows, "block", same):
         row, count = group[0], sum(r["count"] for r in group)
@@ -77,7 +77,7 @@ def collectives(rows: Sequence[Row]) -> Table:
             size(row["bytes"]),
             f"× {count}",
             size(count * row["bytes"]),
-            common([r["reason"] for r in group]),
+            _one_of([r["reason"] for r in group]),
         )
     if rows:
         table.add_section()
@@ -112,11 +112,11 @@ def replicated(rows: Sequence[Row]) -> Table | None:
     for heading in ("count", "bytes each", "in all"):
         table.add_column(heading, justify="right")
     table.add_column("reason", ratio=1, style="dim")
-    folded = fold(rows, "name", lambda r: (r["bytes"], _pattern(r["reason"])))
+    folded = fold(rows, "name", lambda r: (r["bytes"], _alike(r["reason"])))
     for name, group in sorted(folded, key=lambda f: -sum(r["bytes"] for r in f[1])):
         total = sum(r["bytes"] for r in group)
         table.add_row(
-            name, f"× {len(group)}", size(group[0]["bytes"]), size(total), common([r["reason"] for r in group])
+            name, f"× {len(group)}", size(group[0]["bytes"]), size(total), _one_of([r["reason"] for r in group])
         )
     return table
 
@@ -234,6 +234,15 @@ def _count(parameters: Any) -> int:
 
 def _pattern(name: str) -> str:
     return re.sub(r"\d+", "*", name)
+
+
+def _alike(reason: str) -> str:
+    """A reason without the numbers of layers and of graph nodes (`layer_norm_3`, of which the first has none)."""
+    return _pattern(re.sub(r"_\d+\b", "", reason))
+
+
+def _one_of(reasons: Sequence[str]) -> str:
+    return reasons[0] if len(set(reasons)) == 1 else common([re.sub(r"_\d+\b", "", reason) for reason in reasons])
 
 
 def common(names: Sequence[str]) -> str:

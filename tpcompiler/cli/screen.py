@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+from tpcompiler.errors import TpcError
 
 _WIDTH = 120  # when stdout is not a terminal: what a log or a page shows without wrapping
 
@@ -24,13 +29,21 @@ class Screen:
 
     as_json: bool
     out: TextIO = field(default_factory=lambda: sys.stdout)
+    err: TextIO = field(default_factory=lambda: sys.stderr)
 
     @contextmanager
     def open(self) -> Iterator[Screen]:
-        with redirect_stdout(sys.stderr), warnings.catch_warnings():
-            if not sys.warnoptions:
-                warnings.simplefilter("ignore")  # of torch and of the model; `python -W` shows them
-            yield self
+        """What libraries say on stderr is shown in the end, but not before an error: that is one line."""
+        said = io.StringIO()
+        with redirect_stdout(self.err), redirect_stderr(said), _quiet():
+            try:
+                yield self
+            except (TpcError, KeyboardInterrupt):
+                raise
+            except BaseException:
+                self.err.write(said.getvalue())
+                raise
+        self.err.write(said.getvalue())
 
     def show(self, *parts: RenderableType, width: int = _WIDTH) -> None:
         """Something for people to read; nothing with `--json`. `width`: when stdout is not a terminal."""
@@ -49,7 +62,7 @@ class Screen:
     @contextmanager
     def progress(self) -> Iterator[Stages]:
         """A line on stderr that says what is being done; only on a terminal."""
-        console = Console(stderr=True)
+        console = Console(file=self.err)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             yield Stages(bar)
@@ -68,6 +81,21 @@ class Stages:
     def bytes(self, done: int, total: int) -> None:
         """How far the running stage is, in bytes."""
         self._bar.update(self._task, completed=done, total=total)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings of torch and of the model stay away, unless they were asked for."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        if "TORCH_LOGS" not in os.environ:
+            logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def _finite(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ from tpcompiler.emit.layers import Frame, Names
 from tpcompiler.emit.names import POOL, Namer, Value, value
 from tpcompiler.emit.operators import spell
 from tpcompiler.emit.outline import Layer, items
-from tpcompiler.emit.steps import Apply, Op, Section, Step
+from tpcompiler.emit.roll import AnyStep, Arguments, Repeat, RepeatEnd
+from tpcompiler.emit.steps import Apply, Op, Section
 from tpcompiler.emit.tidy import aten_name
 from tpcompiler.errors import TpcError
 from tpcompiler.layout import LocalRuns, LocalSize
 from tpcompiler.program import Collective, Training
 from tpcompiler.runtime.mesh import Mesh
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 WIDTH = 100  # a statement is not nested beyond this
 
 
@@ -69,14 +69,20 @@ class Body:
         file: File,
         fields: Fields,
         frame: Frame,
-        steps: list[Step],
+        steps: list[AnyStep],
         arguments: list[Value],
         outputs: list[Value],
         replaced: Mapping[fx.Node, Arguments],
     ) -> None:
         self.file, self.fields, self.frame, self.steps = file, fields, frame, steps
-        self.arguments, self.outputs, self.replaced = arguments, outputs, replaced
+        self.arguments, self.outputs = arguments, outputs
         self.namer = Namer(set(file.letters.values()), file.hints)
+        loops = [s for s in steps if isinstance(s, Repeat)]
+        self.replaced = {**replaced, **{n: a for loop in loops for n, a in loop.numbers.items()}}
+        self._loop: Repeat | None = None  # the one being written
+        self.callees = {k: e for loop in loops for k, e in loop.callees.items()}
+        if loops:
+            self.namer.taken.add("i")
         self.needed: dict[str, None] = {}  # symbols whose size the function uses
         self.nested: dict[fx.Node, Expr] = {}
         self._say: Callable[[Value], Expr] = self._provisional
@@ -123,6 +129,8 @@ class Body:
 
     def parameter(self, v: Value) -> Expr | None:
         """`self.attn.weight`, if the value is a parameter of this module."""
+        if isinstance(v, fx.Node) and self._loop is not None and v in self._loop.indexed:
+            return self._loop.indexed[v]
         if isinstance(v, fx.Node) and (name := self.file.names.inside(v, self.frame.name)) is not None:
             return attribute("self", name)
         return None
@@ -155,7 +163,7 @@ class Body:
         """The nodes that are written inside the statement that uses them, as the user's own line did."""
         users = self._users()
         place = {s.node: i for i, s in enumerate(self.steps) if isinstance(s, Op)}
-        impure = [i for i, s in enumerate(self.steps) if isinstance(s, Apply) or is_impure(s.node)]
+        impure = [i for i, s in enumerate(self.steps) if not isinstance(s, Op) or is_impure(s.node)]
         texts: dict[fx.Node, Expr] = {}
         inlined: set[fx.Node] = set()
 
@@ -187,9 +195,13 @@ class Body:
             out.setdefault(v, []).append(None)
         return out
 
-    def _step_reads(self, step: Step) -> list[Value]:
+    def _step_reads(self, step: AnyStep) -> list[Value]:
         if isinstance(step, Op):
             return self._reads(step.node)
+        if isinstance(step, Repeat):
+            return [v for v, _, _ in step.carried]
+        if isinstance(step, RepeatEnd):
+            return [*step.start.kept, *(out for _, out, _ in step.start.carried)]
         return [v for k in range(len(step.frames)) for v in step.inputs(k)]
 
     def _reads(self, node: fx.Node) -> list[Value]:
@@ -246,13 +258,41 @@ class Body:
             if v not in last:
                 self.namer.release([v])
         for i, step in enumerate(self.steps):
+            dead = dies.get(i, [])
             if isinstance(step, Op) and step.node in self.inlined:
                 self.nested[step.node] = self._spell(step.node)
-            elif isinstance(step, Op):
-                out.append(self._statement(step, dies.get(i, []), last))
+            elif isinstance(step, Repeat):
+                self._loop = step
+                for v, made, _ in step.carried:
+                    self.namer.preferred[made] = self.namer.names[v]
+                out.append(Line(f"for i in range({step.count}):"))
             else:
-                out.extend(self._application(step, dies.get(i, []), last))
+                lines = self._lines(step, dead, last)
+                out += lines if self._loop is None else [replace(x, text="    " + x.text) for x in lines if x.text]
+            if isinstance(step, RepeatEnd):
+                self._loop = None
         return out
+
+    def _lines(self, step: Op | Apply | RepeatEnd, dead: list[Value], last: Mapping[Value, int]) -> list[Line]:
+        if isinstance(step, Op):
+            return [self._statement(step, dead, last)]
+        if isinstance(step, Apply):
+            return list(self._application(step, dead, last))
+        return self._end(step.start, dead)
+
+    def _end(self, loop: Repeat, dead: list[Value]) -> list[Line]:
+        """What an iteration made goes where the next looks for it, and is there after the last."""
+        names = [self.namer.names[v] for v, _, _ in loop.carried]
+        moved = [(n, self.namer.names[out]) for n, (_, out, _) in zip(names, loop.carried, strict=True)]
+        moved = [(n, m) for n, m in moved if n != m]
+        self.namer.release([v for _, out, _ in loop.carried for v in (out,)])
+        self.namer.release(dead)
+        for n, (before, _, final) in zip(names, loop.carried, strict=True):
+            self.namer.release([before])
+            self.namer.bind(final, n)
+        if not moved:
+            return []
+        return [Line(f"{', '.join(n for n, _ in moved)} = {', '.join(m for _, m in moved)}")]
 
     def _last_uses(self) -> dict[Value, int]:
         """For each value, the step that reads it last (the return is one step after all)."""
@@ -362,10 +402,10 @@ class Body:
         if len(step.frames) == 1:
             frame = step.frames[0]
             numbers = [f"{n.name}={constant(n.values[id(frame)])}" for n in by_call]
-            callee = attribute("self", self._relative(frame))
+            callee = self.callees.get(id(frame)) or attribute("self", self._relative(frame))
             yield Line(f"{target} = {callee}({', '.join(names + numbers)})", section=section)
             return
-        variable, over = self._loop(step)
+        variable, over = self._over(step)
         if by_call:
             rows = [", ".join(constant(n.values[id(f)]).text for n in by_call) for f in step.frames]
             listed = ", ".join(f"({r})" if len(by_call) > 1 else r for r in rows)
@@ -385,7 +425,7 @@ class Body:
             yield Line(f"for {variable} in {over}:", section=section)
         yield Line(f"    {target} = {variable}({', '.join(names)})", section=section)
 
-    def _loop(self, step: Apply) -> tuple[str, str]:
+    def _over(self, step: Apply) -> tuple[str, str]:
         """The loop's variable, and what it runs over."""
         first, last = step.frames[0], step.frames[-1]
         if first.name == last.name:

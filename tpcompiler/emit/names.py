@@ -164,6 +164,7 @@ class Namer:
         self.known = known
         self.live: dict[str, Value] = {}
         self.names: dict[Value, str] = {}
+        self.preferred: dict[Value, str] = {}  # before all others
 
     def release(self, dead: Iterable[Value]) -> None:
         for v in dead:
@@ -183,7 +184,7 @@ class Namer:
         """Binds `v` to its own name from the source, else to `reuse` (the name of what it is made from), else to a new one."""
         node = v[0] if isinstance(v, tuple) else v
         operator = aten_name(node) or getattr(node.target, "__name__", "")
-        wanted = [self.known.get(v), reuse, _BY_OPERATOR.get(operator), *POOL]
+        wanted = [self.preferred.get(v), self.known.get(v), reuse, _BY_OPERATOR.get(operator), *POOL]
         for name in wanted:
             if name is not None and self.free(name):
                 return self.bind(v, name)

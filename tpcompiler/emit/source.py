@@ -12,13 +12,14 @@ import torch
 from torch import fx
 
 from tpcompiler.emit import sizes
-from tpcompiler.emit.body import Arguments, Body, File, Line, megabytes
+from tpcompiler.emit.body import Body, File, Line, megabytes
 from tpcompiler.emit.constructor import Constructor
-from tpcompiler.emit.expr import Expr, number
+from tpcompiler.emit.expr import ADD, Expr, binary, number
 from tpcompiler.emit.fields import Fields
 from tpcompiler.emit.layers import Comparer, Frame, Names, frames
 from tpcompiler.emit.names import RESERVED, Value, hints, value
 from tpcompiler.emit.outline import Layer, Number, outline
+from tpcompiler.emit.roll import Arguments, put, roll
 from tpcompiler.emit.signature import result, signature
 from tpcompiler.emit.steps import steps
 from tpcompiler.emit.tidy import tidy
@@ -121,7 +122,8 @@ class _Writer:
         inputs = [value(n) for n in layer.inputs[id(frame)]]
         nodes = frame.nodes
         outputs: list[Value] = [nodes[o.node] if o.item is None else (nodes[o.node], o.item) for o in layer.outputs]
-        body = Body(self.file, fields, frame, steps(frame, inner), inputs, outputs, self._replaced(layer, fields))
+        run = roll(steps(frame, inner), frame, self.comparer, outputs)
+        body = Body(self.file, fields, frame, run, inputs, outputs, self._replaced(layer, fields))
         self._argument_names(body, layer)
         lines = body.write()
         header, layer.sizes = self._sizes(body, inputs)
@@ -164,9 +166,9 @@ class _Writer:
             kwargs = dict(node.kwargs)
             for path, text in changes:
                 if isinstance(path[0], int):
-                    args = _set(args, path, text)
+                    args = put(args, path, text)
                 else:
-                    kwargs[path[0]] = _set(kwargs[path[0]], path[1:], text) if path[1:] else text
+                    kwargs[path[0]] = put(kwargs[path[0]], path[1:], text) if path[1:] else text
             out[node] = (args, kwargs)
         return out
 
@@ -176,7 +178,8 @@ class _Writer:
         flat = list(self.output.args[0])  # type: ignore[arg-type, union-attr]
         outputs = [value(n) for n in flat if isinstance(n, fx.Node) and not sizes.is_size(n)]
         inputs: list[Value] = list(self.inputs)
-        body = Body(self.file, fields, self.root, steps(self.root, layers), inputs, outputs, {})
+        run = roll(steps(self.root, layers), self.root, self.comparer, outputs)
+        body = Body(self.file, fields, self.root, run, inputs, outputs, {})
         body.first_names = {}
         for node in self.inputs:
             body.first_names[node] = body.namer.bind(node, self.signature.tensors[node.name])
@@ -281,22 +284,7 @@ def sizes_item(v: tuple[fx.Node, int]) -> fx.Node | None:
     return next((u for u in v[0].users if u.args[1:] == (v[1],)), None)
 
 
-def _set(container: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """The nested tuples or lists with the item at `path` replaced."""
-    if not path:
-        return new
-    if isinstance(container, slice):
-        parts = [container.start, container.stop, container.step]
-        parts[path[0]] = new
-        return slice(*parts)
-    items = list(container)
-    items[path[0]] = _set(items[path[0]], path[1:], new)
-    return tuple(items) if isinstance(container, tuple) else items
-
-
 def _with_offset(n: Number, fields: Fields, offset: int | float) -> Expr:
-    from tpcompiler.emit.expr import ADD, binary
-
     base = Expr(n.name if n.by_call else fields.argument(n.name))
     if not offset:
         return base

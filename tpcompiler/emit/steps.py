@@ -87,13 +87,13 @@ def _join(run: Apply, step: Apply, flat: list[Step]) -> Apply | None:
     # The results of a call inside a loop are gone after the next: nobody else may want them.
     own = set(step.frames[0].nodes)
     for v in before:
-        users = _users(v)
-        if any(u not in own for u in users):
+        if any(u not in own for u in users(v)):
             return None
     return Apply(run.layer, (*run.frames, step.frames[0]), carried)
 
 
-def _users(v: Value) -> list[fx.Node]:
+def users(v: Value) -> list[fx.Node]:
+    """The nodes that read a value."""
     if isinstance(v, fx.Node):
         return list(v.users)
     node, item = v

@@ -1,8 +1,8 @@
 """Safetensors files read and written piece by piece.
 
-Own code, not the safetensors library's: that one writes from a whole dictionary in memory, and reads through a memory
-map, whose pages count as the process's own and whose I/O errors are signals. Here a read touches the bytes of the
-slice alone, and a short or failing disk is an error with a name. The files are the library's, both ways.
+Own code, not the safetensors library's: that one writes from a whole dictionary in memory, and by default reads through
+a memory map, whose pages count as the process's own and whose I/O errors are signals. Here a read touches the bytes of
+the slice alone, and a short or failing disk is an error with a name. The files are the library's, both ways.
 """
 
 from __future__ import annotations

@@ -1,0 +1,37 @@
+"""Inputs for a tiny family: tokens with labels, or images."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import transformers
+from torch import Tensor
+
+from tests.hf.families import Family
+
+BATCH, SEQUENCE = 3, 10
+
+
+def inputs(family: Family, config: object | None = None) -> dict[str, Tensor]:
+    """Keyword arguments of the model's forward; labels wherever the architecture computes a loss."""
+    config = family.config() if config is None else config
+    takes = inspect.signature(getattr(transformers, family.architecture).forward).parameters
+    generator = torch.Generator().manual_seed(0)
+    if family.task == "image":
+        size = config.image_size  # type: ignore[attr-defined]
+        h, w = size if isinstance(size, list | tuple) else (size, size)
+        return {"pixel_values": torch.randn(BATCH, getattr(config, "num_channels", 3), h, w, generator=generator)}
+    vocabulary = config.get_text_config().vocab_size  # type: ignore[attr-defined]
+
+    def ids() -> Tensor:
+        return torch.randint(4, vocabulary, (BATCH, SEQUENCE), generator=generator)  # past the special tokens
+
+    out = {"input_ids": ids()}
+    if family.task != "causal-lm" and "attention_mask" in takes:
+        out["attention_mask"] = torch.ones(BATCH, SEQUENCE, dtype=torch.long)
+    if "labels" in takes:
+        out["labels"] = ids()
+    elif "decoder_input_ids" in takes:
+        out["decoder_input_ids"] = ids()
+    return out

@@ -1,0 +1,239 @@
+"""One operation with its arguments, apart from the graph it stands in: as each rank calls it, and as the model would."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tpcompiler import runtime
+from tpcompiler.layout import LocalRuns, LocalSize
+from tpcompiler.program import Training
+from tpcompiler.runtime import Group, Rng
+
+aten = torch.ops.aten
+Resolve = Callable[[Any], Any]
+
+WIDE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+SEED = 20
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for the i-th operand."""
+
+    i: int
+
+
+@dataclass(frozen=True)
+class Over:
+    """Stands for the communication group over mesh dimensions."""
+
+    names: tuple[str, ...]
+
+
+class Draws:
+    """Stands for the random number generator."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Arguments are nested tuples of numbers, `Slot`s and what depends on the rank. Equal calls have equal keys."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    key: Any
+    by_rank: bool  # some argument depends on the rank
+    over: tuple[str, ...] | None  # of the communication group, if it has one
+
+    @property
+    def random(self) -> bool:
+        """Whether the result is drawn from torch's own generator."""
+        return isinstance(self.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in self.target.tags
+
+    def __str__(self) -> str:
+        return str(getattr(self.target, "__name__", self.target)).removeprefix("aten.")
+
+
+def make_call(target: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Call:
+    found = list(_leaves((args, tuple(v for _, v in kwargs))))
+    by_rank = any(isinstance(a, (LocalSize, LocalRuns)) for a in found)
+    over = next((a.names for a in found if isinstance(a, Over)), None)
+    return Call(target, args, kwargs, (target, _key(args), _key(kwargs)), by_rank, over)
+
+
+def read_call(node: fx.Node, env: Mapping[fx.Node, Any]) -> tuple[Call, tuple[fx.Node, ...]]:
+    """A graph's node as a call and its operands. Operands whose `env` is a number are put in as numbers."""
+    operands: dict[fx.Node, Slot] = {}
+
+    def read(a: Any) -> Any:
+        if isinstance(a, fx.Node):
+            value = env[a]
+            if isinstance(value, (int, float, bool)):
+                return value
+            return operands.setdefault(a, Slot(len(operands)))
+        if isinstance(a, (tuple, list)):
+            return tuple(map(read, a))
+        if isinstance(a, slice):
+            return slice(read(a.start), read(a.stop), read(a.step))
+        return a
+
+    signature = runtime_signature(node.target)
+    if signature is None:
+        args, kwargs = read(tuple(node.args)), node.kwargs
+    else:
+        args, kwargs = (), dict(signature.bind(*node.args, **node.kwargs).arguments)
+        if "group" in kwargs:
+            kwargs["group"] = Over(tuple(kwargs["group"]))
+        if "rng" in signature.parameters:
+            kwargs["rng"] = Draws
+    pairs = tuple((k, read(v)) for k, v in sorted(kwargs.items()) if not (k == "device" and v is None))
+    return make_call(node.target, args, pairs), tuple(operands)
+
+
+def globalise(call: Call) -> Call:
+    """The call as one rank alone would make it, on whole operands."""
+    if not call.by_rank and call.over is None and not _has_rows(call):
+        return call
+
+    def whole(a: Any) -> Any:
+        if isinstance(a, LocalSize):
+            return a.dim.size
+        if isinstance(a, LocalRuns):
+            return ((0, a.dim.size),)
+        if isinstance(a, Over):
+            return Over(())
+        return tuple(map(whole, a)) if isinstance(a, tuple) else a
+
+    pairs = tuple((k, whole(v)) for k, v in call.kwargs)
+    if call.target is runtime.gather:
+        pairs = tuple((k, (v,) if k == "rows" and isinstance(dict(call.kwargs)["rows"], LocalRuns) else v) for k, v in pairs)
+    if call.target is runtime.dropout:
+        pairs = tuple((k, v) for k, v in pairs if k != "rows")
+    return make_call(call.target, whole(call.args), pairs)
+
+
+def _has_rows(call: Call) -> bool:
+    return call.target is runtime.dropout and any(k == "rows" for k, _ in call.kwargs)
+
+
+def run(call: Call, tensors: Sequence[Any], resolve: Resolve, training: bool = False) -> Any:
+    """Call it. `resolve` turns what depends on the rank into this rank's."""
+
+    def fill(a: Any) -> Any:
+        if isinstance(a, Slot):
+            return tensors[a.i]
+        if isinstance(a, tuple):
+            return [fill(b) for b in a]
+        if isinstance(a, torch.dtype):
+            return WIDE.get(a, a)
+        if isinstance(a, Training):
+            return fill(a.on if training else a.off)
+        if a is Draws:
+            return Rng(SEED)
+        if isinstance(a, (LocalSize, LocalRuns, Over)):
+            return resolve(a)
+        if isinstance(a, slice):
+            return slice(fill(a.start), fill(a.stop), fill(a.step))
+        return a
+
+    kwargs = {k: fill(v) for k, v in call.kwargs}
+    if makes_tensors(call.target):
+        kwargs.setdefault("device", "cpu")
+    return call.target(*map(fill, call.args), **kwargs)
+
+
+def alone(a: Any) -> Any:
+    """`resolve` for whole operands."""
+    if isinstance(a, Over):
+        return Group()
+    if isinstance(a, LocalSize):
+        return a.dim.size
+    return ((0, a.dim.size),)
+
+
+def numbers(call: Call) -> set[int]:
+    """The integers among its arguments."""
+    return {a for a in _leaves((call.args, tuple(v for _, v in call.kwargs))) if type(a) is int}
+
+
+def modes(call: Call) -> list[Training]:
+    """What depends on the mode."""
+    return [a for a in _leaves((call.args, tuple(v for _, v in call.kwargs))) if isinstance(a, Training)]
+
+
+def substitute(call: Call, change: Mapping[int, int]) -> Call:
+    """The call with other integers."""
+
+    def new(a: Any) -> Any:
+        if isinstance(a, tuple):
+            return tuple(map(new, a))
+        return change.get(a, a) if type(a) is int else a
+
+    return make_call(call.target, new(call.args), new(call.kwargs))
+
+
+@cache
+def runtime_signature(target: Any) -> inspect.Signature | None:
+    """Of the runtime's operators; None for everything else."""
+    if inspect.isfunction(target) and target.__module__.startswith(runtime.__name__ + "."):
+        return inspect.signature(target)
+    return None
+
+
+@cache
+def makes_tensors(target: Any) -> bool:
+    """Whether it is a factory: takes a device and no tensor."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    arguments = target._schema.arguments
+    return any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
+
+
+def is_arithmetic(target: Any) -> bool:
+    """Whether it computes a size from sizes."""
+    return getattr(target, "__module__", "") == operator.__name__.strip("_") or target in (
+        torch.sym_max,
+        torch.sym_min,
+        torch.sym_not,
+        torch.sym_float,
+        torch.sym_int,
+    )
+
+
+def outputs(result: Any) -> list[Tensor]:
+    """The tensors of a result, however many they are."""
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _leaves(a: Any) -> Any:
+    if isinstance(a, tuple):
+        for b in a:
+            yield from _leaves(b)
+    else:
+        yield a
+
+
+def _key(a: Any) -> Any:
+    """Hashable, and different for 1, 1.0 and True."""
+    if isinstance(a, tuple):
+        return tuple(map(_key, a))
+    if isinstance(a, slice):
+        return ("slice", _key(a.start), _key(a.stop), _key(a.step))
+    if isinstance(a, (bool, float)):
+        return (type(a).__name__, repr(a))
+    if isinstance(a, Training):
+        return ("training", _key(a.on), _key(a.off))
+    return a

@@ -1,0 +1,133 @@
+"""How the ranks' values stand to one value of the model: the same, slices of it, or a sum.
+
+A claim says for each dimension which rows each rank holds, and over which mesh dimensions the ranks' values must be
+added to give them. Values of a program, and their gradients, carry claims; everything else of the checker is about
+establishing them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+from tpcompiler.layout import Dim, Mesh
+from tpcompiler.runtime.mesh import Run
+
+Runs = tuple[Run, ...]
+Over = tuple[str, ...]
+
+
+class Rows:
+    """The rows of a dimension that each rank holds, in local order. Interned by `Geometry`: equal ones are one object."""
+
+    __slots__ = ("runs", "size")
+
+    def __init__(self, size: int, runs: tuple[Runs, ...]) -> None:
+        self.size = size
+        self.runs = runs
+
+    def __repr__(self) -> str:
+        def one(runs: Runs) -> str:
+            shown = "+".join(f"{a}:{b}" for a, b in runs[:3]) or "none"
+            return shown + ("+…" if len(runs) > 3 else "")
+
+        more = " | …" if len(self.runs) > 3 else ""
+        return " | ".join(one(r) for r in self.runs[:3]) + more
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Of a tensor. `rows[i]` is None where every rank holds the whole dimension `i`."""
+
+    rows: tuple[Rows | None, ...]
+    partial: Over = ()
+
+    @cached_property
+    def whole(self) -> bool:
+        """Equal on all ranks to the model's value."""
+        return not self.partial and all(r is None for r in self.rows)
+
+    def __str__(self) -> str:
+        if self.whole:
+            return "equal on all ranks"
+        out = [f"rows {r} of dimension {i}" for i, r in enumerate(self.rows) if r is not None]
+        if self.partial:
+            out.append(f"a partial sum over {'·'.join(self.partial)}")
+        return ", ".join(out)
+
+
+class Geometry:
+    """The mesh, with what the checker asks of it again and again."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.size = mesh.size
+        self.coords = [mesh.coords(r) for r in range(mesh.size)]
+        self.names = tuple(n for n, d in mesh.dims if d > 1)
+        self._rows: dict[tuple[int, tuple[Runs, ...]], Rows] = {}
+        self._dims: dict[Dim, Rows | None] = {}
+        self._groups: dict[Over, tuple[tuple[int, ...], ...]] = {}
+        self._disjoint: dict[tuple[Rows, str], bool] = {}
+        self._varies: dict[tuple[Rows, str], bool] = {}
+        self.subsets: list[Over] = [c for k in range(len(self.names) + 1) for c in combinations(self.names, k)]
+
+    def rows(self, size: int, runs: Sequence[Runs]) -> Rows | None:
+        """None when every rank holds all of it, in order."""
+        whole = ((0, size),) if size else ()
+        if all(r == whole for r in runs):
+            return None
+        key = (size, tuple(runs))
+        found = self._rows.get(key)
+        if found is None:
+            found = self._rows[key] = Rows(*key)
+        return found
+
+    def of_dim(self, dim: Dim) -> Rows | None:
+        """A dimension's layout as rows."""
+        if dim not in self._dims:
+            if not dim.over:
+                self._dims[dim] = None
+            else:
+                self._dims[dim] = self.rows(dim.size, [dim.runs(self.mesh, c) for c in self.coords])
+        return self._dims[dim]
+
+    def groups(self, over: Over) -> tuple[tuple[int, ...], ...]:
+        """The ranks, in groups of those that differ on `over` only, each in the order of the communication group."""
+        if over not in self._groups:
+            found: dict[tuple[int, ...], list[int]] = {}
+            for r, c in enumerate(self.coords):
+                found.setdefault(tuple(i for n, i in c.items() if n not in over), []).append(r)
+            order = [sorted(g, key=lambda r: self.mesh.index(over, self.coords[r])) for g in found.values()]
+            self._groups[over] = tuple(map(tuple, order))
+        return self._groups[over]
+
+    def varies(self, rows: Rows, name: str) -> bool:
+        """Whether ranks that differ on one mesh dimension hold different rows."""
+        if (rows, name) not in self._varies:
+            groups = self.groups((name,))
+            self._varies[rows, name] = any(rows.runs[r] != rows.runs[g[0]] for g in groups for r in g)
+        return self._varies[rows, name]
+
+    def disjoint(self, claim: Claim, name: str) -> bool:
+        """Whether ranks that differ on one mesh dimension hold nothing in common."""
+        return any(r is not None and self._rows_disjoint(r, name) for r in claim.rows)
+
+    def _rows_disjoint(self, rows: Rows, name: str) -> bool:
+        if (rows, name) not in self._disjoint:
+            self._disjoint[rows, name] = all(_apart([rows.runs[r] for r in g]) for g in self.groups((name,)))
+        return self._disjoint[rows, name]
+
+    def shared(self, claim: Claim) -> Over:
+        """The mesh dimensions along which ranks hold copies of one another's elements."""
+        return tuple(n for n in self.names if not self.disjoint(claim, n))
+
+    def moving(self, claim: Claim) -> Over:
+        """The mesh dimensions along which ranks hold different rows."""
+        return tuple(n for n in self.names if any(r is not None and self.varies(r, n) for r in claim.rows))
+
+
+def _apart(held: Sequence[Runs]) -> bool:
+    runs = sorted(run for runs in held for run in runs)
+    return all(a[1] <= b[0] for a, b in zip(runs, runs[1:], strict=False))
