@@ -141,18 +141,18 @@ def test_siblings_are_imported_and_nothing_stays_behind(tmp_path: Path) -> None:
 
 
 def test_a_file_in_a_package_imports_relatively(tmp_path: Path) -> None:
-    write(tmp_path, "", "pack/__init__.py")
-    write(tmp_path, "", "pack/deep/__init__.py")
-    write(tmp_path, "N = 6", "pack/sizes.py")
+    write(tmp_path, "", "nested_net/__init__.py")
+    write(tmp_path, "", "nested_net/deep/__init__.py")
+    write(tmp_path, "N = 6", "nested_net/sizes.py")
     ref = write(
         tmp_path,
         GOOD + "\nfrom ..sizes import N\nclass Model(Net):\n  def __init__(self): super().__init__(N)",
-        "pack/deep/net.py",
+        "nested_net/deep/net.py",
     )
     loaded = load_model(ref, SPEC)
     with loaded.environment:
         assert sys.modules[type(loaded.build()).__module__].N == 6
-    assert not [m for m in sys.modules if m.startswith("pack")]
+    assert not [m for m in sys.modules if m.startswith("nested_net")]
 
 
 @pytest.mark.parametrize("name", ["random.py", "my-model.py", "torch.py"])

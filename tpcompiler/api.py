@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import nn
 from tpcompiler.axes.algebra import Mark
 from tpcompiler.axes.infer import AxisMap, infer_axes
 from tpcompiler.capture import capture as capture_model
+from tpcompiler.capture import capture_recorded, record
 from tpcompiler.collectives import folded, list_collectives
 from tpcompiler.partition import CannotSplit, partition
 from tpcompiler.passes import run_passes
@@ -179,21 +181,31 @@ def parallelize(
 
     `mesh` is a `DeviceMesh` whose dimension names are the spec's; left out, the processes that torchrun started.
     Values come from `weights` (anything `tpcompiler.weights.open_source` takes), else from `model` itself when it is a
-    module with values. No rank holds more than its own slices of the weights in a file.
+    module, else they are those that its constructor draws, by the spec's seed and each parameter's name: the same on
+    any mesh. No rank ever makes or reads more than one whole parameter. Buffers keep their values.
+
+    `device`: the mesh's, or the processes' backend's, if not given. `dtype`: as `Module.to`. Dropout draws anew when
+    `module.rng.at(step, first_sample)` says so, on all ranks alike. Errors: `TpcError`, one line.
     """
     from tpcompiler.emit import load_source
-    from tpcompiler.place import fill_from
-    from tpcompiler.runtime import Ranks
+    from tpcompiler.place import InitialValues, device_of, fill_from, own_values, ranks_of
+    from tpcompiler.runtime import Rng
 
-    sharded = shard(model, example_inputs, spec)
+    read = Spec.load(spec)
+    recorded = record(model)
+    sharded = compile_capture(capture_recorded(recorded, example_inputs), read)
     program = sharded.program
-    ranks = Ranks.from_env(program.mesh) if mesh is None else Ranks.from_device_mesh(mesh).refined(program.mesh)
-    built = load_source(sharded.source, f"tpc_{sharded.capture.model}").Model
-    with torch.device(device or "cpu"):
-        module = built(ranks)
+    ranks = ranks_of(mesh, program.mesh)
+    where = torch.device(device) if device is not None else device_of(mesh)
+    name = hashlib.sha256(sharded.source.encode()).hexdigest()[:12]  # two programs are two modules to torch.compile
+    emitted = load_source(sharded.source, f"tpc_{sharded.capture.model}_{name}")
+    with where:
+        module: nn.Module = emitted.Model(ranks, Rng(read.seed, where))
     if dtype is not None:
         module = module.to(dtype)
-    fill_from(module, program, ranks, weights if weights is not None else model)
+    if weights is None:
+        weights = own_values(model) if isinstance(model, nn.Module) else InitialValues(recorded, read.seed)
+    fill_from(module, program, ranks.coords, weights)
     return module
 
 

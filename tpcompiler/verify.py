@@ -138,7 +138,7 @@ def verify(
     batch = inputs_of(captured, example_inputs, dtype)
     tell("comparing the graph with the module")
     cases = [_same_graph(captured, module, example_inputs)]
-    run = _Comparison(sharded, state, dtype, backward)
+    run = Comparison(sharded, state, dtype, backward)
     tell("running all ranks")
     cases.append(run.case("outputs and gradients" if backward else "outputs", [batch]))
     other = smaller(captured, batch)
@@ -268,12 +268,16 @@ class Results:
     gradients: dict[str, Tensor | None]
 
 
-class _Comparison:
+class Comparison:
     """The plain graph and all ranks of the program, from the same state."""
 
     def __init__(self, sharded: Sharded, state: Mapping[str, Tensor], dtype: torch.dtype, backward: bool) -> None:
         self.sharded, self.state, self.dtype, self.backward = sharded, state, dtype, backward
         self.executed: dict[str, int] = {}
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.dtype]
 
     def case(self, what: str, batches: Sequence[Batch]) -> Case:
         program = self.sharded.program
@@ -286,7 +290,7 @@ class _Comparison:
         if counted != listed:
             notes.append(f"executed collectives {counted}, the report lists {listed}")
         self.executed = self.executed or counted
-        return Case(what, errors, TOLERANCE[self.dtype], tuple(notes))
+        return Case(what, errors, self.tolerance, tuple(notes))
 
     def plain(self, batches: Sequence[Batch]) -> Results:
         state = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in self.state.items()}
@@ -345,13 +349,17 @@ def probe(outputs: Sequence[Any]) -> Tensor | None:
     total: Tensor | None = None
     for i, x in enumerate(outputs):
         if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad:
-            weights = torch.ones((), dtype=x.dtype)
-            if x.dim():
-                generator = torch.Generator().manual_seed(i)
-                weights = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) / prod(x.shape) ** 0.5
-            part = (x * weights).sum()
+            part = (x * cotangent(i, x)).sum()
             total = part if total is None else total + part
     return total
+
+
+def cotangent(i: int, x: Tensor) -> Tensor:
+    """The gradient of `probe` by output `i`, which looks like `x`."""
+    if not x.dim():
+        return torch.ones((), dtype=x.dtype)
+    generator = torch.Generator().manual_seed(i)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) / prod(x.shape) ** 0.5
 
 
 def local_slice(value: Tensor, dims: Sequence[Dim], mesh: Mesh, coords: Mapping[str, int]) -> Tensor:

@@ -42,8 +42,9 @@ def _storage(node: fx.Node) -> int | None:
     val = node.meta.get("val")
     if isinstance(val, Tensor):
         return int(val.untyped_storage()._cdata)
-    if isinstance(val, (list, tuple)) and val and isinstance(val[0], Tensor):
-        return int(val[0].untyped_storage()._cdata)
+    if isinstance(val, (list, tuple)) and all(isinstance(v, Tensor) for v in val):  # the pieces of one tensor, or none
+        storages = {int(v.untyped_storage()._cdata) for v in val}
+        return storages.pop() if len(storages) == 1 else None
     return None
 
 

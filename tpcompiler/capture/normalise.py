@@ -174,7 +174,7 @@ def drop_copies(graph: fx.Graph) -> None:
 
 
 def reshape_views(graph: fx.Graph) -> None:
-    """`view` as `reshape`: the strides it was traced with are not those of other sizes, modes, or a part of the value."""
+    """`view` as `reshape`: traced strides are not those of other sizes, modes, or a part of the value."""
     for node in graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default

@@ -32,15 +32,42 @@ def float64(capture: Capture) -> Capture:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in capture.graph.nodes:
-        new = graph.node_copy(node, env.__getitem__)
-        env[node] = new
         val = node.meta.get("val")
+        inner = env
+        if _makes_floats(node) and all(map(_is_integer, _tensors(node))):  # 1 / n in float32 would be too late
+            inner = {**env, **{n: _cast(graph, env[n]) for n in _tensors(node)}}
+        new = graph.node_copy(node, inner.__getitem__)
+        env[node] = new
         new.meta = {**node.meta, "val": _promoted(val)}
         new.args, new.kwargs = fx.node.map_aggregate((new.args, new.kwargs), _dtype)
         if node.target in _DEFAULT_DTYPE and "dtype" not in node.kwargs and _is_low(val):
             new.kwargs = {**new.kwargs, "dtype": torch.float64}
+        elif _makes_floats(node) and inner is env:
+            env[node] = _cast(graph, new)
     graph.lint()
     return replace(capture, graph=graph, parameters=tuple(map(_parameter, capture.parameters)))
+
+
+def _makes_floats(node: fx.Node) -> bool:
+    """Whether the node's own type is torch's default, since it reads integers and booleans alone."""
+    tensors = _tensors(node)
+    named = any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
+    floats = any(n.meta["val"].is_floating_point() for n in tensors)
+    return node.op == "call_function" and _is_low(node.meta.get("val")) and bool(tensors) and not floats and not named
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+
+
+def _is_integer(node: fx.Node) -> bool:
+    return node.meta["val"].dtype is not torch.bool
+
+
+def _cast(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    out = graph.call_function(aten.to.dtype, (node, torch.float64))
+    out.meta = {**node.meta, "val": node.meta["val"].to(torch.float64)}
+    return out
 
 
 def _is_low(val: Any) -> bool:

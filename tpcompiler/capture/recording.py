@@ -28,10 +28,11 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = _tensors((args, kwargs))
-        if tensors and all(t.device.type != "meta" for t in tensors):
-            return self._run_real(func, args, kwargs)
-        return self._record(func, args, kwargs)
+        with torch._C.DisableTorchFunction():  # `Values` would hide the device here as well
+            tensors = _tensors((args, kwargs))
+            if tensors and not any(t.is_meta for t in tensors):
+                return self._run_real(func, args, kwargs)
+            return self._record(func, args, kwargs)
 
     def stand_in(self, t: Tensor) -> Tensor:
         """A real tensor's constant on meta, a parameter where it is one."""
@@ -43,7 +44,7 @@ class Recording(TorchDispatchMode):
 
     def real(self, t: Tensor) -> Tensor:
         """What a meta tensor holds at this moment. Random numbers among it are thereby settled for good."""
-        if t.device.type != "meta":
+        if not t.is_meta:
             return t
         view = self.tape.view(t)
         self.tape.drawn.update(i for i in self.tape.slice(view.storage) if self.tape.entries[i].random)
@@ -59,9 +60,7 @@ class Recording(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _record(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda t: t if t.device.type == "meta" else self.tape.constant(t), (args, kwargs)
-        )
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t if t.is_meta else self.tape.constant(t), (args, kwargs))
         kwargs = {k: v for k, v in kwargs.items() if k not in ("generator", "pin_memory")}
         args = _positional_device(func, args, _CPU)
         takes_device = any(a.name == "device" and a.kwarg_only for a in func._schema.arguments)
@@ -93,7 +92,10 @@ class Recording(TorchDispatchMode):
 
 
 class Values(TorchFunctionMode):
-    """What a constructor does with tensors outside of torch's dispatcher: reading values, deep copies."""
+    """What a constructor does with tensors outside of torch's dispatcher: reading values, deep copies.
+
+    Asked for its device, a tensor says CPU: some initialisers do nothing on meta.
+    """
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()
@@ -101,10 +103,14 @@ class Values(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func == _DEVICE and args[0].is_meta:
+            return _CPU
+        if func == _IS_META:
+            return False
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
             with _disable_current_modes():
                 return func(self.recording.real(args[0].detach()), *args[1:], **kwargs)
-        if func is Tensor.__deepcopy__ and args[0].device.type != "meta":
+        if func is Tensor.__deepcopy__ and not args[0].is_meta:
             source, memo = args
             return memo.setdefault(id(source), self.recording.stand_in(source))
         return func(*args, **kwargs)
@@ -142,6 +148,8 @@ class Literals(TorchFunctionMode):
         return index
 
 
+_DEVICE = Tensor.device.__get__
+_IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 

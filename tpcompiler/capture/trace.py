@@ -148,7 +148,7 @@ def _export(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: 
             dynamic[x] = dict.fromkeys(range(x.ndim), Dim.AUTO)
         inputs.append(x)
     args, kwargs = pytree.tree_unflatten(inputs, spec)
-    with _no_collection(), whole_operators():
+    with torch.device("meta"), _no_collection(), whole_operators():  # `torch.arange(n)` without a device goes along
         dynamic_shapes = dynamic.dynamic_shapes(model, args, kwargs)
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 

@@ -29,11 +29,11 @@ def shard_report(report: Mapping[str, Any], device_gib: float | None = None) -> 
     return Group(*(part for part in parts if part is not None))
 
 
-def blocks(rows: Sequence[Row]) -> Table | None:
+def blocks(rows: Sequence[Row]) -> RenderableType | None:
     """One line for blocks that are equal but for their numbers: `h.*.mlp` × 72."""
     if not rows:
         return None
-    table = _table("Blocks", "what is split, and how much of it a rank holds")
+    table = _table()
     for heading in ("block", "kind", "axis"):
         table.add_column(heading)
     for heading in ("layers", "size", "a rank", "parameters"):
@@ -52,12 +52,12 @@ def blocks(rows: Sequence[Row]) -> Table | None:
             str(sum(_count(r["parameters"]) for r in group)),
             " · ".join(row["over"]),
         )
-    return table
+    return _titled("Blocks", "what is split, and how much of it a rank holds", table)
 
 
-def collectives(rows: Sequence[Row]) -> Table:
+def collectives(rows: Sequence[Row]) -> RenderableType:
     """One line for collectives that differ by their layer alone, with how often a step does them."""
-    table = _table("Collectives", "what a rank sends in one forward and backward")
+    table = _table()
     for heading in ("where", "kind", "direction", "over"):
         table.add_column(heading)
     for heading in ("bytes", "count", "in all"):
@@ -86,12 +86,12 @@ def collectives(rows: Sequence[Row]) -> Table:
             table.add_row("all", "", _DIRECTION[direction], "", "", f"× {count}", size(total), "", style="bold")
     if not rows:
         table.add_row("none")
-    return table
+    return _titled("Collectives", "what a rank sends in one forward and backward", table)
 
 
-def memory(row: Row, device_gib: float | None = None) -> Table:
+def memory(row: Row, device_gib: float | None = None) -> RenderableType:
     """Bytes on the rank that holds most. Activations are not in it: they depend on batch and recomputation."""
-    table = _table("Memory a rank", "without activations")
+    table = _table()
     for heading in ("parameters", "gradients", "optimizer", "total"):
         table.add_column(heading, justify="right", style="bold" if heading == "total" else "")
     cells = [size(row[key]) for key in ("parameters", "gradients", "optimizer", "total")]
@@ -100,14 +100,14 @@ def memory(row: Row, device_gib: float | None = None) -> Table:
         table.add_column(f"of {device_gib:g} GiB", justify="right", style="red" if share > 1 else "green")
         cells.append(f"{share:.0%}")
     table.add_row(*cells)
-    return table
+    return _titled("Memory a rank", "without activations", table)
 
 
-def replicated(rows: Sequence[Row]) -> Table | None:
+def replicated(rows: Sequence[Row]) -> RenderableType | None:
     """What every rank holds whole, and why: the largest first."""
     if not rows:
         return None
-    table = _table("Replicated", "every rank holds it whole")
+    table = _table()
     table.add_column("parameter")
     for heading in ("count", "bytes each", "in all"):
         table.add_column(heading, justify="right")
@@ -118,12 +118,12 @@ def replicated(rows: Sequence[Row]) -> Table | None:
         table.add_row(
             name, f"× {len(group)}", size(group[0]["bytes"]), size(total), _one_of([r["reason"] for r in group])
         )
-    return table
+    return _titled("Replicated", "every rank holds it whole", table)
 
 
 def verify_report(report: Mapping[str, Any]) -> RenderableType:
     """A line a case, what it found besides, and the verdict."""
-    table = _table("Verification", "all ranks against the plain model")
+    table = _table()
     table.add_column("case", ratio=1)
     table.add_column("what is worst", ratio=1)
     for heading in ("relative error", "allowed"):
@@ -140,19 +140,19 @@ def verify_report(report: Mapping[str, Any]) -> RenderableType:
     if "sharded_fraction" in report:
         facts.append(f"{report['sharded_fraction']:.1%} of the matrices' bytes are split")
     facts += [f"{count} {name.replace('_', '-')}" for name, count in report.get("collectives", {}).items()]
-    return Group(table, verdict.append("   " + ", ".join(facts), style="not bold default"))
+    return Group(_titled("Verification", "all ranks against the plain model", table), verdict.append("   " + ", ".join(facts), style="not bold default"))
 
 
 def explain_report(rows: Sequence[Row]) -> RenderableType:
     """The layouts of parameters, then each axis that they are made of, with what keeps it whole."""
-    layouts = _table("Layout", "each dimension in its axes, major first; axis/ranks is split")
+    layouts = _table()
     layouts.add_column("parameter")
     layouts.add_column("shape", justify="right")
     layouts.add_column("layout")
     for name, group in fold(rows, "name", lambda r: (tuple(r["shape"]), tuple(r["layout"]))):
         shape = " × ".join(map(str, group[0]["shape"]))
         layouts.add_row(f"{name}  × {len(group)}" if len(group) > 1 else name, shape, _coloured(group[0]["layout"]))
-    axes = _table("Axes", "split together or not at all")
+    axes = _table()
     axes.add_column("axis")
     axes.add_column("size", justify="right")
     axes.add_column("stands in")
@@ -165,7 +165,7 @@ def explain_report(rows: Sequence[Row]) -> RenderableType:
         why = _few(axis["reasons"], 3)
         over = Text(" · ".join(axis["over"]), style="green") if axis["over"] else Text(why, style="dim")
         axes.add_row(name, f"{axis['size']:,}", _few(names, 4), over)
-    return Group(layouts, axes)
+    return Group(_titled("Layout", "each dimension in its _titled("Axes", "split together or not at all", axes), major first; axis/ranks is split", layouts), axes)
 
 
 def _few(items: Sequence[str], most: int) -> str:
@@ -221,11 +221,13 @@ def error(value: float | None) -> str:
     return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
-def _table(title: str, caption: str) -> Table:
-    heading = Text(title, style="bold").append(f"  {caption}", style="not bold dim")
-    return Table(
-        title=heading, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim"
-    )
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+
+
+def _titled(title: str, caption: str, table: Table) -> RenderableType:
+    """A table under its title, which may be the longer of the two."""
+    return Group(Text(title, style="bold").append(f"  {caption}", style="not bold dim"), table)
 
 
 def _count(parameters: Any) -> int:

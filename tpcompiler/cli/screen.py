@@ -64,7 +64,7 @@ class Screen:
         """A line on stderr that says what is being done; only on a terminal."""
         console = Console(file=self.err)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        with Progress(*columns, console=console, transient=True, disable=not self.err.isatty()) as bar:
             yield Stages(bar)
 
 

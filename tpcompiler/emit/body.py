@@ -16,7 +16,7 @@ from tpcompiler.emit.fields import Fields, attribute
 from tpcompiler.emit.layers import Frame, Names
 from tpcompiler.emit.names import POOL, Namer, Value, value
 from tpcompiler.emit.operators import spell
-from tpcompiler.emit.outline import Layer, items
+from tpcompiler.emit.outline import Layer, count, items
 from tpcompiler.emit.roll import AnyStep, Arguments, Repeat, RepeatEnd
 from tpcompiler.emit.steps import Apply, Op, Section
 from tpcompiler.emit.tidy import aten_name
@@ -339,10 +339,8 @@ class Body:
 
     def _items(self, node: fx.Node) -> list[Value] | None:
         """A call's several results, if it has several."""
-        val = node.meta.get("val")
-        if not isinstance(val, (list, tuple)):
-            return None
-        return [(node, k) for k in range(len(val))]
+        several = count(node)
+        return None if several is None else [(node, k) for k in range(several)]
 
     def _leaves(self, node: fx.Node) -> list[Value]:
         """The named values that a statement reads, in order, through what is nested in it."""
@@ -506,7 +504,7 @@ def is_impure(node: fx.Node) -> bool:
 
 def may_nest(inner: fx.Node, outer: fx.Node) -> bool:
     """Did the user's own line hold both? What carries a note stands alone, but for a sum behind a reduction."""
-    if isinstance(inner.meta.get("val"), (list, tuple)):
+    if count(inner) is not None:
         return False
     if inner.meta.get("note"):
         return runtime_name(inner) == "reduce" and aten_name(outer) == "add" and not outer.meta.get("note")

@@ -75,6 +75,18 @@ def items(node: fx.Node) -> dict[int, fx.Node]:
     return {u.args[1]: u for u in node.users if is_item(u) and isinstance(u.args[1], int)}
 
 
+def count(node: fx.Node) -> int | None:
+    """How many results a call has, None when its result is one value."""
+    val = node.meta.get("val")
+    if isinstance(val, (list, tuple)):
+        return len(val)
+    picked = items(node)
+    if not picked:
+        return None
+    sizes = node.args[1] if len(node.args) > 1 else None
+    return len(sizes) if isinstance(sizes, (list, tuple)) else max(picked) + 1
+
+
 def outline(body: Frame, comparer: Comparer, root: bool) -> list[Layer]:
     """The layers to be written apart from `body`, in order of first call.
 

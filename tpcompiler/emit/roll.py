@@ -20,6 +20,7 @@ from tpcompiler.emit.expr import ATOM, TERNARY, Expr
 from tpcompiler.emit.fields import attribute
 from tpcompiler.emit.layers import Comparer, Frame, nameless
 from tpcompiler.emit.names import Value, value
+from tpcompiler.emit.outline import count
 from tpcompiler.emit.sizes import is_size, key
 from tpcompiler.emit.steps import Apply, Op, Step, users
 from tpcompiler.layout import LocalRuns, LocalSize
@@ -265,8 +266,8 @@ def made(step: Step) -> list[Value]:
     """The values that a step makes."""
     if isinstance(step, Apply):
         return step.outputs()
-    val = step.node.meta.get("val")
-    return [(step.node, i) for i in range(len(val))] if isinstance(val, (list, tuple)) else [step.node]
+    several = count(step.node)
+    return [step.node] if several is None else [(step.node, i) for i in range(several)]
 
 
 def _nodes(step: Step) -> list[fx.Node]:

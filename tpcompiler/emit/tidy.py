@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+_RELAYING = {"reshape", "flatten", "contiguous"}  # they copy by themselves where strides ask for it
 _ALIASES = {"alias", "lift_fresh", "lift"}
 _SILENT = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}
 
@@ -59,7 +60,12 @@ _PIECES = {"slice", "select", "unsqueeze", "view", "transpose", "expand"}
 def _source(node: fx.Node) -> fx.Node | None:
     """The node whose value `node` repeats, if it does."""
     name = aten_name(node)
-    if name in _ALIASES or (name == "slice" and _is_whole(node.args)) or (name in ("add", "mul") and _is_neutral(node, name)):
+    if (
+        name in _ALIASES
+        or (name == "slice" and _is_whole(node.args))
+        or (name == "contiguous" and node.users and all(aten_name(u) in _RELAYING for u in node.users))
+        or (name in ("add", "mul") and _is_neutral(node, name))
+    ):
         source = node.args[0]
         return source if isinstance(source, fx.Node) else None
     return None

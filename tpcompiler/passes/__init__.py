@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from tpcompiler.passes.hoist_enters import hoist_enters
 from tpcompiler.passes.merge_reductions import merge_reductions
 from tpcompiler.passes.segments import drop_joined_segments
 from tpcompiler.program import Program
 
-PASSES = (drop_joined_segments, merge_reductions)
+PASSES = (drop_joined_segments, merge_reductions, hoist_enters)
 
 
 def run_passes(program: Program) -> Program:

@@ -7,6 +7,7 @@ rank, and the one backed by a `torch.distributed` process group; `tpcompiler.sim
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -188,24 +189,32 @@ class Ranks:
         return cls(mesh, dist.get_rank(), _connector(mesh, dist.get_rank(), range(mesh.size)))
 
     @classmethod
-    def from_device_mesh(cls, device_mesh: Any) -> Ranks:
-        """This process's place on a `torch.distributed.DeviceMesh` whose dimensions have names."""
+    def from_device_mesh(cls, device_mesh: Any, mesh: Mesh | None = None) -> Ranks:
+        """This process's place on a `torch.distributed.DeviceMesh` whose dimensions have names.
+
+        `mesh` is a program's. It may have a dimension of the device mesh as factors, tensor 8 as tensor0 2 × tensor1 4,
+        and then so do the ranks. What the device mesh has beyond it (pipeline stages, copies) stays as it is.
+        Errors: `TpcError` when a dimension has no name, is missing or has another degree.
+        """
         names, coordinate = device_mesh.mesh_dim_names, device_mesh.get_coordinate()
         if names is None:
             raise TpcError("the device mesh has no mesh_dim_names; give it some, e.g. ('data', 'tensor')")
         if coordinate is None:
             raise TpcError("this process has no place on the device mesh")
-        mesh = Mesh(tuple(zip(names, device_mesh.mesh.shape, strict=True)))
-        rank = mesh.rank(dict(zip(names, coordinate, strict=True)))
+        coarse = Mesh(tuple(zip(names, device_mesh.mesh.shape, strict=True)))
+        factors = _factors(coarse, coarse if mesh is None else mesh)
+        fine = Mesh(tuple(dim for parts in factors.values() for dim in parts))
+        whole = {tuple(n for n, _ in parts): name for name, parts in factors.items()}
+        rank = coarse.rank(dict(zip(names, coordinate, strict=True)))
         world = device_mesh.mesh.flatten().tolist()
-        general = _connector(mesh, rank, world)
+        general = _connector(fine, rank, world)
 
         def connect(over: tuple[str, ...]) -> Group:
-            if len(over) > 1:
+            if over not in whole:
                 return general(over)
-            return _wrap(device_mesh.get_group(over[0]), mesh, rank, over, world)
+            return _wrap(device_mesh.get_group(whole[over]), fine, rank, over, world)
 
-        return cls(mesh, rank, connect)
+        return cls(fine, rank, connect)
 
     def __repr__(self) -> str:
         return f"Ranks({self.mesh}: rank {self.rank})"
@@ -239,6 +248,23 @@ def _connector(mesh: Mesh, rank: int, world: Sequence[int]) -> Callable[[tuple[s
         return _wrap(mine, mesh, rank, over, world)
 
     return connect
+
+
+def _factors(coarse: Mesh, fine: Mesh) -> dict[str, tuple[tuple[str, int], ...]]:
+    """The dimensions of `fine` that each one of `coarse` is made of: its own name, or that with a number behind it."""
+    out: dict[str, tuple[tuple[str, int], ...]] = {}
+    for name, degree in coarse.dims:
+        parts = tuple(d for d in fine.dims if d[0] == name or re.fullmatch(rf"{re.escape(name)}\d+", d[0]))
+        if parts and Mesh(parts).size != degree:
+            wanted = Mesh(((name, Mesh(parts).size),))
+            raise TpcError(f"the program is for {wanted}, the device mesh is {coarse}: make them agree")
+        out[name] = parts or ((name, degree),)
+    found = {name for parts in out.values() for name, _ in parts}
+    for name, degree in fine.dims:
+        if degree > 1 and name not in found:
+            known = name.rstrip("0123456789")
+            raise TpcError(f"the device mesh {coarse} has no dimension {known!r}; name one so in its mesh_dim_names")
+    return out
 
 
 def _wrap(pg: Any, mesh: Mesh, rank: int, over: tuple[str, ...], world: Sequence[int]) -> ProcessGroup:

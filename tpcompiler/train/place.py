@@ -47,7 +47,7 @@ def checkpoint_mesh(mesh: Mesh) -> Mesh:
     return mesh if DATA in mesh and mesh[DATA] > 1 else weight_mesh(mesh)
 
 
-def entries(program: Program, moments: bool = True) -> list[Entry]:
+def entries(program: Program, dtype: torch.dtype) -> list[Entry]:
     """What a checkpoint holds: parameters at master precision, buffers, and the optimizer's state of each parameter."""
     mesh = checkpoint_mesh(program.mesh)
     out = []
@@ -57,11 +57,9 @@ def entries(program: Program, moments: bool = True) -> list[Entry]:
             continue
         where = layout(program.dims[p.name], mesh)
         stored = p.names if p.persistent else ()
-        out.append(
-            Entry(p.name, "parameter", p.dtype, where, aliases=p.aliases, stored=stored, trainable=p.trainable)
-        )
-        if moments and p.trainable:
-            out += [Entry(state_name(p.name, m), "state", p.dtype, where, like=p.name) for m in MOMENTS]
+        out.append(Entry(p.name, "parameter", dtype, where, aliases=p.aliases, stored=stored, trainable=p.trainable))
+        if p.trainable:
+            out += [Entry(state_name(p.name, m), "state", dtype, where, like=p.name) for m in MOMENTS]
     return out
 
 

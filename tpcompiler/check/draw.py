@@ -1,0 +1,72 @@
+"""Operands to run a step on: random, and telling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpcompiler.check.calls import outputs
+from tpcompiler.check.cones import Operand
+
+NORMAL, SMALL, POSITIVE = "normal", "small", "positive"
+
+
+def draw(given: Sequence[Operand], probe: Callable[[list[Tensor]], Any], special: set[int], style: str, seed: int) -> list[Tensor]:
+    """Tensors of the operands' shapes, real ones in double precision, on which `probe` succeeds.
+
+    Integers are taken below the longest dimension that `probe` accepts as an index, numbers among the arguments
+    (`special`: an ignored class, a padding row) often among them. Real ones are normal, a thousandth of it, or positive;
+    and positive when the result has no finite value otherwise. Raises what `probe` raises for every choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bounds = sorted({n for o in given for n in o.shape} | {2, 1}, reverse=True)
+    if not any(_integer(o.dtype) for o in given):
+        bounds = bounds[:1]
+    error: Exception | None = None
+    for bound in bounds:
+        for extra in (special, {i for i in special if 0 <= i < bound}, set()):
+            tensors = [_tensor(o, bound, extra, style, generator) for o in given]
+            try:
+                with torch.no_grad():
+                    result = probe(tensors)
+            except Exception as e:
+                error = e
+                if not any(_integer(o.dtype) for o in given):
+                    break
+                continue
+            if style != POSITIVE and _meaningless(result):
+                return draw(given, probe, special, POSITIVE, seed)
+            return tensors
+    assert error is not None
+    raise error
+
+
+def _integer(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+
+
+def _tensor(o: Operand, bound: int, special: set[int], style: str, generator: torch.Generator) -> Tensor:
+    if o.dtype == torch.bool:
+        return torch.rand(o.shape, generator=generator) < 0.7
+    if _integer(o.dtype):
+        out = torch.randint(0, bound, o.shape, generator=generator, dtype=torch.int64)
+        for i in sorted(special):
+            out = torch.where(torch.rand(o.shape, generator=generator) < 0.2, i, out)
+        return out.to(o.dtype)
+    wide = torch.complex128 if o.dtype.is_complex else torch.float64
+    if style == POSITIVE and not o.dtype.is_complex:
+        return torch.rand(o.shape, generator=generator, dtype=wide) + 0.5
+    out = torch.randn(o.shape, generator=generator, dtype=wide)
+    return out * 1e-3 if style == SMALL else out
+
+
+def _meaningless(result: Any) -> bool:
+    """Whether most of a real result is not a number."""
+    return any(
+        t.is_floating_point() and t.numel() > 0 and bool(t.isnan().float().mean() > 0.25)
+        for t in outputs(result)
+        if isinstance(t, Tensor)
+    )

@@ -1,0 +1,188 @@
+"""Finding the claim that holds: which rows of the whole value each rank's result is, or which sums of them.
+
+Hints (the program's own, the operands' claims, equal parts in order) only say what to try first; every claim is
+compared element by element. Where no hint fits, the rows are read off the values themselves, which random operands
+make distinct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+
+import torch
+from torch import Tensor
+
+from tpcompiler.check.claims import Claim, Geometry, Over, Rows, Runs
+from tpcompiler.check.compare import close
+from tpcompiler.check.shrink import Shrink
+from tpcompiler.layout import join
+from tpcompiler.runtime.rows import length, take_rows
+
+_TRIES = 24
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A value's dimensions: as the model has them, and as they were run."""
+
+    old: tuple[int, ...]
+    new: tuple[int, ...]
+    shrink: Shrink
+
+    def cut(self, d: int, runs: Runs) -> Runs:
+        """Rows of the model's dimension as rows of the one that was run."""
+        return runs if self.old[d] == self.new[d] else self.shrink.cuts[self.old[d]].shrink(runs)
+
+    def grow(self, d: int, runs: Runs) -> Runs:
+        return runs if self.old[d] == self.new[d] else self.shrink.cuts[self.old[d]].grow(runs)
+
+
+def held(whole: Tensor, claim: Claim, rank: int, sizes: Sizes) -> Tensor:
+    """What a claim says a rank holds of a value."""
+    for d, rows in enumerate(claim.rows):
+        if rows is not None:
+            whole = take_rows(whole, d, sizes.cut(d, rows.runs[rank]))
+    return whole
+
+
+def find_claim(
+    geometry: Geometry, whole: Tensor, local: Sequence[Tensor], sizes: Sizes, hints: Sequence[Iterable[Rows]], sums: Iterable[Over]
+) -> Claim | None:
+    """The first claim that holds of the ranks' values; None if none does. `hints[d]` are tried for dimension `d`."""
+    for over in sums:
+        summed = local if not over else _sums(geometry, local, over)
+        if summed is None:
+            continue
+        for rows in _candidates(geometry, whole, summed, sizes, hints):
+            claim = Claim(rows, over)
+            if holds(geometry, claim, whole, summed, sizes) and not set(over) & set(geometry.moving(claim)):
+                return claim
+    return None
+
+
+def holds(geometry: Geometry, claim: Claim, whole: Tensor, summed: Sequence[Tensor], sizes: Sizes) -> bool:
+    """Whether the ranks' values, already summed where they are partial, are what a claim says."""
+    done: set[tuple[int, ...]] = set()
+    for r in range(geometry.size):
+        key = (id(summed[r]), *(id(rows.runs[r]) for rows in claim.rows if rows is not None))
+        if key in done:
+            continue
+        done.add(key)
+        if not close(summed[r], held(whole, claim, r, sizes)):
+            return False
+    return True
+
+
+def total(geometry: Geometry, claim: Claim, local: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    """The ranks' values, summed over the mesh dimensions that a claim says."""
+    return local if not claim.partial else _sums(geometry, local, claim.partial)
+
+
+def _sums(geometry: Geometry, local: Sequence[Tensor], over: Over) -> list[Tensor] | None:
+    if not (local[0].is_floating_point() or local[0].is_complex()):
+        return None
+    out: list[Tensor | None] = [None] * geometry.size
+    for group in geometry.groups(over):
+        if any(local[r].shape != local[group[0]].shape for r in group):
+            return None
+        value = torch.stack([local[r] for r in group]).sum(0)
+        for r in group:
+            out[r] = value
+    return out  # type: ignore[return-value]
+
+
+def _candidates(
+    geometry: Geometry, whole: Tensor, local: Sequence[Tensor], sizes: Sizes, hints: Sequence[Iterable[Rows]]
+) -> Iterator[tuple[Rows | None, ...]]:
+    if any(t.dim() != whole.dim() for t in local):
+        return
+    options: list[list[Rows | None]] = []
+    for d in range(whole.dim()):
+        lengths = [t.shape[d] for t in local]
+        if all(n == whole.shape[d] for n in lengths):
+            options.append([None])
+        else:
+            options.append(list(_of_lengths(geometry, d, lengths, sizes, hints[d])))
+    yield from islice(product(*options), _TRIES)
+    found = _read_off(geometry, whole, local, sizes)
+    if found is not None:
+        yield found
+
+
+def _of_lengths(geometry: Geometry, d: int, lengths: list[int], sizes: Sizes, hints: Iterable[Rows]) -> Iterator[Rows]:
+    """Rows of a dimension of which each rank holds so many."""
+    seen: set[Rows] = set()
+    for rows in (*hints, *_in_order(geometry, d, lengths, sizes)):
+        if rows.size == sizes.old[d] and rows not in seen:
+            seen.add(rows)
+            try:
+                fits = all(length(sizes.cut(d, runs)) == n for runs, n in zip(rows.runs, lengths, strict=True))
+            except KeyError:  # a piece of the smaller dimension would be cut
+                continue
+            if fits:
+                yield rows
+
+
+def _in_order(geometry: Geometry, d: int, lengths: list[int], sizes: Sizes) -> Iterator[Rows]:
+    """One part after the other, in the order of the ranks along some mesh dimensions."""
+    for over in geometry.subsets[1:]:
+        runs: list[Runs | None] = [None] * geometry.size
+        for group in geometry.groups(over):
+            start = 0
+            for r in group:
+                runs[r] = ((start, start + lengths[r]),) if lengths[r] else ()
+                start += lengths[r]
+            if start != sizes.new[d]:
+                break
+        else:
+            try:
+                rows = geometry.rows(sizes.old[d], [sizes.grow(d, r) for r in runs if r is not None])
+            except KeyError:
+                continue
+            if rows is not None:
+                yield rows
+
+
+def _read_off(geometry: Geometry, whole: Tensor, local: Sequence[Tensor], sizes: Sizes) -> tuple[Rows | None, ...] | None:
+    """Rows found by looking up the ranks' elements among the whole value's."""
+    if not whole.is_floating_point() or whole.dim() == 0 or whole.numel() == 0:
+        return None
+    values, order = whole.reshape(-1).sort()
+    found: list[list[Runs]] = [[] for _ in range(whole.dim())]
+    known: dict[int, list[Runs] | None] = {}
+    for t in local:
+        if id(t) not in known:
+            known[id(t)] = _rows_of(whole, values, order, t)
+        mine = known[id(t)]
+        if mine is None:
+            return None
+        for d, runs in enumerate(mine):
+            found[d].append(runs)
+    try:
+        return tuple(
+            geometry.rows(sizes.old[d], [sizes.grow(d, r) for r in runs]) for d, runs in enumerate(found)
+        )
+    except KeyError:
+        return None
+
+
+def _rows_of(whole: Tensor, values: Tensor, order: Tensor, t: Tensor) -> list[Runs] | None:
+    if t.dim() != whole.dim() or not t.is_floating_point():
+        return None
+    if t.numel() == 0:
+        return [((0, whole.shape[d]),) if t.shape[d] == whole.shape[d] else () for d in range(t.dim())]
+    out: list[Runs] = []
+    for d in range(t.dim()):
+        line = t[tuple(slice(None) if i == d else 0 for i in range(t.dim()))].contiguous()
+        at = torch.searchsorted(values, line - 1e-9).clamp(max=len(values) - 1)
+        if not torch.allclose(values[at], line, rtol=1e-7, atol=2e-9):
+            return None
+        flat = order[at]
+        index = torch.stack(torch.unravel_index(flat, whole.shape))[d].tolist()
+        out.append(join(iter([(i, i + 1) for i in index])))
+    return out
+
+
+Hint = Callable[[int], Iterable[Rows]]

@@ -1,0 +1,141 @@
+"""Smaller sizes at which a step can be run, with every proportion that matters kept.
+
+Most steps run at the sizes they have. Only operands of many elements (weights) are made smaller: a dimension of n rows
+is cut wherever any rank's rows begin or end, and each piece becomes a few rows, pieces of equal length equally many.
+Which dimensions go together is found by trying: the operation must accept the new shapes, and every dimension of its
+result must be what it was or the same smaller size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from math import prod
+
+from torch import Tensor
+
+from tpcompiler.check.calls import outputs
+from tpcompiler.check.claims import Rows, Runs
+from tpcompiler.check.cones import Cone, Operand
+
+LARGE = 1 << 15  # elements of an operand; larger ones are made smaller
+HUGE = 1 << 26  # a step that needs this many is not run
+LONG = 64  # rows of a dimension worth making fewer
+_WIDTHS = (5, 7, 11, 13, 17, 19, 23, 29)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A dimension's new sizes piece by piece."""
+
+    old: tuple[int, ...]  # where pieces begin, and the end
+    new: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return self.new[-1]
+
+    def shrink(self, runs: Runs) -> Runs:
+        """Runs of old rows in new rows. KeyError where a piece would be cut."""
+        at = dict(zip(self.old, self.new, strict=True))
+        return tuple((at[a], at[b]) for a, b in runs)
+
+    def grow(self, runs: Runs) -> Runs:
+        """The inverse of `shrink`."""
+        at = dict(zip(self.new, self.old, strict=True))
+        return tuple((at[a], at[b]) for a, b in runs)
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """New sizes for some dimensions of some operands."""
+
+    cuts: dict[int, Cut] = field(default_factory=dict)  # by old size
+    places: frozenset[tuple[int, int]] = frozenset()  # (operand, dimension)
+    in_arguments: bool = False  # integers among the arguments change too
+
+    def shape(self, i: int, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.cuts[n].size if (i, d) in self.places else n for d, n in enumerate(shape))
+
+    def operands(self, given: Sequence[Operand]) -> list[Operand]:
+        return [Operand(self.shape(i, o.shape), o.dtype, o.grad) for i, o in enumerate(given)]
+
+    @property
+    def arguments(self) -> dict[int, int]:
+        return {n: cut.size for n, cut in self.cuts.items()} if self.in_arguments else {}
+
+
+def shrinks(cones: Sequence[Cone], given: Sequence[Operand], rows: Iterable[Rows]) -> Iterator[Shrink]:
+    """Ways to run the cones on small operands, smallest first; the last is none at all."""
+    none = Shrink()
+    if max((prod(o.shape) for o in given), default=0) > LARGE:
+        marks: dict[int, set[int]] = {}
+        for r in rows:
+            marks.setdefault(r.size, set()).update(i for runs in r.runs for run in runs for i in run)
+        before = [_shapes(c, given) for c in cones]
+        for in_arguments in (False, True):
+            found = _search(cones, given, before, marks, in_arguments)
+            if found.places:
+                yield found
+    if sum(prod(o.shape) for o in given) <= HUGE:
+        yield none
+
+
+def _shapes(cone: Cone, given: Sequence[Operand]) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in outputs(cone.meta(given)) if isinstance(t, Tensor)]
+
+
+def _search(
+    cones: Sequence[Cone], given: Sequence[Operand], before: list[list[tuple[int, ...]]], marks: dict[int, set[int]], in_arguments: bool
+) -> Shrink:
+    best = Shrink(in_arguments=in_arguments)
+    sizes = sorted({n for o in given for n in o.shape if n > LONG}, reverse=True)
+    widths = iter(_WIDTHS)
+    for n in sizes:
+        cut = _cut(n, marks.get(n, set()), next(widths, 31))
+        places = [(i, d) for i, o in enumerate(given) for d, m in enumerate(o.shape) if m == n]
+        if cut.size >= n or len(places) > 12:
+            continue
+        for chosen in _subsets(places):
+            tried = Shrink({**best.cuts, n: cut}, best.places | set(chosen), in_arguments)
+            if _fits(cones, given, before, tried):
+                best = tried
+                break
+    return best
+
+
+def _subsets(places: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], ...]]:
+    """All of them first; not more than some dozens of others."""
+    for k in range(len(places), 0, -1):
+        if k == len(places) or len(places) <= 5:
+            yield from combinations(places, k)
+
+
+def _cut(n: int, marks: set[int], width: int) -> Cut:
+    old = sorted({0, n} | {m for m in marks if 0 < m < n})
+    lengths = [b - a for a, b in zip(old, old[1:], strict=False)]
+    if len(lengths) == 1:
+        return Cut((0, n), (0, min(width, n)))
+    order = {length: min(length, i + 2) for i, length in enumerate(sorted(set(lengths)))}
+    new = [0]
+    for length in lengths:
+        new.append(new[-1] + order[length])
+    return Cut(tuple(old), tuple(new))
+
+
+def _fits(cones: Sequence[Cone], given: Sequence[Operand], before: list[list[tuple[int, ...]]], tried: Shrink) -> bool:
+    operands = tried.operands(given)
+    for cone, old in zip(cones, before, strict=True):
+        try:
+            new = _shapes(cone.substituted(tried.arguments) if tried.in_arguments else cone, operands)
+        except Exception:  # the operation does not take these sizes
+            return False
+        if len(new) != len(old):
+            return False
+        for a, b in zip(old, new, strict=True):
+            if len(a) != len(b):
+                return False
+            if any(m != n and (n not in tried.cuts or m != tried.cuts[n].size) for n, m in zip(a, b, strict=True)):
+                return False
+    return True

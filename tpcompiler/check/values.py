@@ -1,0 +1,144 @@
+"""The model's values, each once, and those that only the program computes.
+
+Equal calls on equal values are one value, so that a program's node finds the model's by computing the same thing. A
+program's node that is the model's by other means (a bias added later, a mean from a sum) becomes a value of its own,
+and `equal.py` looks for the model's value that it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tpcompiler.check.calls import Call, make_call, read_call
+from tpcompiler.check.calls import Slot
+from tpcompiler.check.cones import Operand
+from tpcompiler.check.sizes import Sizes
+from tpcompiler.program import Capture, Parameter
+
+PARAMETER, BUFFER, INPUT, MADE = "parameter", "buffer", "input", "made"
+
+
+class Value:
+    """One tensor (or a list of them) of the model, or of the program seen as one rank's."""
+
+    __slots__ = ("call", "constant", "index", "kind", "name", "node", "operands", "out", "stored", "users")
+
+    def __init__(self, index: int, name: str, kind: str, out: Operand | None, call: Call | None, operands: tuple[Value, ...]) -> None:
+        self.index = index
+        self.name = name
+        self.kind = kind
+        self.out = out  # None: a list
+        self.call = call
+        self.operands = operands
+        self.users: list[Value] = []
+        self.node: fx.Node | None = None  # of the model
+        self.stored: Tensor | None = None  # a buffer's value
+        self.constant = kind == BUFFER if call is None else all(o.constant for o in operands)
+
+    @property
+    def original(self) -> bool:
+        return self.node is not None
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Table:
+    """All values. Made from a capture; programs add to it."""
+
+    def __init__(self, capture: Capture, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.by_key: dict[Any, Value] = {}
+        self.by_name: dict[str, Value] = {}
+        self.count = 0
+        self.dropouts: dict[tuple[Value, Any], list[Value]] = {}
+        self.outputs: tuple[Any, ...] = ()
+        stored = {p.node: p for p in capture.parameters}
+        env: dict[fx.Node, Any] = {}
+        for node in capture.graph.nodes:
+            if node.op == "output":
+                self.outputs = tuple(env[a] if isinstance(a, fx.Node) else a for a in node.args[0])
+            elif node.op == "placeholder":
+                env[node] = self._placeholder(node, stored.get(node.name))
+            else:
+                env[node] = self._read(node, env)
+
+    def _placeholder(self, node: fx.Node, parameter: Parameter | None) -> Value | None:
+        val = node.meta.get("val")
+        if not isinstance(val, Tensor):
+            return None
+        real = val.is_floating_point() or val.is_complex()
+        grad = parameter is not None and not parameter.buffer and parameter.trainable and real
+        kind = INPUT if parameter is None else BUFFER if parameter.buffer else PARAMETER
+        value = self._new(node.name, kind, Operand(self.sizes.shape(val.shape), val.dtype, grad), None, ())
+        value.node = node
+        value.stored = parameter.value if parameter is not None else None
+        self.by_name[node.name] = value
+        return value
+
+    def _read(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        if isinstance(node.meta.get("val"), (torch.SymInt, int)) and not isinstance(node.meta.get("val"), bool):
+            return self.sizes(node.meta["val"])
+        call, given = read_call(node, env)
+        operands = tuple(env[n] for n in given)
+        val = node.meta.get("val")
+        grad = any(o.out is None or o.out.grad for o in operands)
+        out = Operand(self.sizes.shape(val.shape), val.dtype, grad) if isinstance(val, Tensor) else None
+        key = (node.name if call.random else "", call.key, operands)
+        value = self.by_key.get(key)
+        if value is None:
+            value = self.by_key[key] = self._new(node.name, MADE, out, call, operands)
+            value.node = node
+            if call.target is torch.ops.aten.dropout.default:
+                self.dropouts.setdefault((operands[0], call.key), []).append(value)
+            elif call.random:
+                self.by_key.setdefault(("", call.key, operands), value)
+        self.by_name[node.name] = value
+        return value
+
+    def find(self, call: Call, operands: tuple[Value, ...], out: Operand | None) -> Value:
+        """The value of a call: the model's, if it makes that call; a new one if not."""
+        key = ("", call.key, operands)
+        value = self.by_key.get(key)
+        if value is None:
+            value = self.by_key[key] = self._new(f"{call}", MADE, out, call, operands)
+        return value
+
+    def item(self, value: Value, i: int, out: Operand) -> Value:
+        """The i-th of a list."""
+        return self.find(make_call(operator.getitem, (Slot(0), i), ()), (value,), out)
+
+    def _new(self, name: str, kind: str, out: Operand | None, call: Call | None, operands: tuple[Value, ...]) -> Value:
+        value = Value(self.count, name, kind, out, call, operands)
+        self.count += 1
+        for o in dict.fromkeys(operands):
+            o.users.append(value)
+        return value
+
+
+def leaves(value: Value) -> tuple[Value, ...]:
+    """The model's values from which the program computes one of its own; in order of appearance."""
+    found: dict[Value, None] = {}
+    seen: set[Value] = set()
+
+    def visit(v: Value) -> None:
+        if v in seen:
+            return
+        seen.add(v)
+        if v.original or v.call is None:
+            found[v] = None
+        else:
+            for o in v.operands:
+                visit(o)
+
+    visit(value)
+    return tuple(found)
+
+
+def names(values: Iterable[Value] | Sequence[Value]) -> str:
+    return ", ".join(v.name for v in values)

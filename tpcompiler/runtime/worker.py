@@ -1,0 +1,110 @@
+"""One rank of a written program, run once in a process of its own that has `torchrun`'s environment.
+
+    python -m tpcompiler.runtime.worker PROGRAM WORK
+
+PROGRAM is a directory that `tpc shard` wrote, with weights. `WORK/call-00000.pt` says what rank 0 does, and what it
+found goes to `WORK/result-00000.pt`: dictionaries of plain values and tensors, described at `run`. A failure is a
+traceback, then one line that says it, then exit status 1. Needs torch alone, as programs do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tpcompiler.errors import TpcError
+from tpcompiler.runtime.groups import Ranks
+from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.runtime.weights import load
+
+CALL, RESULT, ERRORS = "call-{rank:05d}.pt", "result-{rank:05d}.pt", "stderr-{rank:05d}"
+LONGEST = 500  # characters of the line that says a failure
+
+
+def run(program: Path, call: dict[str, Any]) -> dict[str, Any]:
+    """Forward, and backward if there are cotangents, in evaluation mode on this rank.
+
+    `call`: `mesh` ((name, degree), …); `backend` nccl or gloo; `timeout`, seconds that a rank waits for the others;
+    `dtype` of parameters, None for the program's own; `batches` [(args, kwargs)]; `cotangents`, per batch a list with a
+    tensor, or None, for each output, or None for no backward. Gradients add up over the batches.
+    Result: `outputs`, flat, of one batch after the other; `gradients` by every name of a parameter; `imported`, the
+    package's modules that this took.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if call["backend"] == "nccl" else torch.device("cpu")
+    ranks = Ranks.from_env(Mesh(tuple(call["mesh"])), call["backend"], timedelta(seconds=call["timeout"]))
+    with device:
+        model: nn.Module = import_program(program).Model(ranks)
+    if call["dtype"] is not None:
+        model.to(call["dtype"])
+    load(model, program, ranks)
+    model.eval()
+    outputs: list[Any] = []
+    for i, batch in enumerate(call["batches"]):
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
+        backward = call["cotangents"] is not None
+        with torch.set_grad_enabled(backward):
+            found = pytree.tree_leaves(model(*args, **kwargs))
+        if backward:
+            _backward(found, call["cotangents"][i])
+        outputs += [x.detach().cpu() if isinstance(x, Tensor) else x for x in found]
+    named = model.named_parameters(remove_duplicate=False)
+    gradients = {name: None if p.grad is None else p.grad.cpu() for name, p in named}
+    imported = sorted(m for m in sys.modules if m.partition(".")[0] == "tpcompiler")
+    return {"outputs": outputs, "gradients": gradients, "imported": imported}
+
+
+def import_program(directory: Path) -> ModuleType:
+    """`DIRECTORY/model.py` as a module, whatever else is called `model`."""
+    path = directory / "model.py"
+    spec = importlib.util.spec_from_file_location("tpc_program", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise TpcError(f"{directory}: holds no model.py; give a directory that tpc shard wrote")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # torch.compile and inspect look it up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _backward(outputs: Sequence[Any], cotangents: Sequence[Tensor | None]) -> None:
+    assert len(outputs) == len(cotangents), f"{len(outputs)} outputs, {len(cotangents)} cotangents"
+    pairs = [(x, c.to(x.device)) for x, c in zip(outputs, cotangents, strict=True) if c is not None and x.requires_grad]
+    if pairs:
+        torch.autograd.backward([x for x, _ in pairs], [c for _, c in pairs])
+
+
+def main(argv: Sequence[str]) -> NoReturn:
+    """Runs the rank that the environment names. Leaves without clean-up, which could wait for ranks that are gone."""
+    code = 1
+    try:
+        program, work = map(Path, argv)
+        rank = int(os.environ["RANK"])
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        call = torch.load(work / CALL.format(rank=rank), weights_only=True)
+        torch.save(run(program, call), work / RESULT.format(rank=rank))
+        if dist.is_initialized():
+            dist.barrier()  # nobody hangs up while another still listens
+        code = 0
+    except BaseException as e:
+        traceback.print_exc()
+        first = str(e).strip().partition("\n")[0]
+        said = first if isinstance(e, TpcError) else f"{type(e).__name__}: {first}"
+        print(said[:LONGEST], file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

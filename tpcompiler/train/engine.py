@@ -1,0 +1,181 @@
+"""One rank's training: forward and backward over a step's micro-batches, gradients clipped, the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tpcompiler.runtime import Ranks, Rng
+from tpcompiler.train.build import Compiled, select
+from tpcompiler.train.clip import clip_, grad_norm, local, share
+from tpcompiler.train.config import Train
+from tpcompiler.train.data import Batch, Batches
+from tpcompiler.train.hold import Numbers, hold
+from tpcompiler.train.layers import prepare
+from tpcompiler.train.optimizer import make_optimizer, set_learning_rate
+from tpcompiler.train.order import mix
+from tpcompiler.train.place import MOMENTS, fill, fill_buffers, held, state_name
+from tpcompiler.train.scaler import Scale, all_finite
+from tpcompiler.train.schedule import learning_rate
+from tpcompiler.weights.manifest import DATA
+from tpcompiler.weights.runs import Slice
+
+Read = Callable[[str, Slice], Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A step, done. The tensors are scalars on the device, the same on all ranks; reading them waits for the step."""
+
+    step: int  # steps done, with this one
+    loss: Tensor  # mean over the global batch, nats
+    norm: Tensor  # of the gradient, before the clip
+    alike: Tensor  # whether the ranks of each tensor group read the same batches
+    lr: float
+    scale: Scale | None  # fp16: for the next step
+    applied: bool  # fp16: False when the step was left out
+
+
+class Engine:
+    """A rank's program, its parameters and its optimizer.
+
+    Collective throughout: every rank calls the same methods in the same order.
+    """
+
+    def __init__(self, compiled: Compiled, ranks: Ranks, train: Train, seed: int, device: torch.device) -> None:
+        self.compiled, self.ranks, self.train, self.device = compiled, ranks, train, device
+        self.numbers = Numbers.of(train.precision)
+        self.rng = Rng(seed, device)
+        self._seed = seed
+        program = compiled.sharded.program
+        names = {p.name: p.aliases for p in program.capture.parameters if not p.buffer}
+        self.module: nn.Module = compiled.module(ranks, self.rng)
+        prepare(self.module, train, whole=False)
+        self.held = hold(self.module, names, ranks, self.numbers, device)
+        fill_buffers(self.module, program, ranks.coords)
+        mesh = program.mesh
+        self.slices = {n: held(program.dims[n], mesh, ranks.coords) for n in names}
+        self._shares = {n: share(program.dims[n], mesh, ranks.coords) for n in names}
+        self.optimizer = make_optimizer(self.held.masters.items(), train.optimizer)
+        self.scale = Scale.start(train.loss_scale) if train.precision == "fp16" else None
+        self._weights = ranks.group(tuple(n for n in mesh.names if n != DATA))
+        self._start_moments()
+
+    def _start_moments(self) -> None:
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                zero = torch.zeros((), dtype=torch.float32, device=self.device)
+                moments = {m: torch.zeros_like(p, memory_format=torch.preserve_format).detach() for m in MOMENTS}
+                self.optimizer.state[p] = {"step": zero, **moments}
+
+    def fill(self, read: Read) -> None:
+        """Gives the parameters their values, this rank's slices of them."""
+        fill(self.held.masters, self.slices, read)
+        self.held.publish()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of this rank, by the checkpoint's names: masters and moments, local parts."""
+        out = {}
+        for name, master in self.held.masters.items():
+            out[name] = local(master).detach()
+            out |= {state_name(name, m): local(t).detach() for m, t in self._moments(master).items()}
+        return out
+
+    def restore(self, read: Read, steps: int) -> None:
+        """Masters and moments from a checkpoint, after so many optimizer steps."""
+        self.fill(read)
+        for name, master in self.held.masters.items():
+            moments = self._moments(master)
+            fill(moments, dict.fromkeys(moments, self.slices[name]), _prefixed(read, name))
+            if moments:
+                self.optimizer.state[master]["step"].fill_(steps)
+
+    def _moments(self, master: Tensor) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(master, {})
+        return {m: state[m] for m in MOMENTS if m in state}
+
+    def step(self, number: int, batches: Sequence[Batch]) -> Outcome:
+        """The `number`-th step, counted from 0, over this rank's micro-batches. Does not wait for the device."""
+        self.module.train()
+        lr = learning_rate(self.train, number)
+        set_learning_rate(self.optimizer, lr)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        factor = self.scale.value if self.scale is not None else 1.0
+        for i, batch in enumerate(batches):
+            self.held.before(i, last=i == len(batches) - 1)
+            loss = self._loss(number, batch)
+            (loss * (batch.weight * factor)).backward()
+            total += loss.detach().double() * batch.weight
+        total = self.ranks.group(DATA).all_reduce(total)
+        norm, applied = self._update(factor)
+        return Outcome(number + 1, total, norm, self._alike(batches), lr, self.scale, applied)
+
+    def _loss(self, number: int, batch: Batch) -> Tensor:
+        self.rng.at(number, batch.first_sample)
+        # Dropout inside of a fused attention kernel draws from torch's generator: fix it too, so that a run that was
+        # stopped goes on as if it had not been.
+        torch.manual_seed(mix(self._seed, number, batch.first_sample, self._weights.index) >> 1)
+        with self._precision():
+            loss: Tensor = self.module(**select(batch.tensors, self.compiled.takes))
+        return loss
+
+    def _precision(self) -> AbstractContextManager[object]:
+        """The program's 16-bit operations stay so; norms, softmax and loss are computed in float32."""
+        if not self.numbers.mixed:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.numbers.compute, cache_enabled=False)
+
+    def _update(self, factor: float) -> tuple[Tensor, bool]:
+        gradients = self.held.gradients()
+        norm = grad_norm(gradients, self._shares, self.ranks)
+        if self.scale is not None:
+            finite = bool(all_finite(gradients.values(), self.ranks))
+            self.scale = self.scale.after(finite, self.train.loss_scale)
+            if not finite:
+                return norm / factor, False
+        norm = clip_(gradients.values(), norm, self.train.optimizer.clip, factor)
+        self.optimizer.step()
+        self.held.publish()
+        return norm, True
+
+    def _alike(self, batches: Sequence[Batch]) -> Tensor:
+        if self._weights.size == 1:
+            return torch.ones((), dtype=torch.bool, device=self.device)
+        mark = mix(*(b.fingerprint() for b in batches)) >> 1
+        both = self._weights.all_reduce(torch.tensor([mark, -mark], device=self.device), "max")
+        return both.sum() == 0
+
+    @torch.no_grad()
+    def evaluate(self, batches: Batches, count: int) -> float:
+        """The mean loss over the first `count` global batches, dropout off."""
+        group = self.ranks.group(DATA)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with evaluating(self.module):
+            for step in range(count):
+                for micro in range(batches.micro_batches(group.size)):
+                    batch = batches.batch_at(step, micro, group.index, group.size).to(self.device)
+                    total += self._loss(step, batch).double() * batch.weight
+        return float(group.all_reduce(total)) / count
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off for a block."""
+    before = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(before)
+
+
+def _prefixed(read: Read, parameter: str) -> Read:
+    return lambda moment, runs: read(state_name(parameter, moment), runs)
+
+
+def shapes_of(batch: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in batch.items()}
