@@ -1,4 +1,4 @@
-"""A captured graph is the model: the same outputs, gradients, buffers and modes, at any size; weights take no memory."""
+"""A captured graph is the model: its outputs, gradients, buffers and modes, at any size; weights take no memory."""
 
 from __future__ import annotations
 

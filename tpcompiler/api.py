@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from tpcompiler.axes.algebra import Mark
-from tpcompiler.axes.infer import AxisMap, infer_axes
+from tpcompiler.axes.infer import AxisMap
 from tpcompiler.capture import capture as capture_model
 from tpcompiler.capture import capture_recorded, record
 from tpcompiler.collectives import folded, list_collectives
+from tpcompiler.grouped import infer_for
 from tpcompiler.partition import CannotSplit, partition
 from tpcompiler.passes import run_passes
 from tpcompiler.plan import Plan, make_plan
@@ -142,7 +143,7 @@ def compile_capture(
     tell = progress or (lambda stage: None)
     tell("inferring axes")
     with _timed(seconds, "axes"):
-        axes = infer_axes(captured)
+        captured, axes = infer_for(captured, spec)
     tell("planning")
     while True:
         with _timed(seconds, "plan"):

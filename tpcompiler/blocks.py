@@ -125,7 +125,12 @@ class _Tally:
         if op == "scaled_dot_product_attention" or relation.contracted:
             self.attention(relation, inside, fused=not relation.contracted)
         for leaf in special:
-            self.kinds[leaf].add(EMBEDDING if op == "embedding" else HEAD)
+            if op == "embedding":
+                self.kinds[leaf].add(EMBEDDING)
+            elif op == "cross_entropy_loss":
+                self.kinds[leaf].add(HEAD)
+            else:
+                self.forward[leaf] += self.static(node.name)[0] / axes.terms.size(leaf)  # a norm: a few numbers a token
         for leaf in contracted:
             self.forward[leaf] += 1 if op == "cross_entropy_loss" else self.static(node.name)[0]
         for operand in relation.operands:

@@ -53,6 +53,8 @@ class _Reader:
             runtime.enter: self.enter,
             runtime.gather: self.gather,
             runtime.cross_entropy: self.cross_entropy,
+            runtime.rms_norm: self.norm,
+            runtime.layer_norm: self.norm,
         }
 
     def of(self, node: fx.Node) -> Iterator[Collective]:
@@ -102,6 +104,14 @@ class _Reader:
     def gather(self, node: fx.Node) -> Iterator[Collective]:
         shape = self.local(node)
         yield self.make(node, "all_gather", FORWARD, node.args[1], shape, node.meta["val"].dtype, f"{self.axis_names(node)} leaves whole")
+
+    def norm(self, node: fx.Node) -> Iterator[Collective]:
+        shape = (*self.local(node)[:-1], 1)
+        dtype = node.meta["val"].dtype
+        dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        for what in ("mean", "variance") if node.target is runtime.layer_norm else ("mean square",):
+            yield self.make(node, "all_reduce", FORWARD, node.args[1], shape, dtype, f"{what} over {self.axis_names(node)}")
+            yield self.make(node, "all_reduce", BACKWARD, node.args[1], shape, dtype, f"gradient of the {what} over {self.axis_names(node)}")
 
     def cross_entropy(self, node: fx.Node) -> Iterator[Collective]:
         logits, target = node.args[0], node.args[1]

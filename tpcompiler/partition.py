@@ -91,7 +91,9 @@ class _Rewriter:
         try:
             if node.op == "call_function" and node.target is aten.dropout.default:
                 return self.dropout(node)
-            return self.copy(node) if relation is None else self.op(node, relation)
+            if relation is None:
+                return self.copy(node)
+            return self.sliced(node, self.op(node, relation)) if node.name in self.axes.cut else self.op(node, relation)
         except Folded as e:
             assert relation is not None
             terms = [t for dims in (*relation.results, *(o.dims or () for o in relation.operands)) for t in dims]
@@ -109,6 +111,8 @@ class _Rewriter:
         for key in ("val", "module", "stack", "line"):
             if key in like.meta and key not in new.meta:
                 new.meta[key] = like.meta[key]
+        if dims is None and like.name in self.axes.cut:
+            dims = self.plan.dims(self.axes, self.axes.relations[like.name].results[0])
         if dims is None and like.name in self.axes.values:
             found = [self.plan.dims(self.axes, d) for d in self.axes.values[like.name]]
             dims = found[0] if isinstance(like.meta.get("val"), torch.Tensor) else None
@@ -167,10 +171,24 @@ class _Rewriter:
                         value = self.take(value, source, i, self.plan.dim(self.axes, term))
             replaced[source] = value
         inputs = {**self.env, **replaced}
+        special = self.over(relation.special)
+        if special and op_name(node) in ("layer_norm", "rms_norm"):
+            return self.norm(node, relation, inputs, special)
         partial = self.over(relation.contracted)
         if not partial:
             return self.local(node, relation, inputs)
         return self.contraction(node, relation, inputs, partial)
+
+    def sliced(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """Of a value that every rank has made whole, this rank's slice; its gradient is a sum over ranks."""
+        terms = self.axes.values[node.name][0]
+        over = self.over(terms)
+        if over and node.name in self.axes.grads:
+            value = self.enter(value, node, over, (op_name(node), self.split_axes(terms)))
+        for i, term in enumerate(terms):
+            if self.over([term]):
+                value = self.take(value, node, i, self.plan.dim(self.axes, term))
+        return value
 
     def mixed(self, node: fx.Node, relation: Relation) -> bool:
         """Whether the result is split in some of its segments only, and an operand lacks what splits them: its gradient
@@ -382,6 +400,16 @@ class _Rewriter:
         self.describe(new, node, layout)
         out = self.reduce(new, node, partial, layout, relation)
         return self.describe(self.graph.call_function(aten.div.Tensor, (out, count)), node, layout)
+
+    def norm(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], over: Over) -> fx.Node:
+        args = bind(node)
+        (size,) = args["normalized_shape"]
+        names = ("weight", "bias") if op_name(node) == "layer_norm" else ("weight",)
+        target = getattr(runtime, op_name(node))
+        because = (op_name(node), self.split_axes(relation.special))
+        dims = self.plan.dims(self.axes, relation.results[0])
+        call = (inputs[args["input"]], over, size, *(None if args[n] is None else inputs[args[n]] for n in names), args["eps"])
+        return self.insert(target, call, node, "all-reduces of a number a token", dims, because)
 
     def lookup(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], over: Over, args: dict[str, Any]) -> fx.Node:
         table = next(o for o in relation.operands if o.node == args["weight"].name)

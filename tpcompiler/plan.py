@@ -247,10 +247,28 @@ def _pairs(groups: list[list[AxisFacts]], facts: Facts, degree: int) -> list[tup
         a, b = groups[i], groups[j]
         if a[0].size >= degree or {x for x, _ in links} != {f.leaf for f in a} or {y for _, y in links} != {f.leaf for f in b}:
             continue
-        fits = [f for f in range(1, a[0].size + 1) if degree % f == 0 and degree // f <= b[0].size]
-        if fits:
-            out.append((fits[-1], a, b))
+        factor = best_factor(a[0].size, b[0].size, degree)
+        if factor is not None:
+            out.append((factor, a, b))
     return out
+
+
+def best_factor(major: int, minor: int, degree: int) -> int | None:
+    """Over how many of `degree` ranks to split the major axis, the rest going to the minor: the most even way in which
+    no rank is left without, then the one that copies least. None when there is none."""
+    fits = [f for f in range(1, major + 1) if degree % f == 0 and degree // f <= minor]
+    return min(fits, key=lambda f: (-(-major // f) * -(-minor // (degree // f)), -f), default=None)
+
+
+def unfit_products(facts: Facts, degree: int) -> frozenset[tuple[int, int]]:
+    """(kv heads, group) pairs, long enough together, that no factoring of the degree fits."""
+    out = set()
+    for a, b in facts.products:
+        if a in facts.axes and b in facts.axes and _attends(facts, a) and _attends(facts, b):
+            major, minor = facts.axes[a].size, facts.axes[b].size
+            if major < degree <= major * minor and best_factor(major, minor, degree) is None:
+                out.add((a, b))
+    return frozenset(out)
 
 
 def _choose(candidates: list[Candidate], facts: Facts) -> dict[int, tuple[str, ...]]:

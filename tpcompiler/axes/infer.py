@@ -55,6 +55,8 @@ class AxisMap:
     grads: frozenset[str]  # nodes whose value needs a gradient
     dynamic: dict[int, str]  # sizes that stand for a batch, a sequence, or a product of such
     marks: dict[int, tuple[Mark, ...]] = field(default_factory=dict)  # axis → why it must stay whole
+    copied: dict[str, tuple[int, ...]] = field(default_factory=dict)  # node that merges copies into a dimension → its term
+    cut: frozenset[str] = frozenset()  # of those, the ones whose value is not what the node makes, but slices of it
 
     def leaves(self, term: int | None) -> tuple[int, ...]:
         return () if term is None else tuple(dict.fromkeys(self.terms.leaves(term)))
@@ -63,9 +65,13 @@ class AxisMap:
         return tuple(dict.fromkeys(leaf for t in dims for leaf in self.leaves(t)))
 
 
-def infer_axes(capture: Capture) -> AxisMap:
-    """Apply the rule of every live node. Pure: the capture is not changed."""
-    return _Inference(capture).run()
+def infer_axes(capture: Capture, cut: frozenset[str] = frozenset()) -> AxisMap:
+    """Apply the rule of every live node. Pure: the capture is not changed.
+
+    `cut` names nodes that merge copies with what was copied (heads = kv heads · group): their result's axes are then
+    not tied to their operand's. The node runs whole on every rank, and each takes its slice of what it made.
+    """
+    return _Inference(capture, cut).run()
 
 
 class Sizes:
@@ -112,9 +118,15 @@ def _primes_above(n: int) -> Iterator[int]:
 _NO_GRADIENT = {"aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like"}
 
 
+_BROADCASTS = {"expand", "expand_as", "broadcast_to", "repeat_interleave", "repeat"}
+
+
 class _Inference:
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, cut: frozenset[str]) -> None:
         self.capture = capture
+        self.cut = cut
+        self.copies: set[int] = set()  # factors that a broadcast made
+        self.copied: dict[str, tuple[int, ...]] = {}
         self.terms = Terms()
         self.size = Sizes()
         self.values: dict[str, tuple[Dims, ...]] = {}
@@ -144,6 +156,8 @@ class _Inference:
             frozenset(self.grads),
             self.size.dynamic,
             self.marks(),
+            self.copied,
+            self.cut,
         )
 
     def fresh(self, shape: Shape) -> Dims:
@@ -165,11 +179,33 @@ class _Inference:
             return
         self.live.add(node.name)
         self.relations[node.name] = relation = self.relate(node, operands)
-        self.values[node.name] = relation.results
+        self.values[node.name] = self.severed(node, relation) if node.name in self.cut else relation.results
         name = getattr(getattr(node.target, "_schema", None), "name", "")
         floating = any(v.dtype.is_floating_point for v in _tensors(node.meta["val"]))
         if floating and name not in _NO_GRADIENT and any(n.name in self.grads for n in given):
             self.grads.add(node.name)
+
+    def severed(self, node: fx.Node, relation: Relation) -> tuple[Dims, ...]:
+        """The result's dimensions, the one that copies were merged into as an axis of its own."""
+        merged = set(self.copied[node.name])
+        return tuple(
+            tuple(self.terms.new(self.terms.size(t)) if t is not None and t in merged else t for t in dims)
+            for dims in relation.results
+        )
+
+    def note_copies(self, node: fx.Node, ins: list[Any], outs: list[Any], results: tuple[Dims, ...], fit: _Fit) -> None:
+        """Remember what a broadcast makes, and where it is merged with what it copies."""
+        if op_name(node) in _BROADCASTS:
+            self.copies |= {fit.atoms[name] for name in _names(outs) - _names(ins) if name in fit.atoms}
+        roots = {self.terms.find(t) for t in self.copies}
+        found = []
+        for items, dims in zip(outs, results, strict=True):
+            for (item, _), term in zip(items, dims, strict=True):
+                if isinstance(item, Group) and item.kind == "product" and term is not None:
+                    if any(self.terms.find(fit.term(p)) in roots for p in item.parts):
+                        found.append(term)
+        if found:
+            self.copied[node.name] = tuple(found)
 
     def relate(self, node: fx.Node, operands: list[fx.Node | None]) -> Relation:
         shapes = tuple(None if n is None else self.sizes[n.name][0] for n in operands)
@@ -217,6 +253,7 @@ class _Inference:
                     dims = None if items is None else fit.operand(items, self.values[n.name][0] if live else None)
                     seen[i] = Operand(n.name, dims, live)
         results = tuple(fit.result(items) for items in outs)
+        self.note_copies(node, ins, outs, results, fit)
         short = op_name(node)
         for name in pattern.marked("whole"):
             if name in fit.atoms:

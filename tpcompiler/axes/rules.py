@@ -144,8 +144,10 @@ def attention(call: Call) -> Line:
 
 
 def layer_norm(call: Call) -> Line:
+    """Over one dimension there is a form for a part of it: the statistics are reduced."""
     lead = call.rank() - len(call.args["normalized_shape"])
-    d = [x if i < lead else x + "!" for i, x in enumerate(letters(call.rank()))]
+    mark = "+" if call.rank() - lead == 1 else "!"
+    d = [x if i < lead else x + mark for i, x in enumerate(letters(call.rank()))]
     rest = sum(s is not None for s in call.operands[1:])
     return ", ".join([" ".join(d)] + [" ".join(d[lead:])] * rest) + " -> " + " ".join(d)
 

@@ -1,0 +1,78 @@
+"""The static checker: a compiled program is proven equal to its model, forward and backward, or refused.
+
+It knows nothing of how the program was made: not the axes, not the plan, not the partitioner. `docs/checking.md` says
+what is proven, what is tested, and what is assumed.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from tpcompiler.check.backward import sweep_backward
+from tpcompiler.check.calls import numbers, read_call
+from tpcompiler.check.claims import Geometry
+from tpcompiler.check.forward import Refused, live_nodes, sweep_forward
+from tpcompiler.check.parameters import uncovered
+from tpcompiler.check.report import CheckReport, Refusal
+from tpcompiler.check.sizes import Sizes, choices
+from tpcompiler.check.steps import Steps
+from tpcompiler.check.values import Table
+from tpcompiler.program import Program
+
+__all__ = ["CheckReport", "Refusal", "check"]
+
+
+def check(program: Program, *, source: str | None = None) -> CheckReport:
+    """Whether `program` computes what its capture computes, on every rank, and whether every gradient is right.
+
+    `source`, the emitted module's text, is read again and compared with the graph.
+    """
+    start = time.perf_counter()
+    geometry = Geometry(program.mesh)
+    steps = Steps(geometry)
+    refused = tuple(uncovered(program))
+    nodes = live_nodes(program.graph)
+    if not refused:
+        refused = _first_that_runs(program, geometry, steps)
+    return CheckReport(len(nodes), len(steps.known), time.perf_counter() - start, refused)
+
+
+def _first_that_runs(program: Program, geometry: Geometry, steps: Steps) -> tuple[Refusal, ...]:
+    """Small sizes may be too small for a model: then larger ones."""
+    taken = {n for graph in (program.graph, program.capture.graph) for n in _integers(graph)}
+    refused: tuple[Refusal, ...] = ()
+    for sizes in choices(program.capture, taken, program.mesh.size):
+        refused = _sweeps(program, geometry, steps, sizes)
+        if not any(r.true.startswith("it cannot be run") for r in refused):
+            break
+    return refused
+
+
+def _sweeps(program: Program, geometry: Geometry, steps: Steps, sizes: Sizes) -> tuple[Refusal, ...]:
+    try:
+        forward = sweep_forward(program, Table(program.capture, sizes), geometry, steps)
+        sweep_backward(program, geometry, steps, forward)
+    except Refused as e:
+        return (e.refusal,)
+    return ()
+
+
+def _integers(graph: torch.fx.Graph) -> set[int]:
+    found: set[int] = set()
+
+    def visit(a: object) -> object:
+        if type(a) is int:
+            found.add(a)
+        return a
+
+    for node in graph.nodes:
+        torch.fx.node.map_aggregate(node.args, visit)
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor):
+            found.update(n for n in val.shape if type(n) is int)
+    return found
+
+
+_ = (numbers, read_call)

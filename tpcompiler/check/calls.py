@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from tpcompiler import runtime
-from tpcompiler.layout import LocalRuns, LocalSize
+from tpcompiler.layout import Dim, LocalRuns, LocalSize
 from tpcompiler.program import Training
 from tpcompiler.runtime import Group, Rng
 
@@ -185,6 +184,22 @@ def substitute(call: Call, change: Mapping[int, int]) -> Call:
     return make_call(call.target, new(call.args), new(call.kwargs))
 
 
+def renumber(call: Call, order: Sequence[int]) -> Call:
+    """The call with its i-th operand as the `order[i]`-th."""
+
+    def new(a: Any) -> Any:
+        if isinstance(a, Slot):
+            return Slot(order[a.i])
+        return tuple(map(new, a)) if isinstance(a, tuple) else a
+
+    return make_call(call.target, new(call.args), new(call.kwargs))
+
+
+def dims_of(call: Call) -> list[Dim]:
+    """The dimensions whose sizes and rows it asks for."""
+    return [a.dim for a in _leaves((call.args, tuple(v for _, v in call.kwargs))) if isinstance(a, (LocalSize, LocalRuns))]
+
+
 @cache
 def runtime_signature(target: Any) -> inspect.Signature | None:
     """Of the runtime's operators; None for everything else."""
@@ -200,17 +215,6 @@ def makes_tensors(target: Any) -> bool:
         return False
     arguments = target._schema.arguments
     return any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
-
-
-def is_arithmetic(target: Any) -> bool:
-    """Whether it computes a size from sizes."""
-    return getattr(target, "__module__", "") == operator.__name__.strip("_") or target in (
-        torch.sym_max,
-        torch.sym_min,
-        torch.sym_not,
-        torch.sym_float,
-        torch.sym_int,
-    )
 
 
 def outputs(result: Any) -> list[Tensor]:

@@ -143,8 +143,7 @@ def _cone(value: Value, given: tuple[Value, ...]) -> Cone | None:
         if v.call is None:
             if v.kind != BUFFER or v.stored is None:
                 return False
-            stored = v.stored
-            place[v] = stored.to(torch.float64) if stored.is_floating_point() else stored
+            place[v] = v.stored
             return True
         if len(steps) >= _LONGEST or v.call.target is torch.ops.aten.dropout.default:
             return False

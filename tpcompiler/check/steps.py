@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpcompiler.check.calls import Call, modes, numbers, outputs, run, substitute
+from tpcompiler.check.calls import Call, dims_of, modes, numbers, outputs, run, substitute
 from tpcompiler.check.calls import Over as GroupOf
 from tpcompiler.check.claims import Claim, Geometry, Over, Rows
 from tpcompiler.check.compare import close, difference, factor
@@ -27,8 +27,7 @@ from tpcompiler.check.draw import NORMAL, SMALL, draw
 from tpcompiler.check.find import Sizes, find_claim, held, holds, total
 from tpcompiler.check.shrink import Shrink, shrinks
 from tpcompiler.layout import LocalRuns, LocalSize
-from tpcompiler.runtime import Group, Ranks, gather
-from tpcompiler.runtime.rows import take_rows
+from tpcompiler.runtime import Group, Ranks, dropout, gather
 from tpcompiler.simulate import run_ranks
 
 Kind = Over | None
@@ -120,7 +119,7 @@ class Steps:
 
     def _rows(self, call: Call, given: Sequence[Given], hints: Sequence[tuple[Rows | None, ...] | None]) -> list[Rows]:
         found = [r for g in given for r in g.claim.rows] + [r for h in hints if h is not None for r in h]
-        found += [self.geometry.of_dim(d) for d in _dims(call)]
+        found += [self.geometry.of_dim(d) for d in dims_of(call)]
         return list(dict.fromkeys(r for r in found if r is not None))
 
     def _run(
@@ -154,7 +153,7 @@ class Steps:
 
     def _find(self, trial: _Trial, m: Operand, whole: Tensor, local: list[Tensor], hint: tuple[Rows | None, ...] | None) -> Claim | None:
         hints: list[list[Rows]] = []
-        dims = [r for d in _dims(trial.call) if (r := self.geometry.of_dim(d)) is not None]
+        dims = [r for d in dims_of(trial.call) if (r := self.geometry.of_dim(d)) is not None]
         for d in range(len(m.shape)):
             own = [hint[d]] if hint is not None and d < len(hint) and hint[d] is not None else []
             others = [g.claim.rows[d] for g in trial.given if d < len(g.claim.rows)] + [r for g in trial.given for r in g.claim.rows]
@@ -165,7 +164,7 @@ class Steps:
         """Mesh dimensions over which the result may be a partial sum: those that tell operands apart."""
         names = {n for g in trial.given for n in (*g.claim.partial, *self.geometry.moving(g.claim))}
         names |= set(trial.call.over or ())
-        names |= {n for d in _dims(trial.call) for n in d.over}
+        names |= {n for d in dims_of(trial.call) for n in d.over}
         return [s for s in self.geometry.subsets if set(s) <= names]
 
     def _explain(self, trial: _Trial, m: Operand, whole: Tensor, local: list[Tensor], hint: tuple[Rows | None, ...] | None) -> Wrong:
@@ -427,15 +426,7 @@ def _vjp(made: list[Tensor], upstream: Sequence[Tensor | None], wanted: list[Ten
     return list(torch.autograd.grad([t for t, _ in pairs], wanted, [u for _, u in pairs], allow_unused=True))
 
 
-def _dims(call: Call) -> list[Any]:
-    from tpcompiler.check.calls import _leaves
-
-    return [a.dim for a in _leaves((call.args, tuple(v for _, v in call.kwargs))) if isinstance(a, (LocalSize, LocalRuns))]
-
-
 def _is_dropout(call: Call) -> bool:
-    from tpcompiler.runtime import dropout
-
     return call.target is dropout
 
 
@@ -448,4 +439,3 @@ def _one_line(e: Exception) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
-__all__ = ["Given", "Kind", "Out", "Step", "Steps", "Wrong", "take_rows"]

@@ -8,14 +8,12 @@ and `equal.py` looks for the model's value that it is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from tpcompiler.check.calls import Call, make_call, read_call
-from tpcompiler.check.calls import Slot
+from tpcompiler.check.calls import WIDE, Call, Slot, make_call, read_call, renumber
 from tpcompiler.check.cones import Operand
 from tpcompiler.check.sizes import Sizes
 from tpcompiler.program import Capture, Parameter
@@ -77,7 +75,8 @@ class Table:
         kind = INPUT if parameter is None else BUFFER if parameter.buffer else PARAMETER
         value = self._new(node.name, kind, Operand(self.sizes.shape(val.shape), val.dtype, grad), None, ())
         value.node = node
-        value.stored = parameter.value if parameter is not None else None
+        if parameter is not None and parameter.value is not None:
+            value.stored = parameter.value.to(WIDE.get(parameter.dtype, parameter.dtype))
         self.by_name[node.name] = value
         return value
 
@@ -85,7 +84,7 @@ class Table:
         if isinstance(node.meta.get("val"), (torch.SymInt, int)) and not isinstance(node.meta.get("val"), bool):
             return self.sizes(node.meta["val"])
         call, given = read_call(node, env)
-        operands = tuple(env[n] for n in given)
+        call, operands = _distinct(call, tuple(env[n] for n in given))
         val = node.meta.get("val")
         grad = any(o.out is None or o.out.grad for o in operands)
         out = Operand(self.sizes.shape(val.shape), val.dtype, grad) if isinstance(val, Tensor) else None
@@ -103,6 +102,7 @@ class Table:
 
     def find(self, call: Call, operands: tuple[Value, ...], out: Operand | None) -> Value:
         """The value of a call: the model's, if it makes that call; a new one if not."""
+        call, operands = _distinct(call, operands)
         key = ("", call.key, operands)
         value = self.by_key.get(key)
         if value is None:
@@ -119,6 +119,14 @@ class Table:
         for o in dict.fromkeys(operands):
             o.users.append(value)
         return value
+
+
+def _distinct(call: Call, operands: tuple[Value, ...]) -> tuple[Call, tuple[Value, ...]]:
+    """The call with each value among its operands once."""
+    order = {v: i for i, v in enumerate(dict.fromkeys(operands))}
+    if len(order) == len(operands):
+        return call, operands
+    return renumber(call, [order[v] for v in operands]), tuple(order)
 
 
 def leaves(value: Value) -> tuple[Value, ...]:
@@ -138,7 +146,3 @@ def leaves(value: Value) -> tuple[Value, ...]:
 
     visit(value)
     return tuple(found)
-
-
-def names(values: Iterable[Value] | Sequence[Value]) -> str:
-    return ", ".join(v.name for v in values)

@@ -140,7 +140,8 @@ def verify_report(report: Mapping[str, Any]) -> RenderableType:
     if "sharded_fraction" in report:
         facts.append(f"{report['sharded_fraction']:.1%} of the matrices' bytes are split")
     facts += [f"{count} {name.replace('_', '-')}" for name, count in report.get("collectives", {}).items()]
-    return Group(_titled("Verification", "all ranks against the plain model", table), verdict.append("   " + ", ".join(facts), style="not bold default"))
+    found = _titled("Verification", "all ranks against the plain model", table)
+    return Group(found, verdict.append("   " + ", ".join(facts), style="not bold default"))
 
 
 def explain_report(rows: Sequence[Row]) -> RenderableType:
@@ -165,7 +166,10 @@ def explain_report(rows: Sequence[Row]) -> RenderableType:
         why = _few(axis["reasons"], 3)
         over = Text(" · ".join(axis["over"]), style="green") if axis["over"] else Text(why, style="dim")
         axes.add_row(name, f"{axis['size']:,}", _few(names, 4), over)
-    return Group(_titled("Layout", "each dimension in its _titled("Axes", "split together or not at all", axes), major first; axis/ranks is split", layouts), axes)
+    return Group(
+        _titled("Layout", "each dimension in its axes, major first; axis/ranks is split", layouts),
+        _titled("Axes", "split together or not at all", axes),
+    )
 
 
 def _few(items: Sequence[str], most: int) -> str:

@@ -3,6 +3,7 @@
 from tpcompiler.runtime.groups import Group, Ranks
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.module import Parameters
+from tpcompiler.runtime.norms import layer_norm, rms_norm
 from tpcompiler.runtime.operators import enter, gather, gather_sequence, lookup, reduce, scatter_sequence, take
 from tpcompiler.runtime.random import Rng, dropout
 from tpcompiler.runtime.vocab import cross_entropy
@@ -19,9 +20,11 @@ __all__ = [
     "enter",
     "gather",
     "gather_sequence",
+    "layer_norm",
     "load",
     "lookup",
     "reduce",
+    "rms_norm",
     "scatter_sequence",
     "take",
 ]

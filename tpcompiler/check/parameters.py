@@ -1,0 +1,45 @@
+"""Every parameter is held: each element by some rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tpcompiler.check.report import Refusal
+from tpcompiler.layout import Dim
+from tpcompiler.program import Program
+from tpcompiler.runtime.mesh import Mesh
+
+
+def uncovered(program: Program) -> Iterator[Refusal]:
+    """What is wrong with the slices of the parameters."""
+    for p in program.capture.parameters:
+        dims = program.dims.get(p.name)
+        if dims is None:
+            if not p.buffer:
+                yield Refusal(p.name, "", "a layout", "the program gives none")
+            continue
+        if tuple(d.size for d in dims) != p.shape:
+            yield Refusal(p.name, "", f"slices of {[d.size for d in dims]}", f"the parameter is {list(p.shape)}")
+            continue
+        seen: set[str] = set()
+        for i, dim in enumerate(dims):
+            unknown = [n for n in dim.over if n not in program.mesh]
+            twice = [n for n in dim.over if n in seen]
+            seen.update(dim.over)
+            if unknown or twice:
+                what = f"split over {unknown[0]!r}, which the mesh lacks" if unknown else f"split twice over {twice[0]!r}"
+                yield Refusal(p.name, "", "every element is held", what)
+            elif (wrong := _holes(program.mesh, dim)) is not None:
+                yield Refusal(p.name, "", f"every row of dimension {i} is held: {dim}", wrong)
+
+
+def _holes(mesh: Mesh, dim: Dim) -> str | None:
+    """The first row of a dimension that no rank holds. Several may hold it: they are its declared copies."""
+    if not dim.over:
+        return None
+    end = 0
+    for a, b in sorted({run for r in range(mesh.size) for run in dim.runs(mesh, mesh.coords(r))}):
+        if a > end:
+            break
+        end = max(end, b)
+    return None if end == dim.size else f"row {end} is held by no rank"
