@@ -438,7 +438,8 @@ def test_explain_prints_the_layout_of_what_was_asked(capsys: pytest.CaptureFixtu
     assert names == [f"h.{i}.mlp.{m}.{p}" for i in range(2) for m in ("c_fc", "c_proj") for p in ("weight", "bias")]
     status, out, _ = run(capsys, "explain", MODEL, "--spec", SPEC, "h.*.mlp", *SMALL)
     assert "h.*.mlp.c_fc.weight  × 2" in out
-    assert "layer_norm needs it whole" in out
+    status, out, _ = run(capsys, "explain", MODEL, "--spec", SPEC, "h.1.attn.c_attn.weight", *SMALL)
+    assert "gpt2.py:" in out  # the line whose attention needs the head size whole
     status, _, err = run(capsys, "explain", MODEL, "--spec", SPEC, "h.9", *SMALL)
     assert status == 2
     assert err.count("\n") == 1

@@ -42,7 +42,7 @@ def test_a_star_explains_every_parameter_and_agrees_with_the_plan(name: str) -> 
 
 
 def test_a_reason_names_the_line_of_the_model() -> None:
-    (row,) = explain(*compiled("gpt2"), "h.1.mlp.c_proj.bias")
+    (row,) = explain(*compiled("gpt2"), "h.1.attn.c_attn.weight")
     lines = (MODELS / "gpt2.py").read_text().splitlines()
     told = [reason for dimension in row.axes for axis in dimension for reason in axis.reasons]
     place = next(reason.split(": ", 2) for reason in told if "gpt2.py:" in reason)

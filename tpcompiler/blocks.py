@@ -29,6 +29,7 @@ class AxisFacts:
     size: int
     dynamic: bool  # a batch or sequence
     kinds: tuple[str, ...]
+    sums: int  # products that contract it, each a reduction, beyond those that make it: the residual stream has many
     batchwise: bool  # attention works on it as on a batch (heads), not through it (the width of a value head)
     parameters: tuple[str, ...]  # names of those it stands in
     signature: int  # axes of equal layers have equal signatures: one decision
@@ -73,6 +74,7 @@ def gather_facts(capture: Capture, axes: AxisMap) -> Facts:
             axes.terms.size(leaf),
             axes.terms.size(leaf) in axes.dynamic,
             tally.kinds_of(leaf),
+            tally.used[leaf] - tally.made[leaf],
             tally.products[leaf] > 1,
             tuple(members[leaf]),
             hash(frozenset(roles[leaf].items())),
@@ -100,8 +102,8 @@ class _Tally:
         self.axes, self.nodes, self.roles = axes, nodes, roles
         self.kinds: dict[int, set[str]] = defaultdict(set)
         self.products: Counter[int] = Counter()  # of activations, in whose result the axis stands
-        self.made: set[int] = set()
-        self.used: set[int] = set()
+        self.made: Counter[int] = Counter()  # weights whose product makes the axis
+        self.used: Counter[int] = Counter()  # weights whose product contracts it
         self.gain: dict[int, float] = defaultdict(float)
         self.forward: dict[int, float] = defaultdict(float)
         self.entering: dict[int, set[str]] = defaultdict(set)
@@ -144,8 +146,8 @@ class _Tally:
                         self.gain[leaf] += 4 * sqrt(elements)
                     elif elements * 8 > self.largest_table:
                         self.gain[leaf] += sqrt(elements)
-                self.used |= mine & contracted - special
-                self.made |= (mine - contracted) if not special else set()
+                self.used.update(mine & contracted - special)
+                self.made.update((mine - contracted) if not special else ())
             if operand.node in axes.grads:
                 for leaf in inside - mine:
                     self.entering[leaf].add(operand.node)
@@ -172,7 +174,7 @@ class _Tally:
     def kinds_of(self, leaf: int) -> tuple[str, ...]:
         kinds = self.kinds[leaf]
         if not kinds:
-            kinds = {MLP} if leaf in self.made and leaf in self.used else {OTHER}
+            kinds = {MLP} if self.made[leaf] and self.used[leaf] else {OTHER}
         return tuple(k for k in (ATTENTION, MLP, EMBEDDING, HEAD, OTHER) if k in kinds)
 
 

@@ -447,10 +447,11 @@ class _Rewriter:
             return new
         name, args = op_name(node), bind(node) if isinstance(node.target, torch._ops.OpOverload) else {}
         if name in _SIZED:
-            new.update_arg(1, self.shape(new.args[1], results[0]))  # type: ignore[arg-type]
+            new.update_arg(1, self.shape(new.args[1], results[0], node.meta["val"].shape))  # type: ignore[arg-type]
         elif name == "unflatten":
             at = args["dim"] % args["self"].meta["val"].dim()
-            new.update_arg(2, self.shape(new.args[2], results[0][at : at + len(args["sizes"])]))  # type: ignore[arg-type]
+            part = slice(at, at + len(args["sizes"]))
+            new.update_arg(2, self.shape(new.args[2], results[0][part], node.meta["val"].shape[part]))  # type: ignore[arg-type]
         elif name in ("split", "split_with_sizes", "chunk", "tensor_split"):
             self.split(new, args, results)
         elif name == "slice":
@@ -484,15 +485,29 @@ class _Rewriter:
             return new
         return self.describe(self.graph.call_function(aten.flatten.using_ints, (new, apart.flat, apart.flat + 1)), like, dims)
 
-    def shape(self, given: Sequence[Any], dims: Sequence[Dim]) -> list[Any]:
-        """A list of sizes with this rank's in the place of those that are split."""
+    def shape(self, given: Sequence[Any], dims: Sequence[Dim], whole: Sequence[Any]) -> list[Any]:
+        """A list of sizes with this rank's in the place of those that are split; `whole` are the plain graph's."""
         sizes = [LocalSize(d) if d.over else n for n, d in zip(given, dims, strict=True)]
-        dynamic = [(i, d) for i, d in enumerate(dims) if d.over and d.dynamic_size]
-        for i, d in dynamic:
-            if len(dynamic) > 1 or any(n == -1 for n in given if isinstance(n, int)):
-                raise Folded(f"a shape folds it into the batch as {d}")
+        dynamic = [i for i, d in enumerate(dims) if d.over and d.dynamic_size]
+        for i in dynamic:  # known at run time only: the one that torch works out
+            open_ = [j for j, n in enumerate(given) if j != i and isinstance(n, int) and n == -1 and not dims[j].over]
+            found = [self.known(whole[j]) for j in open_]
+            if len(dynamic) > 1 or None in found:
+                raise Folded(f"a shape folds it into the batch as {dims[i]}")
+            for j, n in zip(open_, found, strict=True):
+                sizes[j] = n
             sizes[i] = -1
         return sizes
+
+    def known(self, size: Any) -> Any:
+        """A size of the plain graph as a number or as the node that computes it; None when no node does."""
+        if isinstance(size, int):
+            return size
+        for node, new in self.env.items():
+            val = node.meta.get("val")
+            if isinstance(val, torch.SymInt) and val.node.expr == size.node.expr:
+                return new
+        return None
 
     def split(self, new: fx.Node, args: dict[str, Any], results: list[tuple[Dim, ...]]) -> None:
         i = args["dim"] % args["self"].meta["val"].dim()

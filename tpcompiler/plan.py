@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 import networkx as nx
 
 from tpcompiler.axes.infer import AxisMap, Dims
-from tpcompiler.blocks import ATTENTION, HEAD, AxisFacts, Facts, gather_facts
+from tpcompiler.blocks import ATTENTION, EMBEDDING, HEAD, MLP, AxisFacts, Facts, gather_facts
 from tpcompiler.errors import PlanError
 from tpcompiler.layout import Concat, Dim, Factor, Mesh, Product
 from tpcompiler.program import Capture, Parameter
@@ -179,6 +179,8 @@ def _candidates(facts: Facts, wishes: _Wishes, spec: Spec) -> tuple[Mesh, list[C
     for leaf, fact in facts.axes.items():
         if fact.marks or fact.dynamic or leaf in wishes.no or fact.size < 2:
             continue
+        if fact.sums > 0 and not fact.batchwise and leaf not in wishes.asked:
+            continue  # a residual stream, or features of the input: a reduction at every use
         if ATTENTION in fact.kinds and not fact.batchwise and leaf not in wishes.asked:
             continue  # the width of a value head: legal, but the scores would be computed on every rank
         classes[fact.signature, leaf in wishes.asked].append(fact)
@@ -336,7 +338,11 @@ def _base_name(fact: AxisFacts, minor: bool, major: bool) -> str:
         return f"d{fact.size}"
     if ATTENTION in fact.kinds:
         return "head_dim" if not fact.batchwise else "group" if minor else "kv_heads" if major else "heads"
-    return {"mlp": "ff", "embedding": "vocab", HEAD: "vocab"}.get(fact.kinds[0], "channels")
+    if fact.sums > 0:
+        return "width"
+    if EMBEDDING in fact.kinds and not fact.gain:
+        return "rows"  # of a small table: positions, token types
+    return {MLP: "ff", EMBEDDING: "vocab", HEAD: "vocab"}.get(fact.kinds[-1], "channels")
 
 
 def _blocks(plan: Plan) -> tuple[Block, ...]:
@@ -401,6 +407,8 @@ def why_whole(axes: AxisMap, plan: Plan, p: Parameter, wishes: _Wishes | None = 
             reasons.append(f"{label}: {fact.marks[0]}")
         elif fact.size < degree:
             reasons.append(f"{label}: shorter than the degree {degree}")
+        elif fact.sums > 0 and not fact.batchwise:
+            reasons.append(f"{label}: every product that uses it would need a reduction")
         elif fact.gain <= fact.cost:
             reasons.append(f"{label}: its collectives would cost more than its products save")
         else:

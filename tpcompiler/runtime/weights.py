@@ -47,6 +47,8 @@ def load(model: nn.Module, directory: str | Path, ranks: Ranks) -> None:
     todo = _targets(model)
     with torch.no_grad():
         for file in dict.fromkeys(t["file"] for t in entries):
+            if not file:
+                raise WeightsError(f"{directory}: holds the program alone, no weights; tpc shard --weights writes them")
             path = directory / file.format(rank=rank)
             if path.name not in sizes and not any(_names(t) & todo.keys() for t in entries if t["file"] == file):
                 continue
