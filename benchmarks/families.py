@@ -71,7 +71,7 @@ def measured(name: str) -> Result:
 def _at(build: Any, example: Any, captured: Any, degree: int) -> Result:
     from tpcompiler.api import compile_capture
     from tpcompiler.spec import Spec
-    from tpcompiler.verify import verify
+    from tpcompiler.verification import verify
 
     spec = Spec.load({"mesh": {"tensor": degree}})
     sharded = compile_capture(captured, spec)

@@ -13,7 +13,7 @@ import tpcompiler as tpc
 from models import gpt2, llama
 from tests.zoo import ZOO
 from tpcompiler.errors import SpecError, TpcError
-from tpcompiler.verify import Report
+from tpcompiler.verification import Report
 
 SMALL: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab": 129, "hidden": 48, "heads": 8, "layers": 2},

@@ -30,7 +30,7 @@ from tpcompiler.runtime import Mesh, Ranks, load
 from tpcompiler.runtime.worker import import_program
 from tpcompiler.simulate import run_ranks
 from tpcompiler.spec import Spec
-from tpcompiler.verify import Comparison, initial_state, inputs_of
+from tpcompiler.verification import Comparison, initial_state, inputs_of
 from tpcompiler.verify_processes import processes_case, run_processes
 
 EXAMPLE = example_inputs(2, 6, 61)

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from tpcompiler.axes.rules import rule as rule
     from tpcompiler.errors import TpcError as TpcError
     from tpcompiler.spec import Spec as Spec
-    from tpcompiler.verify import verify as verify
+    from tpcompiler.verification import verify as verify
 
 __version__ = "0.1.0"
 
 # Resolved at first use: emitted programs import `tpcompiler.runtime` and must not pay for, or need, the compiler.
-_HOME = {"shard": "api", "parallelize": "api", "verify": "verify", "Spec": "spec", "rule": "axes.rules", "TpcError": "errors"}
+_HOME = {"shard": "api", "parallelize": "api", "verify": "verification", "Spec": "spec", "rule": "axes.rules", "TpcError": "errors"}
 __all__ = ["Spec", "TpcError", "parallelize", "rule", "shard", "verify"]
 
 

@@ -27,7 +27,7 @@ from tpcompiler.located import one_line
 from tpcompiler.program import Capture, Slot
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.worker import CALL, ERRORS, LONGEST, RESULT
-from tpcompiler.verify import Batch, Case, Comparison, Results, cotangent, local_slice, smaller, vary
+from tpcompiler.verification import Batch, Case, Comparison, Results, cotangent, local_slice, smaller, vary
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs of the model's forward
 LIMIT = 900.0  # seconds that the processes may take

@@ -131,7 +131,7 @@ def verify(
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
         with _loaded(model, spec, settings, stages) as (loaded, read):
-            from tpcompiler.verify import verify as run
+            from tpcompiler.verification import verify as run
 
             report = run(
                 loaded.build,
