@@ -23,7 +23,9 @@ def dims(split: tuple[str, ...]) -> st.SearchStrategy[Dim]:
     leaf = st.builds(Factor, st.integers(1, 7), st.just("a"), st.sampled_from([(), split]))
     whole = st.builds(Factor, st.integers(1, 4))
     product = st.tuples(whole, leaf, whole).map(Product)
-    return st.one_of(leaf, product, st.lists(st.one_of(leaf, product), min_size=2, max_size=3).map(lambda x: Concat(tuple(x))))
+    return st.one_of(
+        leaf, product, st.lists(st.one_of(leaf, product), min_size=2, max_size=3).map(lambda x: Concat(tuple(x)))
+    )
 
 
 @given(dims(("t",)), st.integers(1, 5))

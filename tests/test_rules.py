@@ -55,7 +55,14 @@ def test_a_view_is_written_in_common_factors_of_the_right_sizes(before: tuple[in
             elif not isinstance(item, str) and not item.whole:
                 assert sizes[item.name] == n
     if not pattern.marked("whole"):
-        flat = [[x.name for i in side for x in (i.letters() if isinstance(i, Group) else () if isinstance(i, str) else (i,))] for side in (pattern.operands[0] or (), pattern.results[0])]
+        flat = [
+            [
+                x.name
+                for i in side
+                for x in (i.letters() if isinstance(i, Group) else () if isinstance(i, str) else (i,))
+            ]
+            for side in (pattern.operands[0] or (), pattern.results[0])
+        ]
         assert flat[0] == flat[1], "the same factors in the same order"
 
 

@@ -86,7 +86,13 @@ class Sharded:
                 for b in self.plan.blocks
             ],
             "collectives": [
-                {"kind": c.kind, "direction": c.direction, "over": list(c.over), "shape": list(c.shape), "bytes": c.bytes}
+                {
+                    "kind": c.kind,
+                    "direction": c.direction,
+                    "over": list(c.over),
+                    "shape": list(c.shape),
+                    "bytes": c.bytes,
+                }
                 | {"block": c.block, "node": c.node, "count": c.count, "reason": c.reason}
                 for c in folded(self.program.collectives, self.plan)
             ],
@@ -97,7 +103,11 @@ class Sharded:
         }
 
     def write(
-        self, directory: str | Path, weights: Any = None, progress: Callable[[int, int], None] | None = None, dtype: torch.dtype | None = None
+        self,
+        directory: str | Path,
+        weights: Any = None,
+        progress: Callable[[int, int], None] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """`model.py`, `manifest.json`, buffers, and the ranks' weights if there are any: all of it or nothing.
 
@@ -108,7 +118,14 @@ class Sharded:
         source = self.source
         with output(directory) as new:
             write_shards(
-                weights, self.capture.parameters, self.program.dims, self.program.mesh, new, spec=self.spec.dump(), dtype=dtype, progress=progress
+                weights,
+                self.capture.parameters,
+                self.program.dims,
+                self.program.mesh,
+                new,
+                spec=self.spec.dump(),
+                dtype=dtype,
+                progress=progress,
             )
             write_text(new / "model.py", source)
 

@@ -61,8 +61,27 @@ class _Reader:
         rule = self.rules.get(node.target)
         return iter(()) if rule is None else rule(node)
 
-    def make(self, node: fx.Node, kind: str, direction: str, over: Any, shape: tuple[int, ...], dtype: torch.dtype, reason: str) -> Collective:
-        return Collective(kind, direction, tuple(over), shape, dtype, node.name, self.block(node), reason, dtype.itemsize * prod(shape))
+    def make(
+        self,
+        node: fx.Node,
+        kind: str,
+        direction: str,
+        over: Any,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        reason: str,
+    ) -> Collective:
+        return Collective(
+            kind,
+            direction,
+            tuple(over),
+            shape,
+            dtype,
+            node.name,
+            self.block(node),
+            reason,
+            dtype.itemsize * prod(shape),
+        )
 
     def axes(self, node: fx.Node) -> tuple[int, ...]:
         return node.meta.get("because", ("", ()))[1]
@@ -79,7 +98,9 @@ class _Reader:
         kind = fact.kinds[0]
         if len(fact.kinds) > 1:  # a tied vocabulary is looked up at one end and contracted at the other
             kind = "embedding" if op == "embedding" else "head" if "head" in fact.kinds else kind
-        own: Block | None = next((b for b in self.plan.blocks if b.kind == kind and fact.parameters[0] in b.parameters), None)
+        own: Block | None = next(
+            (b for b in self.plan.blocks if b.kind == kind and fact.parameters[0] in b.parameters), None
+        )
         return f"{common_name(fact.parameters)} · {kind if own is not None else fact.kinds[0]}"
 
     def local(self, node: fx.Node) -> tuple[int, ...]:
@@ -88,30 +109,62 @@ class _Reader:
         shape = [example_size(n) for n in node.meta["val"].shape]
         for i, dim in enumerate(dims):
             if dim.over:
-                static = prod(leaf.local_size(self.program.mesh, self.coords) / leaf.size for leaf in dim.leaves if leaf.split)
-                shape[i] = round(shape[i] * static) if dim.dynamic_size else dim.local_size(self.program.mesh, self.coords)
+                static = prod(
+                    leaf.local_size(self.program.mesh, self.coords) / leaf.size for leaf in dim.leaves if leaf.split
+                )
+                shape[i] = (
+                    round(shape[i] * static) if dim.dynamic_size else dim.local_size(self.program.mesh, self.coords)
+                )
         return tuple(shape)
 
     def reduce(self, node: fx.Node) -> Iterator[Collective]:
         op = node.meta.get("because", ("", ()))[0]
         what = "looks up" if op == "embedding" else "contracts"
-        yield self.make(node, "all_reduce", FORWARD, node.args[1], self.local(node), node.meta["val"].dtype, f"{op} {what} {self.axis_names(node)}")
+        yield self.make(
+            node,
+            "all_reduce",
+            FORWARD,
+            node.args[1],
+            self.local(node),
+            node.meta["val"].dtype,
+            f"{op} {what} {self.axis_names(node)}",
+        )
 
     def enter(self, node: fx.Node) -> Iterator[Collective]:
         shape, dtype = self.local(node), node.meta["val"].dtype
-        yield self.make(node, "all_reduce", BACKWARD, node.args[1], shape, dtype, f"gradient of what enters {self.axis_names(node)}")
+        yield self.make(
+            node, "all_reduce", BACKWARD, node.args[1], shape, dtype, f"gradient of what enters {self.axis_names(node)}"
+        )
 
     def gather(self, node: fx.Node) -> Iterator[Collective]:
         shape = self.local(node)
-        yield self.make(node, "all_gather", FORWARD, node.args[1], shape, node.meta["val"].dtype, f"{self.axis_names(node)} leaves whole")
+        yield self.make(
+            node,
+            "all_gather",
+            FORWARD,
+            node.args[1],
+            shape,
+            node.meta["val"].dtype,
+            f"{self.axis_names(node)} leaves whole",
+        )
 
     def norm(self, node: fx.Node) -> Iterator[Collective]:
         shape = (*self.local(node)[:-1], 1)
         dtype = node.meta["val"].dtype
         dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         for what in ("mean", "variance") if node.target is runtime.layer_norm else ("mean square",):
-            yield self.make(node, "all_reduce", FORWARD, node.args[1], shape, dtype, f"{what} over {self.axis_names(node)}")
-            yield self.make(node, "all_reduce", BACKWARD, node.args[1], shape, dtype, f"gradient of the {what} over {self.axis_names(node)}")
+            yield self.make(
+                node, "all_reduce", FORWARD, node.args[1], shape, dtype, f"{what} over {self.axis_names(node)}"
+            )
+            yield self.make(
+                node,
+                "all_reduce",
+                BACKWARD,
+                node.args[1],
+                shape,
+                dtype,
+                f"gradient of the {what} over {self.axis_names(node)}",
+            )
 
     def cross_entropy(self, node: fx.Node) -> Iterator[Collective]:
         logits, target = node.args[0], node.args[1]
@@ -120,10 +173,18 @@ class _Reader:
         dtype = logits.meta["val"].dtype
         dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         weighted, smooth = node.kwargs.get("weight") is not None, bool(node.kwargs.get("label_smoothing"))
-        yield self.make(node, "all_reduce", FORWARD, node.args[2], (tokens,), dtype, "maximum of the logits, a number a token")
+        yield self.make(
+            node, "all_reduce", FORWARD, node.args[2], (tokens,), dtype, "maximum of the logits, a number a token"
+        )
         rows = 2 + weighted + smooth
         yield self.make(
-            node, "all_reduce", FORWARD, node.args[2], (rows * tokens + 1 + weighted,), dtype, f"sums of the loss, {rows} numbers a token"
+            node,
+            "all_reduce",
+            FORWARD,
+            node.args[2],
+            (rows * tokens + 1 + weighted,),
+            dtype,
+            f"sums of the loss, {rows} numbers a token",
         )
 
 

@@ -29,7 +29,9 @@ def infer_for(capture: Capture, spec: Spec) -> tuple[Capture, AxisMap]:
     capture = repeat_grouped(capture)
     axes = infer_axes(capture)
     unfit = [set(pair) for pair in unfit_products(gather_facts(capture, axes), degree)]
-    cut = {name for name, terms in axes.copied.items() if any(pair <= set(axes.leaves(t)) for t in terms for pair in unfit)}
+    cut = {
+        name for name, terms in axes.copied.items() if any(pair <= set(axes.leaves(t)) for t in terms for pair in unfit)
+    }
     return capture, infer_axes(capture, frozenset(cut))
 
 

@@ -16,6 +16,7 @@ from math import prod
 
 from tpcompiler.runtime.mesh import Coords, Mesh, Run, part
 
+
 @dataclass(frozen=True)
 class Dim:
     """A dimension of a tensor. Base of `Factor`, `Product` and `Concat`."""
@@ -108,7 +109,9 @@ class Product(Dim):
             if inner == ((0, width),):  # everything below is whole: runs only grow longer
                 inner = tuple((a * width, b * width) for a, b in outer)
             else:
-                inner = join((i * width + a, i * width + b) for lo, hi in outer for i in range(lo, hi) for a, b in inner)
+                inner = join(
+                    (i * width + a, i * width + b) for lo, hi in outer for i in range(lo, hi) for a, b in inner
+                )
             width *= p.size
         return inner
 

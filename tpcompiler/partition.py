@@ -81,7 +81,9 @@ class _Rewriter:
             else:
                 self.env[node] = self.rewrite(node)
         for new in reversed(self.graph.nodes):
-            if new.op == "call_function" and not new.users:  # a bias that entered before it was moved past the reduction
+            if (
+                new.op == "call_function" and not new.users
+            ):  # a bias that entered before it was moved past the reduction
                 self.graph.erase_node(new)
         self.graph.lint()
         return self.graph
@@ -123,7 +125,12 @@ class _Rewriter:
         return new
 
     def insert(
-        self, target: Any, args: tuple[Any, ...], like: fx.Node, note: str, dims: Sequence[Dim] | None = None,
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        like: fx.Node,
+        note: str,
+        dims: Sequence[Dim] | None = None,
         because: tuple[str, tuple[int, ...]] | None = None,
     ) -> fx.Node:
         """A node of the runtime. `because`: of which op and axes, for the list of collectives."""
@@ -234,7 +241,9 @@ class _Rewriter:
                 new = self.graph.call_function(node.target, (value, w) if b is None else (value, w, b))
             else:
                 new = self.graph.call_function(aten.matmul.default, (value, w))
-                new = new if b is None else self.graph.call_function(aten.add.Tensor, (self.describe(new, node, own), b))
+                new = (
+                    new if b is None else self.graph.call_function(aten.add.Tensor, (self.describe(new, node, own), b))
+                )
             out.append(self.unfold(self.describe(new, node, own), at, fused, part, node))
         return self.fold(out, at, fused, node, dims)
 
@@ -285,7 +294,9 @@ class _Rewriter:
             dims = list(value.meta.get("dims") or [Factor(1)] * n)
             dims[i] = dim
             apart = self.apart(value, i, dim, whole=True)
-            new = self.insert(runtime.take, (apart.value, apart.at, LocalRuns(apart.dim)), source, "this rank's part", dims)
+            new = self.insert(
+                runtime.take, (apart.value, apart.at, LocalRuns(apart.dim)), source, "this rank's part", dims
+            )
             self.taken[value, i, dim] = self.together(new, apart, source, dims)
         return self.taken[value, i, dim]
 
@@ -384,7 +395,9 @@ class _Rewriter:
         because = (op_name(like), self.split_axes(relation.contracted))
         return self.insert(runtime.reduce, (value, over), like, "all-reduce", dims, because)
 
-    def mean(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], partial: Over, args: dict[str, Any]) -> fx.Node:
+    def mean(
+        self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], partial: Over, args: dict[str, Any]
+    ) -> fx.Node:
         """Sum of this rank's part, all-reduced, over the whole count: parts may be of different lengths."""
         source = args["self"]
         count = 1
@@ -395,7 +408,9 @@ class _Rewriter:
             raise self.refuse(node, "a mean over it and over the batch at once", *relation.contracted)
         layout = self.plan.dims(self.axes, relation.results[0])
         kwargs = {"dtype": args["dtype"]} if args.get("dtype") is not None else {}
-        new = self.graph.call_function(aten.sum.dim_IntList, (inputs[source], list(dims), bool(args.get("keepdim", False))), kwargs)
+        new = self.graph.call_function(
+            aten.sum.dim_IntList, (inputs[source], list(dims), bool(args.get("keepdim", False))), kwargs
+        )
         new.meta["note"] = f"partial over {'·'.join(partial)}"
         self.describe(new, node, layout)
         out = self.reduce(new, node, partial, layout, relation)
@@ -408,10 +423,18 @@ class _Rewriter:
         target = getattr(runtime, op_name(node))
         because = (op_name(node), self.split_axes(relation.special))
         dims = self.plan.dims(self.axes, relation.results[0])
-        call = (inputs[args["input"]], over, size, *(None if args[n] is None else inputs[args[n]] for n in names), args["eps"])
+        call = (
+            inputs[args["input"]],
+            over,
+            size,
+            *(None if args[n] is None else inputs[args[n]] for n in names),
+            args["eps"],
+        )
         return self.insert(target, call, node, "all-reduces of a number a token", dims, because)
 
-    def lookup(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], over: Over, args: dict[str, Any]) -> fx.Node:
+    def lookup(
+        self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], over: Over, args: dict[str, Any]
+    ) -> fx.Node:
         table = next(o for o in relation.operands if o.node == args["weight"].name)
         assert table.dims is not None
         rows = LocalRuns(self.plan.dim(self.axes, table.dims[0]))
@@ -421,14 +444,21 @@ class _Rewriter:
         new = self.insert(runtime.lookup, call, node, f"partial over {'·'.join(over)}", dims)
         return self.reduce(new, node, over, dims, relation)
 
-    def cross_entropy(self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], over: Over, args: dict[str, Any]) -> fx.Node:
+    def cross_entropy(
+        self, node: fx.Node, relation: Relation, inputs: dict[fx.Node, fx.Node], over: Over, args: dict[str, Any]
+    ) -> fx.Node:
         logits = relation.operands[0]
         assert logits.dims is not None
         rows = LocalRuns(self.plan.dim(self.axes, logits.dims[min(1, len(logits.dims) - 1)]))
         weight = None if args["weight"] is None else inputs[args["weight"]]
         reduction = ("none", "mean", "sum")[args["reduction"]]
         call = (inputs[args["self"]], inputs[args["target"]], over, rows)
-        kwargs = {"weight": weight, "reduction": reduction, "ignore_index": args["ignore_index"], "label_smoothing": args["label_smoothing"]}
+        kwargs = {
+            "weight": weight,
+            "reduction": reduction,
+            "ignore_index": args["ignore_index"],
+            "label_smoothing": args["label_smoothing"],
+        }
         defaults = {"weight": None, "reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0}
         because = (op_name(node), self.split_axes(relation.special))
         layout = self.plan.dims(self.axes, relation.results[0])
@@ -443,7 +473,9 @@ class _Rewriter:
         new = self.graph.node_copy(node, inputs.__getitem__)
         self.describe(new, node)
         results = [self.plan.dims(self.axes, d) for d in relation.results]
-        if not any(d.over for dims in results for d in dims) and not any(self.over(o.dims or ()) for o in relation.operands):
+        if not any(d.over for dims in results for d in dims) and not any(
+            self.over(o.dims or ()) for o in relation.operands
+        ):
             return new
         name, args = op_name(node), bind(node) if isinstance(node.target, torch._ops.OpOverload) else {}
         if name in _SIZED:
@@ -483,7 +515,9 @@ class _Rewriter:
     def together(self, new: fx.Node, apart: Apart, like: fx.Node, dims: Sequence[Dim]) -> fx.Node:
         if apart.flat is None:
             return new
-        return self.describe(self.graph.call_function(aten.flatten.using_ints, (new, apart.flat, apart.flat + 1)), like, dims)
+        return self.describe(
+            self.graph.call_function(aten.flatten.using_ints, (new, apart.flat, apart.flat + 1)), like, dims
+        )
 
     def shape(self, given: Sequence[Any], dims: Sequence[Dim], whole: Sequence[Any]) -> list[Any]:
         """A list of sizes with this rank's in the place of those that are split; `whole` are the plain graph's."""
@@ -514,7 +548,11 @@ class _Rewriter:
         if not any(dims[i].over for dims in results):
             return
         new.target = aten.split_with_sizes.default
-        new.args = (new.args[0], [LocalSize(dims[i]) if dims[i].over else dims[i].size for dims in results], args["dim"])
+        new.args = (
+            new.args[0],
+            [LocalSize(dims[i]) if dims[i].over else dims[i].size for dims in results],
+            args["dim"],
+        )
         new.kwargs = {}
 
     def slice(self, new: fx.Node, relation: Relation, args: dict[str, Any], result: tuple[Dim, ...]) -> None:
@@ -533,9 +571,16 @@ class _Rewriter:
             return
         first, last = head(before, start), head(before, start + m)
         assert first is not None and last is not None, f"{new.name}: a slice of {before} at {start}"
-        new.args = (new.args[0], args["dim"], LocalSize(first) if first.over else start, LocalSize(last) if last.over else start + m)
+        new.args = (
+            new.args[0],
+            args["dim"],
+            LocalSize(first) if first.over else start,
+            LocalSize(last) if last.over else start + m,
+        )
 
-    def repeats(self, new: fx.Node, name: str, args: dict[str, Any], relation: Relation, result: tuple[Dim, ...]) -> None:
+    def repeats(
+        self, new: fx.Node, name: str, args: dict[str, Any], relation: Relation, result: tuple[Dim, ...]
+    ) -> None:
         operand = relation.operands[0].dims
         assert operand is not None
         if name == "repeat_interleave":
@@ -562,7 +607,12 @@ class _Rewriter:
 
         values = node.args[0]
         assert isinstance(values, tuple | list)
-        new = self.graph.output(tuple(leave(v) if self.whole(i) else self.env[v] if isinstance(v, fx.Node) else v for i, v in enumerate(values)))
+        new = self.graph.output(
+            tuple(
+                leave(v) if self.whole(i) else self.env[v] if isinstance(v, fx.Node) else v
+                for i, v in enumerate(values)
+            )
+        )
         new.meta.update(node.meta)
 
     def whole(self, i: int) -> bool:
@@ -643,5 +693,3 @@ def unsplit(dim: Dim) -> Dim:
         return replace(dim, split=())
     assert isinstance(dim, Product | Concat)
     return type(dim)(tuple(map(unsplit, dim.parts)))
-
-

@@ -65,7 +65,9 @@ class Plan:
         if bound is None:
             leaf = axes.terms.find(term)
             size = axes.terms.size(leaf)
-            return Factor(size, self.names.get(leaf, axes.dynamic.get(size, "")), self.split.get(leaf, ()), size in axes.dynamic)
+            return Factor(
+                size, self.names.get(leaf, axes.dynamic.get(size, "")), self.split.get(leaf, ()), size in axes.dynamic
+            )
         parts = tuple(self.dim(axes, p) for p in bound.parts)
         return Product(parts) if bound.kind == "product" else Concat(parts)
 
@@ -75,7 +77,9 @@ class Plan:
     def __str__(self) -> str:
         rows = [f"mesh {self.mesh}"]
         for b in self.blocks:
-            rows.append(f"{b.kind:10} {b.name} × {b.layers}: {b.axis} {b.size} over {'·'.join(b.over)} = {list(b.local)}")
+            rows.append(
+                f"{b.kind:10} {b.name} × {b.layers}: {b.axis} {b.size} over {'·'.join(b.over)} = {list(b.local)}"
+            )
         rows += [f"replicated {r.name}: {r.reason}" for r in self.replicated]
         return "\n".join(rows)
 
@@ -130,7 +134,9 @@ class _Wishes:
     def _override(self, i: int, override, capture: Capture, facts: Facts, spec: Spec) -> None:  # type: ignore[no-untyped-def]
         named = {p.name for p in capture.parameters if not p.buffer and any(covers(override.match, n) for n in p.names)}
         if not named:
-            raise spec.error("override", i, "match", what=f"{override.match!r} matches no module or parameter of {capture.model}")
+            raise spec.error(
+                "override", i, "match", what=f"{override.match!r} matches no module or parameter of {capture.model}"
+            )
         for leaf, fact in facts.axes.items():
             if named.intersection(fact.parameters):
                 if override.as_ == "replicate":
@@ -140,12 +146,21 @@ class _Wishes:
                     self.no.pop(leaf, None)
 
     def _axis(self, i: int, entry, capture: Capture, axes: AxisMap, facts: Facts, spec: Spec) -> None:  # type: ignore[no-untyped-def]
-        matched = [p for p in capture.parameters if not p.buffer and any(fnmatchcase(n, entry.parameter) for n in p.names)]
+        matched = [
+            p for p in capture.parameters if not p.buffer and any(fnmatchcase(n, entry.parameter) for n in p.names)
+        ]
         if not matched:
-            raise spec.error("axes", i, "parameter", what=f"{entry.parameter!r} matches no parameter of {capture.model}")
+            raise spec.error(
+                "axes", i, "parameter", what=f"{entry.parameter!r} matches no parameter of {capture.model}"
+            )
         for p in matched:
             if not -len(p.shape) <= entry.dimension < len(p.shape):
-                raise spec.error("axes", i, "dimension", what=f"{p.name} has {len(p.shape)} dimensions, not dimension {entry.dimension}")
+                raise spec.error(
+                    "axes",
+                    i,
+                    "dimension",
+                    what=f"{p.name} has {len(p.shape)} dimensions, not dimension {entry.dimension}",
+                )
             leaves = axes.leaves(axes.values[p.node][0][entry.dimension])
             chosen = self._factor(i, entry, p, leaves, facts, spec)
             for leaf in chosen:
@@ -160,14 +175,21 @@ class _Wishes:
     def _factor(i: int, entry, p: Parameter, leaves: tuple[int, ...], facts: Facts, spec: Spec) -> tuple[int, ...]:  # type: ignore[no-untyped-def]
         if isinstance(entry.factor, int):
             if not -len(leaves) <= entry.factor < len(leaves):
-                raise spec.error("axes", i, "factor", what=f"dimension {entry.dimension} of {p.name} has {len(leaves)} factors")
+                raise spec.error(
+                    "axes", i, "factor", what=f"dimension {entry.dimension} of {p.name} has {len(leaves)} factors"
+                )
             return (leaves[entry.factor],)
         names = _names(facts, {leaf: () for leaf in leaves})
         if isinstance(entry.factor, str):
             found = tuple(leaf for leaf in leaves if names.get(leaf) == entry.factor)
             if not found:
                 known = ", ".join(names[leaf] for leaf in leaves if leaf in names)
-                raise spec.error("axes", i, "factor", what=f"dimension {entry.dimension} of {p.name} has no axis {entry.factor!r}; it has {known}")
+                raise spec.error(
+                    "axes",
+                    i,
+                    "factor",
+                    what=f"dimension {entry.dimension} of {p.name} has no axis {entry.factor!r}; it has {known}",
+                )
             return found
         legal = [leaf for leaf in leaves if not facts.axes[leaf].marks]
         return (legal or leaves)[:1] if entry.as_ == "shard" else tuple(leaves)
@@ -237,7 +259,9 @@ def _fine_dims(degree: int, cuts: list[int]) -> tuple[tuple[str, int], ...]:
     return ((TENSOR, degree),) if len(sizes) == 1 else tuple((f"{TENSOR}{i}", n) for i, n in enumerate(sizes))
 
 
-def _pairs(groups: list[list[AxisFacts]], facts: Facts, degree: int) -> list[tuple[int, list[AxisFacts], list[AxisFacts]]]:
+def _pairs(
+    groups: list[list[AxisFacts]], facts: Facts, degree: int
+) -> list[tuple[int, list[AxisFacts], list[AxisFacts]]]:
     """Neighbours in a product, the major shorter than the degree (kv heads), that together are long enough."""
     where = {f.leaf: i for i, members in enumerate(groups) for f in members}
     found: dict[tuple[int, int], set[tuple[int, int]]] = defaultdict(set)
@@ -247,7 +271,11 @@ def _pairs(groups: list[list[AxisFacts]], facts: Facts, degree: int) -> list[tup
     out = []
     for (i, j), links in sorted(found.items()):
         a, b = groups[i], groups[j]
-        if a[0].size >= degree or {x for x, _ in links} != {f.leaf for f in a} or {y for _, y in links} != {f.leaf for f in b}:
+        if (
+            a[0].size >= degree
+            or {x for x, _ in links} != {f.leaf for f in a}
+            or {y for _, y in links} != {f.leaf for f in b}
+        ):
             continue
         factor = best_factor(a[0].size, b[0].size, degree)
         if factor is not None:
@@ -308,7 +336,9 @@ def _exclude(a: Candidate, b: Candidate, facts: Facts) -> bool:
     if a.leaves & b.leaves:
         return True
     return any(
-        set(over) & set(other) and (min(x, y), max(x, y)) in facts.conflicts for x, over in a.split for y, other in b.split
+        set(over) & set(other) and (min(x, y), max(x, y)) in facts.conflicts
+        for x, over in a.split
+        for y, other in b.split
     )
 
 
@@ -316,7 +346,11 @@ def _names(facts: Facts, split: dict[int, tuple[str, ...]]) -> dict[int, str]:
     """A short name for every axis; axes of equal layers share theirs."""
     out: dict[int, str] = {}
     used: dict[str, object] = {}
-    minors = {b for a, b in facts.products if a in facts.axes and b in facts.axes and _attends(facts, a) and _attends(facts, b)}
+    minors = {
+        b
+        for a, b in facts.products
+        if a in facts.axes and b in facts.axes and _attends(facts, a) and _attends(facts, b)
+    }
     majors = {a for a, b in facts.products if b in minors and a in facts.axes and _attends(facts, a)}
     order = sorted(facts.axes, key=lambda leaf: (leaf not in split, leaf))
     for leaf in order:
@@ -354,7 +388,10 @@ def _blocks(plan: Plan) -> tuple[Block, ...]:
     out = []
     for (kind, axis, size, over), facts in rows.items():
         parameters = tuple(dict.fromkeys(p for f in facts for p in f.parameters))
-        local = tuple(Factor(size, axis, over).local_size(plan.mesh, _place(plan.mesh, over, i)) for i in range(plan.mesh.degree(over)))
+        local = tuple(
+            Factor(size, axis, over).local_size(plan.mesh, _place(plan.mesh, over, i))
+            for i in range(plan.mesh.degree(over))
+        )
         out.append(Block(kind, common_name(parameters), len(facts), axis, size, over, local, parameters))
     order = ["embedding", "attention", "mlp", "other", "head"]
     return tuple(sorted(out, key=lambda b: order.index(b.kind)))
@@ -422,11 +459,23 @@ def _refuse(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec, wishes: _Wi
     for leaf, key in wishes.asked.items():
         if leaf not in plan.split:
             fact = plan.facts.axes[leaf]
-            why = str(fact.marks[0]) if fact.marks else f"{fact.size} is shorter than the degree {degree}" if fact.size < degree else "another axis of the same tensors is split"
-            raise spec.error(*key, what=f"{plan.names[leaf]} ({fact.size}) of {fact.parameters[0]} cannot be split: {why}")
+            why = (
+                str(fact.marks[0])
+                if fact.marks
+                else f"{fact.size} is shorter than the degree {degree}"
+                if fact.size < degree
+                else "another axis of the same tensors is split"
+            )
+            raise spec.error(
+                *key, what=f"{plan.names[leaf]} ({fact.size}) of {fact.parameters[0]} cannot be split: {why}"
+            )
     for kind in sorted(spec.explicit):
         if not any(b.kind == kind for b in plan.blocks):
-            raise spec.error("shard", kind, what=f"no {kind} block of {capture.model} can be split {degree}-way: {_reason(plan, kind, degree)}")
+            raise spec.error(
+                "shard",
+                kind,
+                what=f"no {kind} block of {capture.model} can be split {degree}-way: {_reason(plan, kind, degree)}",
+            )
     for i, override in enumerate(spec.override):
         if override.as_ == "shard":
             for r in plan.replicated:
@@ -434,8 +483,15 @@ def _refuse(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec, wishes: _Wi
                 if len(p.shape) > 1 and any(covers(override.match, n) for n in p.names):
                     raise spec.error("override", i, what=f"{r.name} is not split: {r.reason}")
     if not plan.split:
-        reasons = {k: _reason(plan, k, degree) for k in ("attention", "mlp", "embedding") if any(k in f.kinds for f in plan.facts.axes.values())}
-        raise PlanError(f"nothing of {capture.model} can be split {degree}-way: " + ("; ".join(f"{k}: {v}" for k, v in reasons.items()) or "it has no axis that any weights share"))
+        reasons = {
+            k: _reason(plan, k, degree)
+            for k in ("attention", "mlp", "embedding")
+            if any(k in f.kinds for f in plan.facts.axes.values())
+        }
+        raise PlanError(
+            f"nothing of {capture.model} can be split {degree}-way: "
+            + ("; ".join(f"{k}: {v}" for k, v in reasons.items()) or "it has no axis that any weights share")
+        )
 
 
 def _reason(plan: Plan, kind: str, degree: int) -> str:

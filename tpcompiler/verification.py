@@ -95,14 +95,23 @@ class Report:
             "collectives": self.collectives,
             "check": self.check,
             "cases": [
-                {"what": c.what, "passed": c.passed, "max_rel_error": c.max_rel_error, "worst": c.worst, "tolerance": c.tolerance}
+                {
+                    "what": c.what,
+                    "passed": c.passed,
+                    "max_rel_error": c.max_rel_error,
+                    "worst": c.worst,
+                    "tolerance": c.tolerance,
+                }
                 | {"notes": list(c.notes)}
                 for c in self.cases
             ],
         }
 
     def __str__(self) -> str:
-        rows = [f"{'passed' if c.passed else 'FAILED':7} {c.max_rel_error:9.1e}  {c.what}  {'; '.join(c.notes)}" for c in self.cases]
+        rows = [
+            f"{'passed' if c.passed else 'FAILED':7} {c.max_rel_error:9.1e}  {c.what}  {'; '.join(c.notes)}"
+            for c in self.cases
+        ]
         return "\n".join([f"{self.model} on {self.mesh}: {'passed' if self.passed else 'FAILED'}", *rows])
 
 
@@ -174,7 +183,10 @@ def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def initial_state(captured: Capture, module: nn.Module, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     """The module's values in `dtype`, floating-point parameters with noise on top, by the capture's names."""
-    held: dict[str, Tensor] = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    held: dict[str, Tensor] = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for p in captured.parameters:
@@ -194,7 +206,10 @@ def inputs_of(captured: Capture, example_inputs: Any, dtype: torch.dtype) -> Bat
     leaves, _ = pytree.tree_flatten(split_example(example_inputs))
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     assert len(tensors) == len(captured.inputs), f"{len(tensors)} tensors for inputs {captured.inputs}"
-    return {n: x.detach().to(dtype) if x.is_floating_point() else x.detach() for n, x in zip(captured.inputs, tensors, strict=True)}
+    return {
+        n: x.detach().to(dtype) if x.is_floating_point() else x.detach()
+        for n, x in zip(captured.inputs, tensors, strict=True)
+    }
 
 
 def is_dynamic(size: int | torch.SymInt) -> bool:
@@ -233,7 +248,10 @@ def _same_graph(captured: Capture, module: nn.Module, example_inputs: Any) -> Ca
     try:
         with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             expected = [x for x in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(x, Tensor)]
-            held = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+            held = {
+                **dict(module.named_parameters(remove_duplicate=False)),
+                **dict(module.named_buffers(remove_duplicate=False)),
+            }
             leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             found = interpret_capture(captured, held, dict(zip(captured.inputs, leaves, strict=True)))
     finally:
@@ -305,7 +323,9 @@ class Comparison:
             state[p.name] = value.clone().requires_grad_(p.trainable and not p.buffer and value.is_floating_point())
         return self.run(lambda batch: interpret(program, ranks, state, batch), state, batches)
 
-    def run(self, forward: Callable[[Batch], Sequence[Any]], state: Mapping[str, Tensor], batches: Sequence[Batch]) -> Results:
+    def run(
+        self, forward: Callable[[Batch], Sequence[Any]], state: Mapping[str, Tensor], batches: Sequence[Batch]
+    ) -> Results:
         outputs: list[Any] = []
         for batch in batches:
             found = list(forward(batch))
@@ -331,8 +351,12 @@ class Comparison:
             self.compare_gradients(program, plain, ranks, errors, notes)
         return errors, notes
 
-    def compare_gradients(self, program: Program, plain: Results, ranks: Sequence[Results], errors: dict[str, float], notes: list[str]) -> None:
-        scale = max((float(g.abs().max()) for g in plain.gradients.values() if g is not None and g.numel()), default=1.0)
+    def compare_gradients(
+        self, program: Program, plain: Results, ranks: Sequence[Results], errors: dict[str, float], notes: list[str]
+    ) -> None:
+        scale = max(
+            (float(g.abs().max()) for g in plain.gradients.values() if g is not None and g.numel()), default=1.0
+        )
         for p in program.capture.parameters:
             expected = plain.gradients[p.name]
             if p.buffer or not p.trainable or expected is None:

@@ -7,13 +7,15 @@ can slice a constant for nothing, so they must not glue the axes of different la
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._sympy import functions as symbolic
 
 from tpcompiler.axes.algebra import Mark, Terms
 from tpcompiler.axes.notation import ELLIPSIS, Group, Item, Letter, Pattern, parse
@@ -55,7 +57,9 @@ class AxisMap:
     grads: frozenset[str]  # nodes whose value needs a gradient
     dynamic: dict[int, str]  # sizes that stand for a batch, a sequence, or a product of such
     marks: dict[int, tuple[Mark, ...]] = field(default_factory=dict)  # axis → why it must stay whole
-    copied: dict[str, tuple[int, ...]] = field(default_factory=dict)  # node that merges copies into a dimension → its term
+    copied: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # node that merges copies into a dimension → its term
     cut: frozenset[str] = frozenset()  # of those, the ones whose value is not what the node makes, but slices of it
 
     def leaves(self, term: int | None) -> tuple[int, ...]:
@@ -91,8 +95,9 @@ class Sizes:
         if expr not in self._cache:
             env = size.node.shape_env
             examples = getattr(env, "backed_var_to_val", None) or env.var_to_val  # the name changed with torch 2.13
-            values = {symbol: self._prime(examples.get(symbol, symbol)) for symbol in expr.free_symbols}
-            self._cache[expr] = int(expr.subs(values))
+            settled = _settled(expr, examples)
+            values = {symbol: self._prime(examples.get(symbol, symbol)) for symbol in settled.free_symbols}
+            self._cache[expr] = int(settled.subs(values))
             if values:
                 self.dynamic[self._cache[expr]] = str(expr)
         return self._cache[expr]
@@ -105,6 +110,18 @@ class Sizes:
 
     def shape(self, value: Any) -> Shape:
         return tuple(self(n) for n in value.shape)
+
+
+def _settled(expr: Any, examples: Mapping[Any, Any]) -> Any:
+    """`64 - Max(0, 64 - s)` is `s` for the sizes that were traced: of a maximum or minimum the term that won there.
+    At a prime another one would win."""
+
+    def winner(*terms: Any, greatest: bool) -> Any:
+        return (max if greatest else min)(terms, key=lambda t: int(t.subs(examples)))
+
+    for kind in (symbolic.Max, symbolic.Min):
+        expr = expr.replace(kind, partial(winner, greatest=kind is symbolic.Max))
+    return expr
 
 
 def _primes_above(n: int) -> Iterator[int]:
@@ -217,7 +234,12 @@ class _Inference:
         line = line_of(found, call)
         if line is None or any(0 in s for s in (*call.results, *shapes) if s):
             return self.opaque(node, operands, f"{op_name(node)} with these arguments has no rule")
-        return self.apply(node, parse(line[0]), dict(line[1]), operands, call)
+        try:
+            return self.apply(node, parse(line[0]), dict(line[1]), operands, call)
+        except RuleError:
+            if not any(n in self.size.dynamic for s in (*call.results, *shapes) for n in s or ()):
+                raise
+            return self.opaque(node, operands, f"{op_name(node)} relates sizes that are equal at run time only")
 
     def opaque(self, node: fx.Node, operands: list[fx.Node | None], why: str) -> Relation:
         """No rule: everything that goes in or comes out stays whole. Costs parallelism, never correctness."""
@@ -239,11 +261,18 @@ class _Inference:
     ) -> Relation:
         given = [n for n in operands if n is not None]
         shapes = [s for s in call.operands if s is not None]
-        wanted = pattern.operands if len(pattern.operands) == len(operands) == len(given) else _present(pattern, operands)
+        wanted = (
+            pattern.operands if len(pattern.operands) == len(operands) == len(given) else _present(pattern, operands)
+        )
         if len(wanted) != len(given) or len(pattern.results) != len(call.results):
             raise RuleError(f"{op_name(node)} at {node.name}: {pattern.text!r} does not fit operands {shapes}")
-        ins = [None if items is None else expand_ellipsis(items, s, node, pattern) for items, s in zip(wanted, shapes, strict=True)]
-        outs = [expand_ellipsis(items, s, node, pattern) for items, s in zip(pattern.results, call.results, strict=True)]
+        ins = [
+            None if items is None else expand_ellipsis(items, s, node, pattern)
+            for items, s in zip(wanted, shapes, strict=True)
+        ]
+        outs = [
+            expand_ellipsis(items, s, node, pattern) for items, s in zip(pattern.results, call.results, strict=True)
+        ]
         fit = _Fit(self.terms, node, pattern, sizes, [x for x in ins if x is not None] + outs)
         seen: list[Operand | None] = [None] * len(given)
         for pass_live in (True, False):
@@ -310,7 +339,9 @@ def _repeated(sets: list[set[int]]) -> set[int]:
 class _Fit:
     """A pattern fitted to one call: letters' sizes first, then their terms."""
 
-    def __init__(self, terms: Terms, node: fx.Node, pattern: Pattern, sizes: dict[str, int], sides: list[list[tuple[Item, int]]]):
+    def __init__(
+        self, terms: Terms, node: fx.Node, pattern: Pattern, sizes: dict[str, int], sides: list[list[tuple[Item, int]]]
+    ):
         self.terms, self.node, self.pattern = terms, node, pattern
         self.sizes = dict(sizes)
         self.atoms: dict[str, int] = {}
@@ -380,7 +411,13 @@ def _names(sides: list[Any]) -> set[str]:
     out: set[str] = set()
     for items in sides:
         for item, _ in items or ():
-            out |= {item.name} if isinstance(item, Letter) else {x.name for x in item.letters()} if isinstance(item, Group) else set()
+            out |= (
+                {item.name}
+                if isinstance(item, Letter)
+                else {x.name for x in item.letters()}
+                if isinstance(item, Group)
+                else set()
+            )
     return out
 
 

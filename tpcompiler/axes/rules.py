@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -71,7 +72,11 @@ def _same_or_reduced(call: Call, d: list[str]) -> Line:
     sides = []
     for shape in call.results:
         if len(shape) == call.rank():
-            sides.append(" ".join("1" if n == 1 and m != 1 else x for x, n, m in zip(d, shape, call.operands[0] or (), strict=True)))
+            sides.append(
+                " ".join(
+                    "1" if n == 1 and m != 1 else x for x, n, m in zip(d, shape, call.operands[0] or (), strict=True)
+                )
+            )
         else:
             sides.append(" ".join(x for x in d if not x.endswith("!")))
     return " ".join(d) + " -> " + ", ".join(sides)
@@ -81,7 +86,11 @@ def reduction(call: Call) -> Line:
     """sum, mean: the dimensions in `dim` (all when None) are contracted."""
     dims = call.args.get("dim")
     n = call.rank()
-    over = set(range(n)) if dims is None or dims == [] else {i % n for i in (dims if isinstance(dims, list | tuple) else [dims])}
+    over = (
+        set(range(n))
+        if dims is None or dims == []
+        else {i % n for i in (dims if isinstance(dims, list | tuple) else [dims])}
+    )
     keep = bool(call.args.get("keepdim", False))
     d = letters(n)
     return line(d, [("1" if i in over else x) for i, x in enumerate(d) if keep or i not in over])
@@ -130,12 +139,13 @@ def attention(call: Call) -> Line:
     heads, kv = list(lead), list(lead)
     sizes: dict[str, int] = {}
     if n >= 3 and q[-3] != k[-3]:
-        if not call.args.get("enable_gqa"):
-            return None
-        heads[-1], kv[-1] = "(kv g)", "kv"
-        sizes = {"kv": k[-3], "g": q[-3] // k[-3]}
-        if k[-3] == 1:
+        if k[-3] == 1:  # one for all: broadcast
             heads[-1], kv[-1], sizes = "g", "1", {"g": q[-3]}
+        elif call.args.get("enable_gqa"):
+            heads[-1], kv[-1] = "(kv g)", "kv"
+            sizes = {"kv": k[-3], "g": q[-3] // k[-3]}
+        else:
+            return None
     h, j = " ".join(heads), " ".join(kv)
     parts = [f"{h} s! d!", f"{j} t! d!", f"{j} t! e"]
     if mask is not None:
@@ -185,7 +195,7 @@ def _transpose(call: Call) -> list[int]:
 def view(call: Call) -> Line:
     before = call.operands[0]
     assert before is not None
-    if 0 in before:
+    if 0 in before or prod(before) != prod(call.results[0]):  # sizes that are equal at run time only
         return None
     return view_pattern(before, call.results[0])
 
@@ -468,14 +478,31 @@ RULES: dict[str, Rule] = {
         [f"aten::{x}" for x in ("dropout", "contiguous", "clone", "alias", "detach", "to.dtype", "to.device")]
         + [f"aten::{x}" for x in ("to.dtype_layout", "_to_copy", "zeros_like", "ones_like", "full_like", "empty_like")]
         + [f"aten::{x}" for x in ("silu", "gelu", "relu", "softplus", "mish", "hardswish", "elu", "selu", "leaky_relu")]
-        + [f"aten::{x}" for x in ("relu6", "square", "where.ScalarOther", "where.ScalarSelf", "dropout_", "float", "abs")],
+        + [
+            f"aten::{x}"
+            for x in ("relu6", "square", "where.ScalarOther", "where.ScalarSelf", "dropout_", "float", "abs")
+        ],
         POINTWISE,
     ),
 }
 
 
 # Ops whose contraction is a plain sum (a bias or a count apart): the partial results of ranks add up.
-SUMS = {"linear", "matmul", "mm", "bmm", "mv", "dot", "addmm", "baddbmm", "einsum", "sum", "mean", "embedding", "cross_entropy_loss"}
+SUMS = {
+    "linear",
+    "matmul",
+    "mm",
+    "bmm",
+    "mv",
+    "dot",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "sum",
+    "mean",
+    "embedding",
+    "cross_entropy_loss",
+}
 
 
 def _moved(call: Call) -> list[int]:
@@ -516,4 +543,3 @@ def line_of(found: Rule, call: Call) -> tuple[str, dict[str, int]] | None:
     if text is None:
         return None
     return text if isinstance(text, tuple) else (text, {})
-

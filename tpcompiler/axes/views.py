@@ -22,7 +22,9 @@ def view_pattern(before: Shape, after: Shape) -> tuple[str, dict[str, int]]:
         for shape, dims, items in ((before, ins, left), (after, outs, right)):
             for d, high, low in _spans(shape, dims):
                 if aligned:
-                    names = [_letter(sizes, a, a // b, ins[0]) for a, b in pairwise(c for c in cuts if low <= c <= high)]
+                    names = [
+                        _letter(sizes, a, a // b, ins[0]) for a, b in pairwise(c for c in cuts if low <= c <= high)
+                    ]
                     items[d] = names[0] if len(names) == 1 else f"({' '.join(names)})"
                 else:
                     items[d] = f"{'x' if items is left else 'y'}{d}!"

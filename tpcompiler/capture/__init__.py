@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
+from tpcompiler.capture.constants import slice_constant_runs
 from tpcompiler.capture.init import Recorded, record
 from tpcompiler.capture.masks import recover_causal
 from tpcompiler.capture.normalise import inline, normalise
@@ -42,7 +43,9 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
     inputs, leaves, names = _inputs(graph, traced)
     normalise(graph, traced.held)
     sizes_from_inputs(graph, inputs)
-    recover_causal(graph, {p.node: p.value for p in parameters if p.value is not None})
+    constants = {p.node: p.value for p in parameters if p.value is not None}
+    recover_causal(graph, constants)
+    slice_constant_runs(graph, constants)
     return Capture(
         graph=graph,
         parameters=parameters,

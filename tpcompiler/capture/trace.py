@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from tpcompiler.capture.explain import chain, explain
 from tpcompiler.capture.init import Recorded
+from tpcompiler.capture.lean import lean_tracing, whole_operators
 from tpcompiler.capture.recording import Literals
-from tpcompiler.capture.whole import whole_operators
 from tpcompiler.errors import ModelError
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -148,7 +146,7 @@ def _export(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: 
             dynamic[x] = dict.fromkeys(range(x.ndim), Dim.AUTO)
         inputs.append(x)
     args, kwargs = pytree.tree_unflatten(inputs, spec)
-    with torch.device("meta"), _no_collection(), whole_operators():  # `torch.arange(n)` without a device goes along
+    with torch.device("meta"), lean_tracing(), whole_operators():  # `torch.arange(n)` without a device goes along
         dynamic_shapes = dynamic.dynamic_shapes(model, args, kwargs)
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
@@ -163,18 +161,6 @@ def _fits(exported: ExportedProgram, shapes: Shapes) -> bool:
         for val, shape in zip(vals, shapes, strict=True)
         for n, wanted in zip(val.shape, shape, strict=True)
     )
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Tracing makes millions of objects that all live on: collecting garbage meanwhile costs a fifth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _drawing_module(model: nn.Module, error: Exception) -> str | None:

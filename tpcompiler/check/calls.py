@@ -128,8 +128,8 @@ def _has_rows(call: Call) -> bool:
     return call.target is runtime.dropout and any(k == "rows" for k, _ in call.kwargs)
 
 
-def run(call: Call, tensors: Sequence[Any], resolve: Resolve, training: bool = False) -> Any:
-    """Call it. `resolve` turns what depends on the rank into this rank's."""
+def run(call: Call, tensors: Sequence[Any], resolve: Resolve, training: bool = False, *, wide: bool = True, device: str = "cpu") -> Any:
+    """Call it. `resolve` turns what depends on the rank into this rank's; `wide` real dtypes become double precision."""
 
     def fill(a: Any) -> Any:
         if isinstance(a, Slot):
@@ -137,7 +137,7 @@ def run(call: Call, tensors: Sequence[Any], resolve: Resolve, training: bool = F
         if isinstance(a, tuple):
             return [fill(b) for b in a]
         if isinstance(a, torch.dtype):
-            return WIDE.get(a, a)
+            return WIDE.get(a, a) if wide else a
         if isinstance(a, Training):
             return fill(a.on if training else a.off)
         if a is Draws:
@@ -150,7 +150,7 @@ def run(call: Call, tensors: Sequence[Any], resolve: Resolve, training: bool = F
 
     kwargs = {k: fill(v) for k, v in call.kwargs}
     if makes_tensors(call.target):
-        kwargs.setdefault("device", "cpu")
+        kwargs.setdefault("device", device)
     return call.target(*map(fill, call.args), **kwargs)
 
 
@@ -184,6 +184,11 @@ def substitute(call: Call, change: Mapping[int, int]) -> Call:
     return make_call(call.target, new(call.args), new(call.kwargs))
 
 
+def replaced(call: Call, name: str, value: Any) -> Call:
+    """The call with another value for a keyword."""
+    return make_call(call.target, call.args, tuple((k, value if k == name else v) for k, v in call.kwargs))
+
+
 def renumber(call: Call, order: Sequence[int]) -> Call:
     """The call with its i-th operand as the `order[i]`-th."""
 
@@ -206,6 +211,11 @@ def runtime_signature(target: Any) -> inspect.Signature | None:
     if inspect.isfunction(target) and target.__module__.startswith(runtime.__name__ + "."):
         return inspect.signature(target)
     return None
+
+
+def moves(call: Call) -> bool:
+    """Whether it is an operator of the runtime, which may do nothing but move a value between ranks."""
+    return runtime_signature(call.target) is not None and call.target is not runtime.dropout
 
 
 @cache

@@ -33,33 +33,25 @@ class Cone:
     """Steps in order; a step's operands are operands of the cone (ints), earlier steps (`At`) or constants."""
 
     steps: tuple[tuple[Call, tuple[int | At | Tensor, ...]], ...]
+    result: int | At  # an operand, or a step's
 
     @classmethod
     def of(cls, call: Call, operands: int) -> Cone:
-        return cls(((call, tuple(range(operands))),))
+        """One call."""
+        return cls(((call, tuple(range(operands))),), At(0))
 
-    def run(self, tensors: Sequence[Any], training: bool = False) -> Any:
+    def run(self, tensors: Sequence[Any], training: bool = False, *, wide: bool = True, device: str = "cpu") -> Any:
         """Its result, for whole operands."""
         values: list[Any] = []
         for call, given in self.steps:
-            taken = [tensors[g] if isinstance(g, int) else values[g.i] if isinstance(g, At) else g for g in given]
-            values.append(run(call, taken, alone, training))
-        return values[-1]
+            taken = [tensors[g] if isinstance(g, int) else values[g.i] if isinstance(g, At) else g.to(device) for g in given]
+            values.append(run(call, taken, alone, training, wide=wide, device=device))
+        return tensors[self.result] if isinstance(self.result, int) else values[self.result.i]
 
     def meta(self, operands: Sequence[Operand]) -> Any:
-        """Its result without values. Raises whatever the operations do when shapes do not fit."""
-        with torch.device("meta"):
-            made = [torch.empty(o.shape, dtype=o.dtype, requires_grad=o.grad) for o in operands]
-            steps = tuple((c, tuple(g.to("meta") if isinstance(g, Tensor) else g for g in gs)) for c, gs in self.steps)
-            return Cone(tuple((_on_meta(c), gs) for c, gs in steps)).run(made)
+        """Its result without values, in the dtypes it has. Raises whatever the operations do when shapes do not fit."""
+        made = [torch.empty(o.shape, dtype=o.dtype, device="meta", requires_grad=o.grad) for o in operands]
+        return self.run(made, wide=False, device="meta")
 
     def substituted(self, change: dict[int, int]) -> Cone:
-        return Cone(tuple((substitute(c, change), gs) for c, gs in self.steps))
-
-
-def _on_meta(call: Call) -> Call:
-    from tpcompiler.check.calls import make_call, makes_tensors
-
-    if not makes_tensors(call.target):
-        return call
-    return make_call(call.target, call.args, (*call.kwargs, ("device", "meta")))
+        return Cone(tuple((substitute(c, change), gs) for c, gs in self.steps), self.result)

@@ -18,6 +18,7 @@ from tpcompiler.check.values import BUFFER, Value, leaves
 
 _LONGEST = 40  # steps of a cone
 _REACH = 48  # of the model's values looked at
+_DEEP = 10  # steps from the given values to one of those
 
 
 class Equal:
@@ -33,7 +34,7 @@ class Equal:
         cone = _cone(value, given)
         if cone is None or not given:
             return None
-        for other in self._reachable(given):
+        for other in (*given, *self._reachable(given)):
             if other.original and _same_kind(value, other) and self.same(value, other, given):
                 return other
         return None
@@ -62,7 +63,7 @@ class Equal:
         seen = {start}
         while queue and len(found) < _REACH:
             for user in queue.popleft().users:
-                if user not in seen and user.original and _closes(user, closed, _LONGEST):
+                if user not in seen and user.original and _closes(user, closed, _DEEP):
                     seen.add(user)
                     found.append(user)
                     queue.append(user)
@@ -153,8 +154,12 @@ def _cone(value: Value, given: tuple[Value, ...]) -> Cone | None:
         steps.append((v.call, tuple(place[o] for o in v.operands)))
         return True
 
-    return Cone(tuple(steps)) if visit(value) and steps else None
+    if not visit(value):
+        return None
+    at = place[value]
+    return None if isinstance(at, Tensor) else Cone(tuple(steps), at)
 
 
 def _key(cone: Cone) -> Any:
-    return tuple((c.key, tuple(id(g) if isinstance(g, Tensor) else g for g in gs)) for c, gs in cone.steps)
+    steps = tuple((c.key, tuple(id(g) if isinstance(g, Tensor) else g for g in gs)) for c, gs in cone.steps)
+    return steps, cone.result

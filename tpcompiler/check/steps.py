@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpcompiler.check.calls import Call, dims_of, modes, numbers, outputs, run, substitute
+from tpcompiler.check.calls import Call, dims_of, moves, numbers, outputs, run, substitute
 from tpcompiler.check.calls import Over as GroupOf
 from tpcompiler.check.claims import Claim, Geometry, Over, Rows
 from tpcompiler.check.compare import close, difference, factor
@@ -126,7 +126,7 @@ class Steps:
         self, trial: _Trial, made: tuple[Operand | None, ...], many: bool, hints: Sequence[tuple[Rows | None, ...] | None]
     ) -> Step | Wrong:
         claims: list[Claim | None] | None = None
-        identity = len(trial.given) == 1 and not many
+        identity = len(trial.given) == 1 and not many and moves(trial.call)
         for seed, style in enumerate((NORMAL, SMALL)):
             training = bool(seed) or _is_dropout(trial.call)
             if training and trial.call.random:
@@ -428,11 +428,6 @@ def _vjp(made: list[Tensor], upstream: Sequence[Tensor | None], wanted: list[Ten
 
 def _is_dropout(call: Call) -> bool:
     return call.target is dropout
-
-
-def _draws(call: Call) -> bool:
-    """Whether a call of a random operation draws anything in training."""
-    return bool(modes(call))
 
 
 def _one_line(e: Exception) -> str:

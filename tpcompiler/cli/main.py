@@ -20,6 +20,7 @@ import typer
 
 from tpcompiler.cli import compile as compiling
 from tpcompiler.cli import files
+from tpcompiler.cli import train as training
 from tpcompiler.cli.screen import complain
 from tpcompiler.errors import TpcError
 
@@ -39,8 +40,12 @@ for _command in (
     compiling.explain,
     files.merge,
     files.schema,
+    training.train,
+    training.plot,
+    training.reshard,
 ):
     app.command()(_command)
+app.command("eval")(training.evaluate)
 
 
 @app.callback(invoke_without_command=True)

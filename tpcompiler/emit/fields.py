@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from tpcompiler.emit.expr import ADD, ATOM, MULTIPLY, Expr, binary, constant, number
+from tpcompiler.emit.expr import ADD, ATOM, MULTIPLY, Expr, constant, number
 from tpcompiler.emit.names import RESERVED
 from tpcompiler.layout import Concat, Dim, Factor, Product
 from tpcompiler.runtime.mesh import Mesh
@@ -28,7 +28,12 @@ class Fields:
 
     @property
     def lines(self) -> list[str]:
-        return self._groups + self._rest
+        """The constructor's statements."""
+        return self.lines_of("rng")
+
+    def lines_of(self, rng: str) -> list[str]:
+        """`lines`, where random numbers come from `rng`."""
+        return self._groups + ([f"{self._made['rng']} = {rng}"] if self.draws else []) + self._rest
 
     def _new(self, key: Any, wanted: str) -> str:
         stem = "".join(c if c.isalnum() or c == "_" else "_" for c in wanted) or "n"
@@ -50,12 +55,12 @@ class Fields:
     def rng(self) -> str:
         """`self.rng`: what counter-based dropout draws from."""
         if "rng" not in self._made:
-            name = self._new("rng", "rng")
-            self._groups.append(f"{name} = rng")
+            self._new("rng", "rng")
         return self._made["rng"]
 
     @property
     def draws(self) -> bool:
+        """Are random numbers needed?"""
         return "rng" in self._made
 
     def argument(self, name: str) -> str:
@@ -134,10 +139,8 @@ def _split_name(dim: Dim) -> str:
 
 
 def _joined(parts: list[Expr], symbol: str, level: int) -> Expr:
-    out = parts[0]
-    for p in parts[1:]:
-        out = binary(out, symbol, p, level)
-    return out
+    """Sums and products of whole numbers, which need no parentheses."""
+    return parts[0] if len(parts) == 1 else Expr(f" {symbol} ".join(p.at(level) for p in parts), level)
 
 
 def attribute(base: str, path: str) -> Expr:

@@ -106,6 +106,7 @@ class Names:
     """Parameters by placeholder, and how a module says them."""
 
     def __init__(self, parameters: tuple[Parameter, ...]) -> None:
+        self.all = parameters
         self.by_node = {p.node: p for p in parameters}
         self._under: dict[str, list[tuple[str, Parameter]]] = {}
         for p in parameters:

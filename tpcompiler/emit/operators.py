@@ -33,7 +33,7 @@ from tpcompiler.emit.subscript import index_tensors, select, slice_, unsqueeze
 from tpcompiler.errors import TpcError
 
 
-class Scope(Protocol):
+class Says(Protocol):
     """What the function being written knows: how to say its values."""
 
     def expr(self, value: Any) -> Expr:
@@ -49,7 +49,7 @@ class Scope(Protocol):
 class Call:
     """One ATen call, its arguments by the schema's names, defaults filled in."""
 
-    def __init__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope) -> None:
+    def __init__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Says) -> None:
         self.node, self.scope = node, scope
         self.op: Any = node.target
         self.schema = self.op._schema.arguments
@@ -108,7 +108,7 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def spell(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope) -> Expr:
+def spell(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Says) -> Expr:
     """The expression that computes `node` from its arguments (given apart, so that the caller may replace some)."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):

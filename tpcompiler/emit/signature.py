@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from tpcompiler.emit.expr import constant, quoted, tuple_of
+from tpcompiler.emit.expr import constant, tuple_of
 from tpcompiler.program import Capture, Slot
 
 
@@ -19,6 +19,7 @@ class Signature:
     parameters: list[str]
     tensors: dict[str, str]  # placeholder → variable
     lines: list[str] = field(default_factory=list)
+    constants: set[str] = field(default_factory=set)  # parameters that are no tensors
 
 
 def signature(capture: Capture) -> Signature:
@@ -35,13 +36,12 @@ def signature(capture: Capture) -> Signature:
         if isinstance(value, int) and constants:
             default = capture.input_leaves[value]
             out.parameters.append(f"{name}={constant(default)}")
+            out.constants.add(name)
             optional = True
             test = f"{name} is {default}" if default is None or isinstance(default, bool) else f"{name} == {constant(default)}"
             out.lines.append(f'assert {test}, "traced with {name}={_plain(default)}"')
             continue
-        if optional and name not in kwargs:
-            raise AssertionError(f"{name}: a tensor follows a constant by position")
-        if optional and "*" not in out.parameters:
+        if optional and name in kwargs and "*" not in out.parameters:
             out.parameters.append("*")
         out.parameters.append(f"{name}: Tensor" if isinstance(value, int) else name)
         for path, i in _leaves(value, ""):
@@ -105,8 +105,8 @@ def result(spec: pytree.TreeSpec, leaves: list[str]) -> Result:
         if s.type is dict:
             return "{" + ", ".join(f"{constant(k)}: {c}" for k, c in zip(fields, children, strict=True)) + "}"
         name = s.type.__name__
-        if not any(f"class {name}(" in line for line in definition):
-            definition.extend([f"class {name}(NamedTuple):", *(f"    {f}: Any" for f in fields), "", ""])
+        if not any(text.startswith(f"class {name}(") for text in definition):
+            definition.append("\n".join([f"class {name}(NamedTuple):", *(f"    {f}: Any" for f in fields)]))
         return f"{name}({', '.join(f'{f}={c}' for f, c in zip(fields, children, strict=True))})"
 
     text = build(spec)
@@ -123,5 +123,3 @@ def _fields(s: pytree.TreeSpec) -> list[str]:
     names = getattr(s.type, "_fields", None) or list(getattr(s.type, "__dataclass_fields__", {}))
     return list(names) if len(names) == s.num_children else [f"output_{i}" for i in range(s.num_children)]
 
-
-__all__ = ["Result", "Signature", "quoted", "result", "signature"]

@@ -125,7 +125,9 @@ def _region(enter: fx.Node, trainable: set[str]) -> Region | None:
     while True:
         inputs = {n for node in nodes for n in node.all_input_nodes} - nodes
         frontier = [n for n in inputs if _carries(n, trainable)]
-        growing = [n for n in frontier if n.op == "call_function" and n.target is not runtime.enter and set(n.users) <= nodes]
+        growing = [
+            n for n in frontier if n.op == "call_function" and n.target is not runtime.enter and set(n.users) <= nodes
+        ]
         if not growing or len(nodes) > LARGEST:
             break
         nodes.update(growing)
@@ -133,8 +135,10 @@ def _region(enter: fx.Node, trainable: set[str]) -> Region | None:
         return None
     sources = [n for n in frontier if n.op == "call_function"]
     parameters = tuple(n for n in frontier if n.op == "placeholder")
-    if len(sources) != 1 or start.op != "call_function":
+    if len(sources) != 1 or start.op != "call_function" or not isinstance(sources[0].meta.get("val"), torch.Tensor):
         return None
+    if any(set(d.over) & set(enter.args[1]) for d in sources[0].meta.get("dims", ())):  # type: ignore[arg-type]
+        return None  # segments of it are split: ranks hold different ones, which cannot be summed
     return Region(enter, sources[0], frozenset(nodes), parameters)
 
 

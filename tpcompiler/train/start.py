@@ -228,7 +228,9 @@ def together(place: Place, say: Callable[[str], None]) -> Iterator[None]:
     watcher.start()
     try:
         yield
-        place.board.gather("finished")  # who serves the store ends last
+        place.board.post(f"finished/{place.rank}", "")
+        if place.rank == 0:  # it may serve the store, and ends last
+            place.board.gather("finished")
     except TpcError as e:
         done.set()
         _ring(place.board.clone(), f"2 {e}", say)
@@ -251,7 +253,7 @@ def _watch(board: Board, done: threading.Event, say: Callable[[str], None]) -> N
         try:
             failed = board.read(_FAILED) is not None
         except Exception:  # whoever served the store is gone, and with it the run
-            if not done.wait(_GRACE):
+            if not done.wait(1.0):
                 os._exit(1)
             return
         if failed:

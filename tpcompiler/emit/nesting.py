@@ -1,0 +1,92 @@
+"""Which calls are written inside of the statement that uses them: those that the user's own line held together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from tpcompiler.emit.expr import Expr
+from tpcompiler.emit.names import Value
+from tpcompiler.emit.outline import count
+from tpcompiler.emit.remarks import notes
+from tpcompiler.emit.roll import AnyStep, Repeat, RepeatEnd
+from tpcompiler.emit.scope import Scope, runtime_name
+from tpcompiler.emit.steps import Op
+from tpcompiler.emit.tidy import aten_name
+
+_WIDTH = 100  # a call is not nested where the statement would grow beyond this
+_WITH_NOTE = 104  # nor where the statement and its note would
+
+_RANDOM = {"dropout", "native_dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "randint", "multinomial"}
+
+
+def step_reads(step: AnyStep, scope: Scope) -> list[Value]:
+    """The values from before that a step needs."""
+    if isinstance(step, Op):
+        return scope.reads(step.node)
+    if isinstance(step, Repeat):
+        return [v for v, _, _ in step.carried]
+    if isinstance(step, RepeatEnd):
+        return [*step.start.kept, *(made for _, made, _ in step.start.carried)]
+    return [v for k in range(len(step.frames)) for v in step.inputs(k)]
+
+
+def nesting(steps: list[AnyStep], outputs: list[Value], scope: Scope) -> set[fx.Node]:
+    """The nodes to nest. A call that draws random numbers or talks to other ranks keeps its place among such calls."""
+    users = _users(steps, outputs, scope)
+    place = {s.node: i for i, s in enumerate(steps) if isinstance(s, Op)}
+    ordered = [i for i, s in enumerate(steps) if not isinstance(s, Op) or _in_order(s.node)]
+    texts: dict[fx.Node, Expr] = {}
+    nested: set[fx.Node] = set()
+
+    def fits(inner: Value, outer: fx.Node) -> bool:
+        if not isinstance(inner, fx.Node) or users.get(inner) != [outer] or inner not in place:
+            return False
+        if _in_order(inner) and any(place[inner] < j < place[outer] for j in ordered):
+            return False
+        return _one_line(inner, outer)
+
+    for step in steps:
+        if isinstance(step, (Repeat, RepeatEnd)):
+            scope.loop = step if isinstance(step, Repeat) else None
+        if not isinstance(step, Op):
+            continue
+        node = step.node
+        chosen = [v for v in dict.fromkeys(scope.reads(node)) if fits(v, node)]
+        while True:
+            scope.nested = {v: texts[v] for v in chosen}  # type: ignore[index, misc]
+            text = scope.spell(node)
+            note = ", ".join(n for v in [*chosen, node] if (n := notes(scope.file, v)))  # type: ignore[arg-type]
+            if not chosen or len(text.text) <= (min(_WIDTH, _WITH_NOTE - len(note)) if note else _WIDTH):
+                break
+            chosen.remove(max(chosen, key=lambda v: len(texts[v].text)))  # type: ignore[index]
+        texts[node] = text
+        nested.update(chosen)  # type: ignore[arg-type]
+    scope.nested = {}
+    return nested
+
+
+def _users(steps: list[AnyStep], outputs: list[Value], scope: Scope) -> dict[Value, list[Any]]:
+    """For each value, who reads it: nodes, and None for anything that is no single call."""
+    out: dict[Value, list[Any]] = {}
+    for step in steps:
+        for v in step_reads(step, scope):
+            out.setdefault(v, []).append(step.node if isinstance(step, Op) else None)
+    for v in outputs:
+        out.setdefault(v, []).append(None)
+    return out
+
+
+def _in_order(node: fx.Node) -> bool:
+    return bool(runtime_name(node)) or aten_name(node) in _RANDOM or aten_name(node) == "scaled_dot_product_attention"
+
+
+def _one_line(inner: fx.Node, outer: fx.Node) -> bool:
+    """Did one line of the user's hold both? What carries a note stands alone, but for a bias behind a reduction."""
+    if count(inner) is not None:
+        return False
+    if inner.meta.get("note"):
+        return runtime_name(inner) == "reduce" and aten_name(outer) == "add" and not outer.meta.get("note")
+    line = inner.meta.get("line")
+    return line is not None and line[:2] == (outer.meta.get("line") or ())[:2]
