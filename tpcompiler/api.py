@@ -25,6 +25,7 @@ from tpcompiler.passes import run_passes
 from tpcompiler.plan import Plan, make_plan
 from tpcompiler.program import Capture, Program
 from tpcompiler.spec import Spec
+from tpcompiler.unfused import unfuse_dropping_attention
 
 Progress = Callable[[str], None]
 MOMENTS = 2 * 4  # bytes of optimizer state for a parameter's element: Adam's two moments in float32
@@ -160,6 +161,8 @@ def compile_capture(
     tell = progress or (lambda stage: None)
     tell("inferring axes")
     with _timed(seconds, "axes"):
+        if spec.attention_dropout == "exact":
+            captured = unfuse_dropping_attention(captured)
         captured, axes = infer_for(captured, spec)
     tell("planning")
     while True:

@@ -367,7 +367,7 @@ class _Rewriter:
             new = self.graph.call_function(aten.matmul.default, (inputs[args[first]], inputs[args[second]]))
         elif name == "mean":
             return self.mean(node, relation, inputs, partial, args)
-        elif name in ("matmul", "mm", "bmm", "mv", "dot", "einsum", "sum"):
+        elif name in ("matmul", "mm", "bmm", "mv", "dot", "einsum", "sum", "tpcompiler::grouped_mm"):
             new = self.graph.node_copy(node, inputs.__getitem__)
             new.kwargs = dict(new.kwargs)
         else:

@@ -152,6 +152,11 @@ class Spec(Section):
     allow_empty: bool = Field(
         default=False, description="Whether a rank may hold nothing of an axis (2 heads over 4 ranks)."
     )
+    attention_dropout: Literal["fused", "exact"] = Field(
+        default="fused",
+        description="Dropout inside attention. fused: the kernel's own random numbers, fast, a different draw at every "
+        "degree. exact: attention written out, the same masks at every degree, slower.",
+    )
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="Seed of the initial weights and of dropout.", examples=[0]
     )

@@ -393,6 +393,7 @@ RULES: dict[str, Rule] = {
     "aten::addmm": addmm,
     "aten::baddbmm": addmm,
     "aten::einsum": einsum,
+    "tpcompiler::grouped_mm": "m k, e! k n, e! -> m n",
     "aten::scaled_dot_product_attention": attention,
     # tables and losses
     "aten::embedding": "v+ h, ... -> ... h",
@@ -502,6 +503,7 @@ SUMS = {
     "mean",
     "embedding",
     "cross_entropy_loss",
+    "tpcompiler::grouped_mm",
 }
 
 

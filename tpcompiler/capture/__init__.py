@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from tpcompiler.capture.constants import slice_constant_runs
+from tpcompiler.capture.grouped import portable_experts
 from tpcompiler.capture.init import Recorded, record
 from tpcompiler.capture.masks import recover_causal
 from tpcompiler.capture.normalise import inline, normalise
@@ -46,6 +47,7 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
     constants = {p.node: p.value for p in parameters if p.value is not None}
     recover_causal(graph, constants)
     slice_constant_runs(graph, constants)
+    portable_experts(graph)
     return Capture(
         graph=graph,
         parameters=parameters,

@@ -126,9 +126,9 @@ def _view(op: Any) -> Callable[..., Any]:
     """A view of a fake tensor made by the kernel itself: the way round through torch's cache sets its storage twice."""
 
     def run(x: FakeTensor, *args: Any, **kwargs: Any) -> FakeTensor:
-        below = torch._C._AutoDispatchBelowAutograd()
-        with in_kernel_invocation_manager(x.fake_mode), below, torch._C._DisablePythonDispatcher():
-            out = op(x, *args, **kwargs)
+        with in_kernel_invocation_manager(x.fake_mode):
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisablePythonDispatcher():
+                out = op(x, *args, **kwargs)
         return FakeTensor(x.fake_mode, out, x.device)
 
     return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from tpcompiler.emit.fields import attribute
 from tpcompiler.emit.names import POOL, Namer, Value
 from tpcompiler.emit.nesting import nesting, step_reads
 from tpcompiler.emit.outline import count
-from tpcompiler.emit.roll import AnyStep, Repeat, RepeatEnd
+from tpcompiler.emit.roll import AnyStep, Repeat
 from tpcompiler.emit.scope import Scope, runtime_name
 from tpcompiler.emit.steps import Apply, Op
 from tpcompiler.emit.text import Line
@@ -141,7 +141,7 @@ class Body:
         first = next((v for v in inputs if v in dead and v in self.namer.names), None)
         reuse = None if first is None else self.namer.names[first]
         self.namer.release(dead)
-        results = {v: "_" for v in outputs}
+        results = dict.fromkeys(outputs, "_")
         for v in sorted((v for v in outputs if v in self.last), key=lambda v: v in file.hints):
             alike = first is not None and remarks.shape_of(file, v) == remarks.shape_of(file, first)
             if v not in file.hints and alike and reuse is not None and self.namer.free(reuse):

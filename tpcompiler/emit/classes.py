@@ -56,7 +56,9 @@ class Classes:
         text += block([*opening, *returning(lines, ", ".join(map(body.say, outputs)))], 8)
         return f'    """{_where(layer)}"""\n', "\n".join(text)
 
-    def model(self, root: Frame, layers: list[Layer], inputs: list[fx.Node], flat: list[Any], capture: Capture) -> tuple[str, list[str]]:
+    def model(
+        self, root: Frame, layers: list[Layer], inputs: list[fx.Node], flat: list[Any], capture: Capture
+    ) -> tuple[str, list[str]]:
         """The class `Model`, and the definitions that its results need."""
         fields = self._fields(root, layers)
         outputs = [value(n) for n in flat if isinstance(n, fx.Node) and not sizes.is_size(n)]
@@ -124,7 +126,8 @@ def _told(v: Value) -> list[str]:
     val = None if node is None else node.meta.get("val")
     if node is None or not isinstance(val, torch.Tensor):
         return []
-    found = [sizes.key(n) if isinstance(n, torch.SymInt) and sizes.whole(node, i) else "" for i, n in enumerate(val.shape)]
+    symbolic = [isinstance(n, torch.SymInt) and sizes.whole(node, i) for i, n in enumerate(val.shape)]
+    found = [sizes.key(n) if s else "" for n, s in zip(val.shape, symbolic, strict=True)]
     return [s if s not in found[:i] else "" for i, s in enumerate(found)]
 
 

@@ -92,7 +92,8 @@ class Constructor:
         members = list(space.inside)
         if members and all(m.isdigit() for m in members):
             return self._list({int(n): item for n, item in space.inside.items()})
-        parameters = {n: p for n, p in space.inside.items() if isinstance(p, Parameter) and self._plain(p) and n.isidentifier()}
+        own = {n: p for n, p in space.inside.items() if isinstance(p, Parameter)}
+        parameters = {n: p for n, p in own.items() if self._plain(p) and n.isidentifier()}
         frozen = bool(parameters) and not any(p.trainable for p in parameters.values())
         if not frozen:
             parameters = {n: p for n, p in parameters.items() if p.trainable}
@@ -163,7 +164,8 @@ class Constructor:
 
     def _call(self, instance: Instance) -> str:
         layer = instance.layer
-        return self._new(layer, ", ".join(f"{n.name}={constant(_number(n, layer, instance.name))}" for n in _kept(layer)))
+        numbers = [f"{n.name}={constant(_number(n, layer, instance.name))}" for n in _kept(layer)]
+        return self._new(layer, ", ".join(numbers))
 
     def _new(self, layer: Layer, args: str) -> str:
         given = ["ranks"] + ([self.fields.rng()] if layer.draws else []) + ([args] if args else [])

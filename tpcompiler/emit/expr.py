@@ -74,7 +74,7 @@ def _root(value: float) -> Expr | None:
 
 
 def constant(value: Any) -> Expr:
-    """A literal of a value that graphs carry: numbers, strings, None, dtypes, formats, slices and containers of them."""
+    """A literal of a value that graphs carry: numbers, strings, None, dtypes, formats, slices, containers of them."""
     if isinstance(value, Expr):
         return value
     if value is None or value is Ellipsis or isinstance(value, bool):

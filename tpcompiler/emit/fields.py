@@ -154,4 +154,3 @@ def attribute(base: str, path: str) -> Expr:
         else:
             text = f"getattr({text}, {constant(part)})"
     return Expr(text, ATOM)
-

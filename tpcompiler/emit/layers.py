@@ -160,7 +160,9 @@ class Comparer:
                 if is_size(value):
                     return ("size", key(value.meta["val"]))
                 name = self.names.inside(value, frame.name)
-                return ("own", name) if name is not None else ("input", inputs.setdefault(value, len(inputs)), self.kind(value))
+                if name is not None:
+                    return ("own", name)
+                return ("input", inputs.setdefault(value, len(inputs)), self.kind(value))
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 numbers.append((at, path, value))
                 return type(value).__name__
@@ -171,7 +173,8 @@ class Comparer:
             if isinstance(value, (LocalSize, LocalRuns)):
                 return (type(value).__name__, nameless(value.dim))
             if isinstance(value, slice):
-                return ("slice", *(encode(v, at, (*path, k)) for k, v in enumerate((value.start, value.stop, value.step))))
+                bounds = (value.start, value.stop, value.step)
+                return ("slice", *(encode(v, at, (*path, k)) for k, v in enumerate(bounds)))
             return repr(value)
 
         body = []
@@ -179,11 +182,13 @@ class Comparer:
             arguments = [encode(a, i, (k,)) for k, a in enumerate(node.args)]
             keywords = [(k, encode(v, i, (k,))) for k, v in sorted(node.kwargs.items())]
             body.append((str(node.target), tuple(arguments), tuple(keywords), self.kind(node)))
-        own = tuple(
-            (name, p.shape, str(p.dtype), p.trainable, p.buffer, p.persistent, tuple(map(nameless, self.dims.get(p.name, ()))))
-            for name, p in self.names.under(frame.name)
-        )
+        own = tuple((name, self._own(p)) for name, p in self.names.under(frame.name))
         return Shape((tuple(body), own), tuple(numbers), tuple(inputs))
+
+    def _own(self, p: Parameter) -> Hashable:
+        """What two layers' parameters must share."""
+        dims = tuple(map(nameless, self.dims.get(p.name, ())))
+        return p.shape, str(p.dtype), p.trainable, p.buffer, p.persistent, dims
 
 
 def _kind(node: fx.Node) -> Hashable:

@@ -113,14 +113,24 @@ def _reaches(node: fx.Node, goal: set[fx.Node], place: Mapping[fx.Node, int], la
     return False
 
 
+_PIECES = {"slice", "select", "index_select", "index"}
+
+
 def _role(node: fx.Node) -> str | None:
     """A name that says what a value is: a mask, a piece of a table, the queries."""
     name = aten_name(node)
     for user in node.users:
-        if aten_name(user) == "scaled_dot_product_attention" and node in (*user.args[3:4], user.kwargs.get("attn_mask")):
+        added = (*user.args[3:4], user.kwargs.get("attn_mask"))
+        if aten_name(user) == "scaled_dot_product_attention" and node in added:
             return "mask"
     first = node.args[0] if node.args else None
-    if name in ("slice", "select", "index_select", "index") and isinstance(first, fx.Node) and first.op == "placeholder":
+    if (
+        name == "masked_fill"
+        and isinstance(first, fx.Node)
+        and aten_name(first) in ("zeros", "zeros_like", "new_zeros")
+    ):
+        return "mask"
+    if name in _PIECES and isinstance(first, fx.Node) and first.op == "placeholder":
         shown = str(first.meta.get("shown", "")).rpartition(".")[2]
         return shown if shown.isidentifier() and first.meta.get("kind") == "buffer" else None
     if name == "linear" and isinstance(node.args[1], fx.Node):
@@ -181,7 +191,7 @@ class Namer:
         return name not in self.live and name not in self.taken
 
     def fresh(self, v: Value, reuse: str | None = None) -> str:
-        """Binds `v` to its own name from the source, else to `reuse` (the name of what it is made from), else to a new one."""
+        """Binds `v` to its name in the source, else to `reuse` (the name of what it is made from), else a new one."""
         node = v[0] if isinstance(v, tuple) else v
         operator = aten_name(node) or getattr(node.target, "__name__", "")
         wanted = [self.preferred.get(v), self.known.get(v), reuse, _BY_OPERATOR.get(operator), *POOL]

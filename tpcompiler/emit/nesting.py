@@ -18,7 +18,7 @@ from tpcompiler.emit.tidy import aten_name
 _WIDTH = 100  # a call is not nested where the statement would grow beyond this
 _WITH_NOTE = 104  # nor where the statement and its note would
 
-_RANDOM = {"dropout", "native_dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "randint", "multinomial"}
+_RANDOM = set("dropout native_dropout bernoulli rand randn rand_like randn_like randint multinomial".split())
 
 
 def step_reads(step: AnyStep, scope: Scope) -> list[Value]:

@@ -1,4 +1,4 @@
-"""ATen calls as one would write them by hand: `aten.linear` is `F.linear`, `aten.add` is `+`, `aten.select` is `x[:, 0]`.
+"""ATen calls as one writes them by hand: `aten.linear` is `F.linear`, `aten.add` is `+`, `aten.select` is `x[:, 0]`.
 
 `spell` takes the idiomatic form when the tables below have one and `torch.ops.aten.name.overload(…)` otherwise, which
 always means exactly what the graph says.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import fx
@@ -51,14 +51,12 @@ class Call:
 
     def __init__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Says) -> None:
         self.node, self.scope = node, scope
-        self.op: Any = node.target
+        self.op = cast(Any, node.target)
         self.schema = self.op._schema.arguments
         self.name = self.op._schema.name.split("::")[-1]
         given = dict(zip((a.name for a in self.schema), args, strict=False)) | kwargs
         self.values = {a.name: given.get(a.name, a.default_value) for a in self.schema}
-        self.changed = [
-            a.name for a in self.schema if a.name in given and not (a.has_default_value() and _same(given[a.name], a.default_value))
-        ]
+        self.changed = [a.name for a in self.schema if a.name in given and not _is_default(a, given[a.name])]
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -97,6 +95,10 @@ class Call:
 
 _PLACEMENT = ("device", "layout", "pin_memory")  # where a tensor lies is said by the tensors it is made from
 _ITEMS_FIRST = ("size", "shape", "dims", "repeats")
+
+
+def _is_default(argument: Any, given: Any) -> bool:
+    return bool(argument.has_default_value()) and _same(given, argument.default_value)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -186,12 +188,12 @@ def _keeps_dtype(c: Call) -> bool:
 def _embedding(c: Call) -> Expr | None:
     if c["scale_grad_by_freq"] or c["sparse"]:
         return None
-    padding = c["padding_idx"]
-    return call("F.embedding", [c.text("indices"), c.text("weight")] + ([c.text("padding_idx")] if padding != -1 else []))
+    padding = [] if c["padding_idx"] == -1 else [c.text("padding_idx")]
+    return call("F.embedding", [c.text("indices"), c.text("weight"), *padding])
 
 
 def _functional(name: str, *positional: str, **renamed: Callable[[Call], str]) -> Callable[[Call], Expr]:
-    """`F.name(…)`; the schema's changed arguments, `positional` ones without a keyword, `renamed` ones their own way."""
+    """`F.name(…)`; the changed arguments, `positional` ones without a keyword, `renamed` ones said their own way."""
 
     def rule(c: Call) -> Expr:
         args, gap = [], False
@@ -208,6 +210,13 @@ def _functional(name: str, *positional: str, **renamed: Callable[[Call], str]) -
 
 
 _HINTS = ("cudnn_enable", "cudnn_enabled")
+
+
+def _along(name: str) -> Callable[[Call], Expr]:
+    """`F.softmax(x, dim=-1)`"""
+    return lambda c: call(
+        f"F.{name}", [c.text("self"), *(f"{k}={c.text(k)}" for k in ("dim", "dtype") if c[k] is not None)]
+    )
 
 
 def _reduction(c: Call) -> str:
@@ -339,10 +348,8 @@ _RULES: dict[str, Callable[[Call], Expr | None]] = {
     "conv2d": _functional("conv2d", "bias"),
     "avg_pool1d": _functional("avg_pool1d"),
     "one_hot": _functional("one_hot", "num_classes"),
-    "softmax": lambda c: call("F.softmax", [c.text("self"), *(f"{k}={c.text(k)}" for k in ("dim", "dtype") if c[k] is not None)]),
-    "log_softmax": lambda c: call(
-        "F.log_softmax", [c.text("self"), *(f"{k}={c.text(k)}" for k in ("dim", "dtype") if c[k] is not None)]
-    ),
+    "softmax": _along("softmax"),
+    "log_softmax": _along("log_softmax"),
     "flatten": _flatten,
     "pad": _pad,
     "constant_pad_nd": _pad,
@@ -402,15 +409,17 @@ _METHODS: dict[str, str] = dict.fromkeys(
     "",
 )
 
-_VARIADIC: dict[str, str] = {name: "" for name in "view reshape expand permute repeat".split()} | {"_unsafe_view": "reshape"}
+_VARIADIC: dict[str, str] = {"_unsafe_view": "reshape"} | dict.fromkeys(
+    "view reshape expand permute repeat".split(), ""
+)
 
-_TORCH: dict[str, str] = {
-    name: ""
-    for name in """where bmm baddbmm addmm exp expm1 log log1p sin cos tanh sigmoid sqrt abs erf floor ceil round sign maximum
-    minimum outer zeros_like ones_like full_like empty_like rand_like randn_like logical_and logical_or logical_xor isnan isinf
-    view_as_complex view_as_real polar addcmul lerp cross dot mv meshgrid atan2 multinomial bernoulli
-    searchsorted bucketize complex rot90""".split()
-} | {"linalg_vector_norm": "torch.linalg.vector_norm"}
+_TORCH: dict[str, str] = {"linalg_vector_norm": "torch.linalg.vector_norm"} | dict.fromkeys(
+    """where bmm baddbmm addmm exp expm1 log log1p sin cos tanh sigmoid sqrt abs erf floor ceil round sign maximum
+    minimum outer zeros_like ones_like full_like empty_like rand_like randn_like logical_and logical_or logical_xor
+    isnan isinf view_as_complex view_as_real polar addcmul lerp cross dot mv meshgrid atan2 multinomial bernoulli
+    searchsorted bucketize complex rot90""".split(),
+    "",
+)
 
 _FACTORIES = set("arange zeros ones empty eye linspace rand randn randint tril_indices triu_indices".split())
 

@@ -103,8 +103,8 @@ def outline(body: Frame, comparer: Comparer, root: bool) -> list[Layer]:
         chosen[comparer.shape(found[0]).signature] = found
         open_ = _outside(open_, found)
     if root:
-        members = [f for f in _members(body, {id(f) for fs in chosen.values() for f in fs}) if f in open_ and _lines(f) >= 5]
-        for f in members:
+        taken = {id(f) for fs in chosen.values() for f in fs}
+        for f in (f for f in _members(body, taken) if f in open_ and _lines(f) >= 5):
             chosen.setdefault(comparer.shape(f).signature, []).append(f)
     position = {id(f): i for i, f in enumerate(inside)}
     groups = sorted(chosen.values(), key=lambda fs: position[id(fs[0])])
@@ -197,11 +197,10 @@ def _numbers(frames: list[Frame], comparer: Comparer) -> list[Number]:
         values = [value for _, _, value in column]
         if all(repr(v) == repr(values[0]) for v in values):
             continue
-        at, path, base = column[0]
-        twin = next((n for n in out if (d := _offset(n, values, frames)) is not None), None)
-        if twin is not None:
-            offset = _offset(twin, values, frames)
-            assert offset is not None
+        at, path, _ = column[0]
+        twins = ((n, _offset(n, values, frames)) for n in out)
+        twin, offset = next(((n, o) for n, o in twins if o is not None), (None, None))
+        if twin is not None and offset is not None:
             twin.places[Place(at, path)] = offset
             continue
         by_frame = {id(f): v for f, v in zip(frames, values, strict=True)}

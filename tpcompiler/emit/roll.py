@@ -1,5 +1,5 @@
-"""Repeats in a straight run of steps become a loop: for models that keep their layers' parameters in lists or by number,
-and for calls of layers with something between them.
+"""Repeats in a straight run of steps become a loop: for models that keep their layers' parameters in lists, or by
+number, and for calls of layers with something between them.
 
 A repeat is found by its period in the steps' kinds, then proved: iteration k must be iteration 0 with every value of an
 iteration replaced by its counterpart, what comes in either the same in all iterations or made by the one before, and
@@ -37,7 +37,7 @@ class Repeat:
     """`for i in range(count):` over the steps of iteration 0, which stand between this and its `RepeatEnd`."""
 
     count: int
-    carried: list[tuple[Value, Value, Value]]  # what comes into iteration 0, what that makes of it, the last iteration's
+    carried: list[tuple[Value, Value, Value]]  # what comes into iteration 0, what that makes of it, the last one's
     kept: list[Value]  # values from before the loop that every iteration reads
     indexed: dict[fx.Node, Expr]  # parameters: `self.w[i]`
     numbers: dict[fx.Node, Arguments]  # nodes with numbers in terms of i
@@ -56,8 +56,8 @@ def roll(steps: list[Step], body: Frame, comparer: Comparer, outputs: list[Value
     """The steps with their longest repeats as loops."""
     kinds = [_kind(s, comparer) for s in steps]
     found = _candidates(kinds)
-    for start, period, count in found:
-        repeat = _best(steps, start, period, count, body, comparer, outputs)
+    for start, period, covered in found:
+        repeat = _best(steps, start, period, covered, body, comparer, outputs)
         if repeat is not None:
             at, n, loop = repeat
             before = roll(steps[:at], body, comparer, outputs)
@@ -96,11 +96,13 @@ def _best(
     """The proved repeat that carries least among the rotations of a candidate: (start, iterations, loop)."""
     best: tuple[int, int, Repeat] | None = None
     for shift in range(period):
-        count = (covered - shift) // period
-        for n in (count, count - 1):
+        most = (covered - shift) // period
+        for n in (most, most - 1):
             if n < 2 or (n - 1) * period < _SAVES:
                 continue
-            loop = _Proof(steps, start + shift, period, n, body, comparer, outputs).loop()
+            at = start + shift
+            rounds = [steps[at + k * period : at + (k + 1) * period] for k in range(n)]
+            loop = _Proof(rounds, body, comparer, outputs).loop()
             if loop is not None:
                 if best is None or len(loop.carried) < len(best[2].carried):
                     best = start + shift, n, loop
@@ -123,10 +125,10 @@ class _Varying:
 
 
 class _Proof:
-    def __init__(
-        self, steps: list[Step], start: int, period: int, count: int, body: Frame, comparer: Comparer, outputs: list[Value]
-    ) -> None:
-        self.rounds = [steps[start + k * period : start + (k + 1) * period] for k in range(count)]
+    """That the iterations in `rounds` are alike; `loop` is what follows."""
+
+    def __init__(self, rounds: list[list[Step]], body: Frame, comparer: Comparer, outputs: list[Value]) -> None:
+        self.rounds = rounds
         self.body, self.comparer, self.outputs = body, comparer, outputs
         self.place = [{v: (j, o) for j, s in enumerate(r) for o, v in enumerate(made(s))} for r in self.rounds]
         self.owner = {n for r in self.rounds for s in r for n in _nodes(s)}

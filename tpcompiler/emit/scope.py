@@ -50,7 +50,7 @@ def runtime_name(node: fx.Node) -> str:
 
 
 class Scope:
-    """The values of the module `frame`, as its forward says them; `fields` gets the attributes that turn out to be needed.
+    """The values of the module `frame` as its forward says them; `fields` gets the attributes that are needed for it.
 
     `say` tells variables: before they have names, by what they might be called; afterwards, by their names.
     """

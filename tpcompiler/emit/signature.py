@@ -38,7 +38,7 @@ def signature(capture: Capture) -> Signature:
             out.parameters.append(f"{name}={constant(default)}")
             out.constants.add(name)
             optional = True
-            test = f"{name} is {default}" if default is None or isinstance(default, bool) else f"{name} == {constant(default)}"
+            test = f"{name} {'is' if default is None or isinstance(default, bool) else '=='} {constant(default)}"
             out.lines.append(f'assert {test}, "traced with {name}={_plain(default)}"')
             continue
         if optional and name in kwargs and "*" not in out.parameters:
@@ -122,4 +122,3 @@ def _fields(s: pytree.TreeSpec) -> list[str]:
         return [str(c) if not isinstance(c, (int, str)) else c for c in context]  # type: ignore[misc]
     names = getattr(s.type, "_fields", None) or list(getattr(s.type, "__dataclass_fields__", {}))
     return list(names) if len(names) == s.num_children else [f"output_{i}" for i in range(s.num_children)]
-

@@ -39,7 +39,7 @@ def emit(program: Program) -> str:
     root = frames(graph)
     written = _Layers(Classes(file, comparer, program.dims, called), comparer)
     layers = written.write(root, root=True)
-    model, definitions = written.classes.model(root, layers, inputs, list(output.args[0]), program.capture)  # type: ignore[arg-type]
+    model, definitions = written.classes.model(root, layers, inputs, list(output.args[0]), program.capture)
     parts = [*definitions, *written.texts, model]
     head = [*header(program), "", *_imports("\n".join(parts), file.imports), ""]
     return "\n\n\n".join(["\n".join(head).rstrip(), *parts]) + "\n"

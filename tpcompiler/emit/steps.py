@@ -24,8 +24,10 @@ class Op:
 
 @dataclass(frozen=True, eq=False)
 class Apply:
-    """Calls of one layer, each fed by the one before: input `i` of a later call is output `carried[i]` of the call before
-    it, or what it was in the first call."""
+    """Calls of one layer, each fed by the one before.
+
+    Input `i` of a later call is output `carried[i]` of the call before it, or what it was in the first call.
+    """
 
     layer: Layer
     frames: tuple[Frame, ...]

@@ -12,7 +12,7 @@ _COLUMN = 84  # comments stand in one column up to here
 
 @dataclass(frozen=True)
 class Line:
-    """A statement, with what goes behind it: a value's shape, and what else there is to say. `section` begins blocks."""
+    """A statement, and what goes behind it: a value's shape, what else there is to say. `section` begins paragraphs."""
 
     text: str
     shape: str = ""

@@ -10,7 +10,8 @@ from torch import fx
 
 _RELAYING = {"reshape", "flatten", "contiguous"}  # they copy by themselves where strides ask for it
 _ALIASES = {"alias", "lift_fresh", "lift"}
-_SILENT = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}
+_SILENT = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async"}
+_SILENT |= {"sym_constrain_range", "sym_constrain_range_for_size"}
 
 
 def tidy(graph: fx.Graph) -> fx.Graph:

@@ -1,5 +1,6 @@
 """What emitted programs import: groups of ranks, the operators between them, weights. Needs torch alone."""
 
+from tpcompiler.runtime.grouped import grouped_mm
 from tpcompiler.runtime.groups import Group, Ranks
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.module import Parameters
@@ -20,6 +21,7 @@ __all__ = [
     "enter",
     "gather",
     "gather_sequence",
+    "grouped_mm",
     "layer_norm",
     "load",
     "lookup",

@@ -106,7 +106,7 @@ class Writer:
     def start(self, snapshot: Snapshot) -> None:
         """Begins to write, after the one before is done. Raises what went wrong with that."""
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -114,15 +114,18 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
+        self._check()
 
-    def check(self) -> list[Path]:
+    def done(self) -> list[Path]:
         """The checkpoints that were completed since the last call (rank 0). Raises what went wrong."""
+        self._check()
+        done, self._done = self._done, []
+        return done
+
+    def _check(self) -> None:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        done, self._done = self._done, []
-        return done
 
     def _run(self, snapshot: Snapshot) -> None:
         try:

@@ -223,11 +223,11 @@ def loop(run: Run, tell: Callable[[str], None]) -> Report:
             if saves:
                 save(run, done, run.evaluation if evaluates else None)
             if run.writer is not None:
-                records.saved(run.writer.check())
+                records.saved(run.writer.done())
         records.flush()
         if run.writer is not None:
             run.writer.wait()
-            records.saved(run.writer.check())
+            records.saved(run.writer.done())
         return records.report()
 
 
