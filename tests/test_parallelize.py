@@ -44,7 +44,9 @@ def batches(count: int = STEPS) -> list[Batch]:
     return [example_inputs(4, 6, 61) for _ in range(count)]
 
 
-def train(model: nn.Module, before_step: Callable[[nn.Module], None] = lambda model: None, data: int = 0) -> list[float]:
+def train(
+    model: nn.Module, before_step: Callable[[nn.Module], None] = lambda model: None, data: int = 0
+) -> list[float]:
     """The losses of a few steps of AdamW. `data`: the half of each batch to train on, 1 or 2; 0 is all of it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     losses = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from math import prod, sqrt
 
@@ -43,6 +44,12 @@ class Facts:
     axes: dict[int, AxisFacts]
     conflicts: frozenset[tuple[int, int]]  # pairs that stand in different factors of one tensor, smaller first
     products: frozenset[tuple[int, int]]  # (major, minor) neighbours in a product
+
+    @cached_property
+    def grouped_heads(self) -> frozenset[tuple[int, int]]:
+        """(kv heads, group) pairs: neighbours of which both are a batch to attention."""
+        heads = {leaf for leaf, fact in self.axes.items() if fact.batchwise and not fact.marks}
+        return frozenset((a, b) for a, b in self.products if a in heads and b in heads)
 
 
 def gather_facts(capture: Capture, axes: AxisMap) -> Facts:
@@ -141,16 +148,22 @@ class _Tally:
             mine = set(axes.axes_of(operand.dims))
             elements, fixed = self.static(operand.node)
             if fixed and len(operand.dims) > 1 and relation.contracted:
+                rows = self.rows(node, relation, elements)
                 for leaf in mine & inside:
                     if not special:
-                        self.gain[leaf] += 4 * sqrt(elements)
+                        self.gain[leaf] += 4 * sqrt(elements) * rows
                     elif elements * 8 > self.largest_table:
-                        self.gain[leaf] += sqrt(elements)
+                        self.gain[leaf] += sqrt(elements) * rows
                 self.used.update(mine & contracted - special)
                 self.made.update((mine - contracted) if not special else ())
             if operand.node in axes.grads:
                 for leaf in inside - mine:
                     self.entering[leaf].add(operand.node)
+
+    def rows(self, node: fx.Node, relation: Relation, elements: int) -> float:
+        """Rows that a weight of so many elements is multiplied with, per token: an image has a fixed number of patches."""
+        made = elements / prod(self.axes.terms.size(t) for t in relation.contracted)
+        return max(1.0, self.static(node.name)[0] / made)
 
     def attention(self, relation: Relation, inside: set[int], *, fused: bool) -> None:
         """Products of activations. What stands in the results of both of attention's products is a batch to it (heads);

@@ -10,8 +10,8 @@ A dimension is one of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
 
 from tpcompiler.runtime.mesh import Coords, Mesh, Run, part
@@ -186,6 +186,19 @@ class LocalRuns:
         return f"rows of {self.dim}"
 
 
+def size_argument(dim: Dim) -> LocalSize | int:
+    """The size of a dimension as a program's argument."""
+    return LocalSize(dim) if dim.over else dim.size
+
+
+def unsplit(dim: Dim) -> Dim:
+    """The same dimension, whole on every rank."""
+    if isinstance(dim, Factor):
+        return replace(dim, split=())
+    assert isinstance(dim, Product | Concat)
+    return type(dim)(tuple(map(unsplit, dim.parts)))
+
+
 def head(dim: Dim, n: int) -> Dim | None:
     """The first `n` elements of a dimension as a dimension; None when `n` cuts through an axis that is split."""
     if n == dim.size:
@@ -212,13 +225,20 @@ def head(dim: Dim, n: int) -> Dim | None:
     return None
 
 
+def major(dim: Dim, n: int) -> Dim | None:
+    """The major factors of a dimension that make up `n`; None when no cut falls there."""
+    return _factors(dim, n, [dim.parts[:k] for k in range(len(dim.parts), 0, -1)] if isinstance(dim, Product) else [])
+
+
 def minor(dim: Dim, n: int) -> Dim | None:
     """The minor factors of a dimension that make up `n`; None when no cut falls there."""
+    return _factors(dim, n, [dim.parts[k:] for k in range(1, len(dim.parts))] if isinstance(dim, Product) else [])
+
+
+def _factors(dim: Dim, n: int, cuts: Iterable[tuple[Dim, ...]]) -> Dim | None:
     if dim.size == n:
         return dim
-    if isinstance(dim, Product):
-        for k in range(1, len(dim.parts)):
-            rest = dim.parts[k:]
-            if Product(rest).size == n:
-                return rest[0] if len(rest) == 1 else Product(rest)
+    for parts in cuts:
+        if Product(parts).size == n:
+            return parts[0] if len(parts) == 1 else Product(parts)
     return None

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from tpcompiler.api import Sharded, compile_capture
 from tpcompiler.capture import capture
-from tpcompiler.capture.trace import split_example
 from tpcompiler.capture.promote import float64
+from tpcompiler.capture.trace import split_example
 from tpcompiler.errors import TpcError
 from tpcompiler.interpret import interpret, interpret_capture
 from tpcompiler.layout import Dim
@@ -60,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What `tpc verify` found. `errors` by name, over all cases; `collectives` as executed, (kind, direction) → count."""
+    """What `tpc verify` found. `errors` by name, over all cases; `collectives` as executed: kind and direction → count."""
 
     model: str
     mesh: Mesh
@@ -262,7 +262,7 @@ def _same_graph(captured: Capture, module: nn.Module, example_inputs: Any) -> Ca
 
 
 def relative(a: Tensor, b: Tensor, scale: float | None = None) -> float:
-    """Largest difference over the largest element of `b` (or `scale`); inf for other shapes or values that are not numbers."""
+    """Largest difference over the largest element of `b` (or `scale`); inf for other shapes or what is no number."""
     if a.shape != b.shape:
         return float("inf")
     if not a.numel():
@@ -321,18 +321,39 @@ class Comparison:
         for p in program.capture.parameters:
             value = local_slice(self.state[p.name], program.dims[p.name], ranks.mesh, ranks.coords)
             state[p.name] = value.clone().requires_grad_(p.trainable and not p.buffer and value.is_floating_point())
-        return self.run(lambda batch: interpret(program, ranks, state, batch), state, batches)
+        return self.run(lambda batch: interpret(program, ranks, state, batch), state, batches, ranks.coords)
 
     def run(
-        self, forward: Callable[[Batch], Sequence[Any]], state: Mapping[str, Tensor], batches: Sequence[Batch]
+        self,
+        forward: Callable[[Batch], Sequence[Any]],
+        state: Mapping[str, Tensor],
+        batches: Sequence[Batch],
+        coords: Mapping[str, int] | None = None,
     ) -> Results:
+        """`coords`: of a rank, whose outputs may be slices; None for the plain model."""
         outputs: list[Any] = []
         for batch in batches:
             found = list(forward(batch))
-            if self.backward and (loss := probe(found)) is not None:
-                loss.backward()
+            if self.backward:
+                cotangents = [None if coords is None else self.cotangent(i, x, coords) for i, x in enumerate(found)]
+                if (loss := probe(found, cotangents)) is not None:
+                    loss.backward()
             outputs.extend(x.detach() if isinstance(x, Tensor) else x for x in found)
         return Results(outputs, {k: v.grad for k, v in state.items()})
+
+    def output_dims(self, i: int) -> tuple[Dim, ...]:
+        """How output `i` (of one batch after the other) lies on the mesh: an output may be left sharded on request."""
+        flat = next(n for n in self.sharded.program.graph.nodes if n.op == "output").args[0]
+        node = flat[i % len(flat)]
+        return tuple(node.meta.get("dims") or ()) if isinstance(node, fx.Node) else ()
+
+    def cotangent(self, i: int, x: Any, coords: Mapping[str, int]) -> Tensor | None:
+        """A rank's part of the gradient of `probe` by output `i`, of which it has `x`."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return None
+        dims = self.output_dims(i)
+        shape = [d.size if d.over else n for n, d in zip(x.shape, dims, strict=True)] if dims else list(x.shape)
+        return local_slice(cotangent(i, shape, x.dtype), dims, self.sharded.program.mesh, coords)
 
     def compare(self, plain: Results, ranks: Sequence[Results]) -> tuple[dict[str, float], list[str]]:
         program = self.sharded.program
@@ -341,12 +362,16 @@ class Comparison:
         for i, expected in enumerate(plain.outputs):
             if not isinstance(expected, Tensor):
                 continue
-            found = [r.outputs[i] for r in ranks]
-            if found[0].shape != expected.shape:
-                continue  # left sharded on request
-            errors[f"output {i}"] = max(relative(x, expected) for x in found)
-            if any(not torch.equal(x, found[0]) for x in found[1:]) and not bool(found[0].isnan().any()):
-                notes.append(f"output {i} is not the same bits on all ranks")
+            dims, seen = self.output_dims(i), dict[Any, Tensor]()
+            worst, same = 0.0, True
+            for rank, result in enumerate(ranks):
+                x, coords = result.outputs[i], program.mesh.coords(rank)
+                worst = max(worst, relative(x, local_slice(expected, dims, program.mesh, coords)))
+                first = seen.setdefault(tuple(coords[name] for d in dims for name in d.over), x)
+                same = same and (torch.equal(x, first) or bool(first.isnan().any()))
+            errors[f"output {i}"] = worst
+            if not same:
+                notes.append(f"output {i} is not the same bits on all ranks that hold the same part")
         if self.backward:
             self.compare_gradients(program, plain, ranks, errors, notes)
         return errors, notes
@@ -368,22 +393,22 @@ class Comparison:
                 notes.append(f"the gradient of {p.name} is not the same bits on ranks that hold the same part")
 
 
-def probe(outputs: Sequence[Any]) -> Tensor | None:
-    """One number that every floating-point output moves: scalars as they are, others weighed with fixed random numbers."""
+def probe(outputs: Sequence[Any], cotangents: Sequence[Tensor | None]) -> Tensor | None:
+    """One number that every floating-point output moves; `cotangents` are its gradients where not the usual ones."""
     total: Tensor | None = None
-    for i, x in enumerate(outputs):
+    for i, (x, given) in enumerate(zip(outputs, cotangents, strict=True)):
         if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad:
-            part = (x * cotangent(i, x)).sum()
+            part = (x * (cotangent(i, x.shape, x.dtype) if given is None else given)).sum()
             total = part if total is None else total + part
     return total
 
 
-def cotangent(i: int, x: Tensor) -> Tensor:
-    """The gradient of `probe` by output `i`, which looks like `x`."""
-    if not x.dim():
-        return torch.ones((), dtype=x.dtype)
+def cotangent(i: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The gradient of `probe` by output `i`: 1 by scalars, fixed random numbers by others."""
+    if not shape:
+        return torch.ones((), dtype=dtype)
     generator = torch.Generator().manual_seed(i)
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) / prod(x.shape) ** 0.5
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype) / prod(shape) ** 0.5
 
 
 def local_slice(value: Tensor, dims: Sequence[Dim], mesh: Mesh, coords: Mapping[str, int]) -> Tensor:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,7 @@ def processes_case(
     with tempfile.TemporaryDirectory(prefix="tpc-verify-") as directory:
         program = Path(directory, "program")
         sharded.write(program, dict(state))
-        cotangents = _cotangents(sharded, plain, len(batches)) if backward else None
+        cotangents = _cotangents(run, plain, len(batches)) if backward else None
         found = run_processes(program, mesh, [call_of(capture, b) for b in batches], cotangents, dtype=run.dtype)
     errors, notes = run.compare(plain, [Results(r.outputs, r.gradients) for r in found])
     foreign = {m for r in found for m in r.imported if not (m in ALLOWED or m.startswith("tpcompiler.runtime."))}
@@ -65,19 +65,17 @@ def call_of(capture: Capture, batch: Batch) -> Call:
     return args, kwargs
 
 
-def _cotangents(sharded: Sharded, plain: Results, batches: int) -> list[list[list[Tensor | None]]]:
-    """For each rank and batch, the gradient of each output: that of `verify.probe`, cut where an output stays sharded."""
-    program = sharded.program
-    nodes = next(n for n in program.graph.nodes if n.op == "output").args[0]
+def _cotangents(run: Comparison, plain: Results, batches: int) -> list[list[list[Tensor | None]]]:
+    """For each rank and batch, the gradient of each output: the one of `probe`, cut where an output stays sharded."""
+    mesh = run.sharded.program.mesh
     n = len(plain.outputs) // batches
     out = []
-    for rank in range(program.mesh.size):
-        coords = program.mesh.coords(rank)
+    for rank in range(mesh.size):
+        coords = mesh.coords(rank)
         mine: list[Tensor | None] = []
         for i, x in enumerate(plain.outputs):
-            whole = cotangent(i % n, x) if isinstance(x, Tensor) and x.is_floating_point() else None
-            dims = getattr(nodes[i % n], "meta", {}).get("dims", ())
-            mine.append(None if whole is None else local_slice(whole, dims, program.mesh, coords).contiguous())
+            whole = cotangent(i % n, x.shape, x.dtype) if isinstance(x, Tensor) and x.is_floating_point() else None
+            mine.append(None if whole is None else local_slice(whole, run.output_dims(i), mesh, coords).contiguous())
         out.append([mine[i : i + n] for i in range(0, len(mine), n)])
     return out
 

@@ -21,7 +21,30 @@ TASKS = {
 }
 
 # Sizes of one family that do not follow from their names.
-CHANGES: Mapping[str, Mapping[str, Any]] = {}
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "codegen": {"n_head": 8, "rotary_dim": 2},
+    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 4, "moe_top_k": 2}},
+    "esmc": {"num_key_value_heads": 6},
+    "falcon_h1": {"mamba_d_ssm": 96, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "gemma3n_text": {"intermediate_size": [80, 80]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"zero_expert_num": 2},
+    "mamba2": {"head_dim": 16},
+    "roc_bert": {"pronunciation_embed_dim": 48, "pronunciation_vocab_size": 30, "shape_embed_dim": 40, "shape_vocab_size": 30},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+# Encoders and speech models that no table of `TASKS` has.
+MORE = {
+    "clip_text_model:text": "CLIPTextModel",
+    "siglip_text_model:text": "SiglipTextModel",
+    "whisper:speech": "WhisperForConditionalGeneration",
+}
+
+# Of the image models, those that are transformers; the others are made of convolutions.
+IMAGE = "beit clip data2vec-vision deit dinov2 dinov2_with_registers ijepa metaclip_2 siglip swin vit vit_msn".split()
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,8 @@ class Family:
 
     def config(self) -> Any:
         config = shrunk(self.kind, {**CHANGES.get(self.kind, {}), **self.changes})
+        if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = 0
         for part in (config, *(getattr(config, n, None) for n in getattr(config, "sub_configs", {}))):
             if part is not None and hasattr(part, "use_cache"):
                 part.use_cache = False
@@ -56,11 +81,11 @@ class Family:
 
 def families() -> dict[str, Family]:
     """All families by name, those that have several tasks several times."""
-    out: dict[str, Family] = {}
+    out = {name: Family(*name.split(":"), architecture) for name, architecture in MORE.items()}
     for task, table in TASKS.items():
         for kind, names in getattr(modeling_auto, table).items():
-            for architecture in (names,) if isinstance(names, str) else names[:1]:
-                family = Family(kind, task, architecture)
+            if task != "image" or kind in IMAGE:
+                family = Family(kind, task, names if isinstance(names, str) else names[0])
                 out[family.name] = family
     return out
 

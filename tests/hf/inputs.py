@@ -19,9 +19,14 @@ def inputs(family: Family, config: object | None = None) -> dict[str, Tensor]:
     takes = inspect.signature(getattr(transformers, family.architecture).forward).parameters
     generator = torch.Generator().manual_seed(0)
     if family.task == "image":
-        size = config.image_size  # type: ignore[attr-defined]
+        vision = getattr(config, "vision_config", config)
+        size = vision.image_size  # type: ignore[attr-defined]
         h, w = size if isinstance(size, list | tuple) else (size, size)
-        return {"pixel_values": torch.randn(BATCH, getattr(config, "num_channels", 3), h, w, generator=generator)}
+        return {"pixel_values": torch.randn(BATCH, vision.num_channels, h, w, generator=generator)}  # type: ignore[attr-defined]
+    if family.task == "speech":
+        frames = 2 * config.max_source_positions  # type: ignore[attr-defined]
+        mel = torch.randn(BATCH, config.num_mel_bins, frames, generator=generator)  # type: ignore[attr-defined]
+        return {"input_features": mel, "labels": torch.randint(4, config.vocab_size, (BATCH, SEQUENCE), generator=generator)}  # type: ignore[attr-defined]
     vocabulary = config.get_text_config().vocab_size  # type: ignore[attr-defined]
 
     def ids() -> Tensor:

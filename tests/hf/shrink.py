@@ -69,12 +69,14 @@ def _small(cls: Any, default: Mapping[str, Any]) -> dict[str, Any]:
             out[key] = ({"model_type": kind} if kind else {}) | _small(known, value)
         elif key in _SIZES and isinstance(value, int) and not isinstance(value, bool):
             out[key] = _SIZES[key] if value else 0
-        elif key in _SIZES and value is None and key == "pad_token_id":
-            continue
+        elif value is None and key in ("head_dim", "num_key_value_heads", "vocab_size"):
+            out[key] = _SIZES[key]
         elif key.endswith("_token_id") and isinstance(value, int) and value >= VOCAB:
             out[key] = 2
         elif isinstance(value, list) and len(value) > LAYERS and key.endswith(("layer_types", "layers_block_type")):
             out[key] = _two(value)
+    if default.get("kv_lora_rank"):  # keys and values come from a low-rank latent: every head has its own
+        out["num_key_value_heads"] = HEADS
     return out
 
 

@@ -19,9 +19,11 @@ from torch.utils._sympy import functions as symbolic
 
 from tpcompiler.axes.algebra import Mark, Terms
 from tpcompiler.axes.notation import ELLIPSIS, Group, Item, Letter, Pattern, parse
+from tpcompiler.axes.operands import bind, op_name, tensor_operands
 from tpcompiler.axes.rules import SUMS, Call, find, line_of
 from tpcompiler.axes.views import Shape
 from tpcompiler.errors import RuleError
+from tpcompiler.graphs import tensors
 from tpcompiler.program import Capture
 
 Dims = tuple[int | None, ...]  # a term per dimension; None = one element, nothing to split
@@ -155,7 +157,7 @@ class _Inference:
     def run(self) -> AxisMap:
         parameters = {p.node: p for p in self.capture.parameters if not p.buffer}
         for node in self.capture.graph.nodes:
-            self.sizes[node.name] = tuple(self.size.shape(v) for v in _tensors(node.meta.get("val")))
+            self.sizes[node.name] = tuple(self.size.shape(v) for v in tensors(node.meta.get("val")))
             if node.op == "placeholder":
                 if node.name in parameters:
                     self.live.add(node.name)
@@ -198,7 +200,7 @@ class _Inference:
         self.relations[node.name] = relation = self.relate(node, operands)
         self.values[node.name] = self.severed(node, relation) if node.name in self.cut else relation.results
         name = getattr(getattr(node.target, "_schema", None), "name", "")
-        floating = any(v.dtype.is_floating_point for v in _tensors(node.meta["val"]))
+        floating = any(v.dtype.is_floating_point for v in tensors(node.meta["val"]))
         if floating and name not in _NO_GRADIENT and any(n.name in self.grads for n in given):
             self.grads.add(node.name)
 
@@ -438,48 +440,3 @@ def expand_ellipsis(items: tuple[Item, ...], shape: Shape, node: fx.Node, patter
     for item in items:
         flat.extend([Letter(f"~{k}") for k in range(extra - 1, -1, -1)] if item == ELLIPSIS else [item])
     return list(zip(flat, shape, strict=True))
-
-
-def _tensors(value: Any) -> list[Any]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [v for v in value if isinstance(v, torch.Tensor)] if isinstance(value, list | tuple) else []
-
-
-def op_name(node: fx.Node) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.replace("aten::", "")
-    return getattr(target, "__name__", str(target))
-
-
-def bind(node: fx.Node) -> dict[str, Any]:
-    """A call's arguments by their schema names, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    out: dict[str, Any] = {}
-    for i, a in enumerate(schema.arguments):
-        if i < len(node.args):
-            out[a.name] = node.args[i]
-        elif a.name in node.kwargs:
-            out[a.name] = node.kwargs[a.name]
-        else:
-            out[a.name] = a.default_value if a.has_default_value() else None
-    return out
-
-
-def tensor_operands(node: fx.Node) -> list[fx.Node | None]:
-    """Tensor operands in schema order, lists flattened, None for those left out. Ops without a schema: as they come."""
-    out: list[fx.Node | None] = []
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    for a in node.target._schema.arguments:
-        value = bind(node)[a.name]
-        if "Tensor" not in str(a.type):
-            continue
-        for v in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(v, fx.Node):
-                if isinstance(v.meta.get("val"), torch.Tensor):
-                    out.append(v)
-            elif v is None:
-                out.append(None)
-    return out

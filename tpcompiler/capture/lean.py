@@ -111,7 +111,7 @@ _SHAPES: dict[Any, Callable[..., Tensor | None]] = {
 }
 
 
-_VIEWS = (aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.t.default)
+_VIEWS = (aten.transpose.int, aten.unsqueeze.default, aten.t.default)  # not permute: its kernel fixes sizes
 
 
 def _kernel(op: Any, shape: Callable[..., Tensor | None]) -> Callable[..., Any]:
@@ -128,7 +128,7 @@ def _view(op: Any) -> Callable[..., Any]:
     def run(x: FakeTensor, *args: Any, **kwargs: Any) -> FakeTensor:
         with in_kernel_invocation_manager(x.fake_mode):
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisablePythonDispatcher():
-                out = op(x, *args, **kwargs)
+                out = op(x, *args, **kwargs).detach()
         return FakeTensor(x.fake_mode, out, x.device)
 
     return run

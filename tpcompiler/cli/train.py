@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,7 +73,7 @@ def train(
     from tpcompiler.train.start import join, together
 
     screen = Screen(as_json)
-    with screen.open():
+    with _live(screen):
         from tpcompiler.load import load_model, parse_settings
         from tpcompiler.train.run import run
 
@@ -78,9 +81,9 @@ def train(
 
         def tell(line: str) -> None:
             if place.rank == 0:
-                print(line, file=sys.stderr)  # noqa: T201
+                screen.err.write(line + "\n")
 
-        with together(place, lambda line: complain(line, as_json)):
+        with together(place, lambda line: _complain(screen, line)):
             loaded = load_model(model, read, parse_settings(settings or []))
             report = run(loaded, read, _train(read), place, out, weights=weights or loaded.weights, tell=tell)
     if place.rank == 0:
@@ -125,12 +128,12 @@ def evaluate(
     from tpcompiler.train.start import join, together
 
     screen = Screen(as_json)
-    with screen.open():
+    with _live(screen):
         from tpcompiler.load import load_model, parse_settings
         from tpcompiler.train.measure import Question, measure
 
         place = join(read.ranks.size, device, timeout)
-        with together(place, lambda line: complain(line, as_json)):
+        with together(place, lambda line: _complain(screen, line)):
             loaded = load_model(model, read, parse_settings(settings or []))
             question = Question(perplexity, cloze, stride, batch, wikitext)
             result = measure(loaded, read, _train(read), place, weights, question)
@@ -186,6 +189,21 @@ def reshard(
         manifest = move(directory, read, out, model=model, settings=settings or [], progress=stages.bytes, tell=stages)
     screen.show(f"{out}  {manifest.mesh}, {len(manifest.files)} files")
     screen.result({"mesh": dict(manifest.mesh.dims), "files": [f.name for f in manifest.files]})
+
+
+@contextmanager
+def _live(screen: Screen) -> Iterator[None]:
+    """A command that runs for days shows what it says at once: nothing is held back."""
+    with redirect_stdout(screen.err), warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
+
+
+def _complain(screen: Screen, line: str) -> None:
+    with redirect_stdout(screen.out):
+        complain(line, screen.as_json)
+        sys.stdout.flush()
 
 
 def _spec(path: Path, nproc: int | None, changes: dict[str, Any]) -> Spec:

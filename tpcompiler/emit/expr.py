@@ -66,9 +66,11 @@ def number(value: int | float | complex) -> Expr:
 
 def _root(value: float) -> Expr | None:
     """`128**-0.5`, where a value is just that: the model's author will know the number again."""
-    for square, power in ((value * value, "0.5"), (1 / (value * value) if value else 0.0, "-0.5")):
-        n = round(square) if math.isfinite(square) and square < 1e9 else 0
-        if n > 1 and n**0.5 != round(n**0.5) and value == n ** float(power):
+    square = value * value
+    if not 1e-9 < square < 1e9:
+        return None
+    for n, power in ((round(square), 0.5), (round(1 / square), -0.5)):
+        if n > 1 and not (n**0.5).is_integer() and value == n**power:
             return Expr(f"{n}**{power}", POWER)
     return None
 

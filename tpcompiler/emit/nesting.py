@@ -37,11 +37,12 @@ def nesting(steps: list[AnyStep], outputs: list[Value], scope: Scope) -> set[fx.
     users = _users(steps, outputs, scope)
     place = {s.node: i for i, s in enumerate(steps) if isinstance(s, Op)}
     ordered = [i for i, s in enumerate(steps) if not isinstance(s, Op) or _in_order(s.node)]
-    texts: dict[fx.Node, Expr] = {}
+    texts: dict[Value, Expr] = {}
+    said: dict[Value, str] = {}  # the notes on a call and on what is nested in it
     nested: set[fx.Node] = set()
 
-    def fits(inner: Value, outer: fx.Node) -> bool:
-        if not isinstance(inner, fx.Node) or users.get(inner) != [outer] or inner not in place:
+    def fits(inner: fx.Node, outer: fx.Node) -> bool:
+        if users.get(inner) != [outer] or inner not in place:
             return False
         if _in_order(inner) and any(place[inner] < j < place[outer] for j in ordered):
             return False
@@ -53,16 +54,16 @@ def nesting(steps: list[AnyStep], outputs: list[Value], scope: Scope) -> set[fx.
         if not isinstance(step, Op):
             continue
         node = step.node
-        chosen = [v for v in dict.fromkeys(scope.reads(node)) if fits(v, node)]
+        chosen = [v for v in dict.fromkeys(scope.reads(node)) if isinstance(v, fx.Node) and fits(v, node)]
         while True:
-            scope.nested = {v: texts[v] for v in chosen}  # type: ignore[index, misc]
+            scope.nested = {v: texts[v] for v in chosen}
             text = scope.spell(node)
-            note = ", ".join(n for v in [*chosen, node] if (n := notes(scope.file, v)))  # type: ignore[arg-type]
+            note = ", ".join(n for n in (*(said[v] for v in chosen), notes(scope.file, node)) if n)
             if not chosen or len(text.text) <= (min(_WIDTH, _WITH_NOTE - len(note)) if note else _WIDTH):
                 break
-            chosen.remove(max(chosen, key=lambda v: len(texts[v].text)))  # type: ignore[index]
-        texts[node] = text
-        nested.update(chosen)  # type: ignore[arg-type]
+            chosen.remove(max(chosen, key=lambda v: len(texts[v].text)))
+        texts[node], said[node] = text, note
+        nested.update(chosen)
     scope.nested = {}
     return nested
 

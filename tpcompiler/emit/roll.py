@@ -154,8 +154,8 @@ class _Proof:
             assert isinstance(other, Apply)
             _must(len(first.frames) == 1 and not any(n.by_call for n in first.layer.numbers))
             self.callees.setdefault(j, _Varying(first.frames[0].name)).rest.append(other.frames[0].name)
-            for a, b in zip(first.inputs(), other.inputs(), strict=True):
-                self._value(a, b, k)
+            for x, y in zip(first.inputs(), other.inputs(), strict=True):
+                self._value(x, y, k)
             return
         assert isinstance(first, Op) and isinstance(other, Op)
         _must(len(first.node.args) == len(other.node.args) and first.node.kwargs.keys() == other.node.kwargs.keys())

@@ -73,8 +73,8 @@ def _source(node: fx.Node) -> fx.Node | None:
 
 
 def _is_whole(args: tuple[Any, ...]) -> bool:
-    _, _, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
-    return start in (0, None) and (end is None or (isinstance(end, int) and end == sys.maxsize)) and step == 1
+    start, end, step = (tuple(args) + (0, None, None, 1)[len(args) - 1 :])[2:]
+    return start in (0, None) and step == 1 and (end is None or isinstance(end, int) and end == sys.maxsize)
 
 
 def _is_neutral(node: fx.Node, name: str) -> bool:
@@ -85,4 +85,6 @@ def _is_neutral(node: fx.Node, name: str) -> bool:
     before, after = x.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
         return False
-    return other == 1 if name == "mul" else other == 0 and not before.is_floating_point() and not before.is_complex()
+    if name == "mul":
+        return bool(other == 1)
+    return bool(other == 0) and not before.is_floating_point() and not before.is_complex()

@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> NoReturn:
         traceback.print_exc()
         first = str(e).strip().partition("\n")[0]
         said = first if isinstance(e, TpcError) else f"{type(e).__name__}: {first}"
-        print(said[:LONGEST], file=sys.stderr)
+        sys.stderr.write(f"{said[:LONGEST]}\n")
     sys.stderr.flush()
     os._exit(code)
 

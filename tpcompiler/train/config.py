@@ -29,6 +29,11 @@ def _paths(value: Any) -> Any:
     return (value,) if isinstance(value, str) else _tuple(value)
 
 
+def _compile(value: Any) -> Any:
+    return {True: "layers", False: "none"}[value] if isinstance(value, bool) else value
+
+
+Compile = Annotated[Literal["none", "layers", "whole"], BeforeValidator(_compile)]
 Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -170,7 +175,11 @@ class Train(Section):
     activation_checkpointing: Literal["none", "layer", "attention"] = Field(
         default="none", description="What is computed again in backward instead of kept."
     )
-    compile: bool = Field(default=True, description="Whether each distinct layer goes through torch.compile.")
+    compile: Compile = Field(
+        default="layers",
+        description="What goes through torch.compile. layers (true): each distinct layer, once. whole: the program with "
+        "its loss as one graph, which is faster and takes minutes to compile for a deep model. none (false): nothing.",
+    )
     tokenizer: str = Field(
         default="bytes", min_length=1, description="`bytes`, or the path of a tokenizer.json or of its directory."
     )

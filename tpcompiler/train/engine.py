@@ -54,7 +54,7 @@ class Engine:
         program = compiled.sharded.program
         names = {p.name: p.aliases for p in program.capture.parameters if not p.buffer}
         self.module: nn.Module = compiled.module(ranks, self.rng)
-        prepare(self.module, train, whole=False)
+        prepare(self.module, train, hooked=ranks.mesh.degree((DATA,)) > 1)
         self.held = hold(self.module, names, ranks, self.numbers, device)
         fill_buffers(self.module, program, ranks.coords)
         mesh = program.mesh

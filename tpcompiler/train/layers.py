@@ -31,20 +31,20 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(found))
 
 
-def prepare(module: nn.Module, train: Train, whole: bool) -> None:
+def prepare(module: nn.Module, train: Train, hooked: bool) -> None:
     """Recomputation and compilation, as the run's settings say. In place; parameters keep their names.
 
-    `whole`: the program is compiled as one graph, which fuses the loss into the last product. Otherwise each distinct
-    layer is compiled once, and all layers that are equal share the result.
+    Each distinct layer is compiled once, and all layers that are equal share the result. Or the program is compiled as
+    one graph; with `hooked` layers (FSDP2's hooks run between them) there is none, and layers are compiled instead.
     """
     if train.activation_checkpointing != "none":
         for layer in layers_of(module):
             _replace(layer, partial(_recomputing, train.activation_checkpointing == "attention"))
-    if not train.compile:
+    if train.compile == "none":
         return
     # Equal layers differ in the number of their dropout: one graph must do for all of them.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    if whole:
+    if train.compile == "whole" and not hooked:
         _replace(module, torch.compile)
     else:
         for layer in layers_of(module):

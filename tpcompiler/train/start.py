@@ -7,6 +7,7 @@ trouble can speak while the others wait in a collective.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -52,7 +53,6 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the launcher's own report of a failure: ours is one line
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -64,6 +64,8 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # the launcher's own report of a failure: ours is one line
     try:
         elastic_launch(config, sys.executable)("-m", "tpcompiler.cli.main", *arguments)
     except ChildFailedError as e:
@@ -72,6 +74,8 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
             signal = Signals(-failure.exitcode).name
             raise TpcError(f"rank {rank} was killed by {signal}; the same command goes on from the last checkpoint") from None
         return failure.exitcode
+    finally:
+        logging.disable(before)
     return 0
 
 

@@ -73,7 +73,9 @@ def match(
         raise WeightsError(_missing(source, missing, [n for n in source.tensors if n not in used]))
     if source is not None:
         ranks = weight_mesh(mesh).size
-        jobs += [_extra(source, n, info, ranks) for n, info in source.tensors.items() if n not in used and info.stored]
+        taken = {entry.name for entry in entries}
+        rest = [(n, info) for n, info in source.tensors.items() if n not in used and info.stored]
+        jobs += [_extra(source, n, info, ranks, f"extra:{n}" if n in taken else n) for n, info in rest]
     return tuple(jobs)
 
 
@@ -108,9 +110,10 @@ def _from_model(p: Parameter, entry: Entry) -> Job:
     return Job(replace(entry, dtype=value.dtype, stored=()), lambda runs: slice_of(value, runs).cpu())
 
 
-def _extra(source: Source, name: str, info: Info, ranks: int) -> Job:
+def _extra(source: Source, name: str, info: Info, ranks: int, called: str) -> Job:
+    """`called`: another name where the model has a buffer of this one that no state_dict has, and keeps its own value."""
     layout = whole_layout(info.shape, ranks)
-    entry = Entry(name, "extra", info.dtype, layout, EXTRA_FILE, stored=info.stored, trainable=False)
+    entry = Entry(called, "extra", info.dtype, layout, EXTRA_FILE, stored=info.stored, trainable=False)
     return Job(entry, lambda runs: source.read(name, runs))
 
 

@@ -1,0 +1,182 @@
+"""Speed of the trainer on one device: the paper's GPT-2 sizes through the very engine of `tpc train`.
+
+    python benchmarks/train_gpu.py --spec specs/gpt2-1.2b.yaml --dropout 0 0.1 --compile whole --steps 30
+
+Each variant (dropout × compile) trains on the embedded text and prints one JSON object a line: milliseconds a step
+(median), model TFLOP/s a device, share of the device's peak, memory, losses, seconds of set-up and of the first step.
+Small sizes run anywhere: --device cpu --set layers=2 --set hidden=64 --set heads=4 --batch 2 --sequence 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tpcompiler.load import load_model, parse_settings
+from tpcompiler.spec import Spec
+from tpcompiler.train.clip import local
+from tpcompiler.train.config import Train
+from tpcompiler.train.flops import flops_per_token, peak_tflops
+from tpcompiler.train.place import from_constructor
+from tpcompiler.train.run import Run, peak_memory, set_up
+from tpcompiler.train.start import join
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="models/gpt2.py")
+    p.add_argument("--spec", default="specs/gpt2-1.2b.yaml")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the model's constructor")
+    p.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
+    p.add_argument("--compile", nargs="+", default=["layers"], choices=["none", "layers", "whole"])
+    p.add_argument("--recompute", default="none", choices=["none", "layer", "attention"])
+    p.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32"])
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--micro-batch", type=int, default=None)
+    p.add_argument("--sequence", type=int, default=1024)
+    p.add_argument("--steps", type=int, default=20, help="timed ones")
+    p.add_argument("--warm-up", type=int, default=5)
+    p.add_argument("--device", default=None, choices=["cuda", "cpu"])
+    p.add_argument("--initial", default="device", choices=["device", "constructor"], help="N(0, 0.02) at once, or the model's own")
+    p.add_argument("--profile", action="store_true", help="the kernels that take longest, over 3 steps, on stderr")
+    return p.parse_args()
+
+
+def build(a: argparse.Namespace, dropout: float, compile: str) -> Run:
+    spec = Spec.load(a.spec)
+    total = a.warm_up + a.steps + 4
+    spec = spec.with_(
+        model={**spec.model, "dropout": dropout},
+        train={
+            "steps": total,
+            "batch": a.batch,
+            "micro_batch": a.micro_batch or a.batch,
+            "sequence": a.sequence,
+            "precision": a.precision,
+            "compile": compile,
+            "activation_checkpointing": a.recompute,
+            "schedule": {"warmup": 2},
+            "evaluation": {"every": 0},
+        },
+    )
+    loaded = load_model(a.model, spec, parse_settings(a.set))
+    place = join(1, a.device)
+    run = set_up(loaded, spec, spec.section(Train), place, None, lambda line: print(line, file=sys.stderr, flush=True))
+    engine = run.engine
+    if a.initial == "constructor":
+        engine.fill(from_constructor(lambda name: engine.compiled.recorded.replay(name, spec.seed)))
+    else:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, master in engine.held.masters.items():
+                values = local(master)
+                values.fill_(1.0 if "weight" in name else 0.0) if values.dim() < 2 else values.normal_(std=0.02)
+            engine.held.publish()
+    return run
+
+
+def measure(a: argparse.Namespace, dropout: float, compile: str) -> dict[str, Any]:
+    start = time.perf_counter()
+    run = build(a, dropout, compile)
+    engine, device = run.engine, run.place.device
+    cuda = device.type == "cuda"
+    set_up_seconds = time.perf_counter() - start
+
+    def wait() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
+    batches = [[run.batches.batch_at(s, m).to(device) for m in range(run.batches.micro_batches(1))] for s in range(8)]
+    losses, times, first = [], [], 0.0
+    for step in range(a.warm_up + a.steps):
+        wait()
+        begin = time.perf_counter()
+        outcome = engine.step(step, batches[step % len(batches)])
+        wait()
+        seconds = time.perf_counter() - begin
+        losses.append(float(outcome.loss))
+        if step == 0:
+            first = seconds
+        if step >= a.warm_up:
+            times.append(seconds)
+    begin = time.perf_counter()  # without waiting between steps, as in a run
+    for step in range(a.warm_up + a.steps, a.warm_up + a.steps + 4):
+        engine.step(step, batches[step % len(batches)])
+    wait()
+    together = (time.perf_counter() - begin) / 4
+    if a.profile:
+        profile(run, batches, a.warm_up + a.steps)
+    seconds = statistics.median(times)
+    tokens = a.batch * a.sequence
+    capture = engine.compiled.capture
+    shapes = {n: tuple(batches[0][0].tensors[t].shape) for n, t in zip(capture.inputs, engine.compiled.takes, strict=True)}
+    rows = batches[0][0].rows
+    flops = flops_per_token(capture.graph, shapes, rows * a.sequence) * tokens
+    peak = peak_tflops(torch.cuda.get_device_name() if cuda else "", a.precision)
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+        "spec": a.spec,
+        "settings": a.set,
+        "parameters": sum(p.numel() for p in engine.held.masters.values()),
+        "dropout": dropout,
+        "compile": compile,
+        "recompute": a.recompute,
+        "precision": a.precision,
+        "batch": a.batch,
+        "micro_batches": len(batches[0]),
+        "sequence": a.sequence,
+        "ms_step": round(seconds * 1e3, 3),
+        "ms_step_unwaited": round(together * 1e3, 3),
+        "ms_step_min_max": [round(min(times) * 1e3, 3), round(max(times) * 1e3, 3)],
+        "tflops": round(flops / seconds / 1e12, 2),
+        "tflops_unwaited": round(flops / together / 1e12, 2),
+        "peak_fraction": None if peak is None else round(flops / seconds / 1e12 / peak, 4),
+        "flops_a_step": flops,
+        "memory_gib": round(peak_memory(device) / 2**30, 2),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "set_up_s": round(set_up_seconds, 1),
+        "first_step_s": round(first, 1),
+    }
+
+
+def profile(run: Run, batches: list[Any], step: int) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profiler(activities=kinds) as p:
+        for i in range(3):
+            run.engine.step(step + i, batches[i % len(batches)])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(p.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70), file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    a = arguments()
+    for compile in a.compile:
+        for dropout in a.dropout:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            print(json.dumps(measure(a, dropout, compile)), flush=True)
+            torch._dynamo.reset()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

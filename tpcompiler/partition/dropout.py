@@ -1,0 +1,63 @@
+"""Dropout on one rank: counter-based, the mask of an element depends on where it stands in the whole value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from tpcompiler import runtime
+from tpcompiler.graphs import call
+from tpcompiler.layout import LocalRuns
+from tpcompiler.partition.build import Builder
+from tpcompiler.partition.folded import Apart, apart, together
+from tpcompiler.program import Training
+
+aten = torch.ops.aten
+
+
+def dropout(b: Builder, node: fx.Node) -> fx.Node:
+    """The runtime's dropout: told which global elements this rank holds, and where the samples are."""
+    source, p, mode = node.args[:3]
+    assert isinstance(source, fx.Node)
+    layout = b.dims(b.axes.values[node.name][0]) if node.name in b.axes.values else ()
+    value = b.env[source]
+    rows: list[tuple[int, int, LocalRuns]] = []
+    undo: list[Apart] = []
+    for i, dim in enumerate(layout):
+        if dim.over:
+            opened = apart(b.graph, value, i + len(undo), dim, whole=False)
+            rows.append((opened.at, opened.dim.size, LocalRuns(opened.dim)))
+            if opened.value is not value:
+                undo.append(opened)
+            value = opened.value
+    site, b.sites = b.sites, b.sites + 1
+    args = (value, p, mode if isinstance(mode, Training) else Training(mode, mode), None, site, tuple(rows))
+    new = call(b.graph, runtime.dropout, args, _samples(b, node, [a.at for a in undo]))
+    for opened in reversed(undo):
+        new = b.describe(together(b.graph, new, opened), node, layout)
+    return b.describe(new, node, layout)
+
+
+def _samples(b: Builder, node: fx.Node, moved: Sequence[int]) -> dict[str, Any]:
+    """Where a value has its samples, so that a mask depends on which samples of the step these are, and not on how
+    the step was cut into micro-batches: dimension 0 is what the first input's dimension 0 is, or that times more."""
+    first = next(n for n in b.capture.graph.nodes if n.name == b.capture.inputs[0])
+    batch = first.meta["val"].shape[0] if first.meta["val"].dim() else None
+    shape = node.meta["val"].shape
+    if batch is None or isinstance(batch, int):
+        return {} if shape and batch == shape[0] else {"batch_dim": None}
+    symbol = batch.node.expr
+    for i, n in enumerate(shape):
+        expr = getattr(getattr(n, "node", None), "expr", None)
+        place = i + sum(at <= i for at in moved)
+        where = {"batch_dim": place} if place else {}
+        if expr == symbol or (expr is not None and symbol in expr.free_symbols and i in [at - 1 for at in moved]):
+            return where  # as it is, or (b heads) seen as b, heads
+        if expr is not None and symbol in expr.free_symbols:
+            size = b.call(aten.sym_size.int, b.env[first], 0)
+            size.meta["val"] = batch
+            return {**where, "samples": size}
+    return {"batch_dim": None}

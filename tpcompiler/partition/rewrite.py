@@ -1,0 +1,136 @@
+"""The main loop: every plain node in order, its operands made what its op needs on this rank."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from typing import Any
+
+import torch
+from torch import fx
+
+from tpcompiler import runtime
+from tpcompiler.axes.infer import AxisMap, Relation
+from tpcompiler.axes.operands import op_name
+from tpcompiler.graphs import erase_dead
+from tpcompiler.layout import Factor, LocalRuns, unsplit
+from tpcompiler.partition.build import Builder, Op
+from tpcompiler.partition.contraction import contraction
+from tpcompiler.partition.dropout import dropout
+from tpcompiler.partition.folded import Folded, apart, together
+from tpcompiler.partition.segments import is_mixed, take_apart
+from tpcompiler.partition.sizes import local
+from tpcompiler.partition.special import special_form
+from tpcompiler.plan import Plan
+from tpcompiler.program import Capture, Program
+from tpcompiler.spec import Spec
+
+aten = torch.ops.aten
+
+
+def partition(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec) -> Program:
+    """One graph for all ranks. Raises `CannotSplit` for axes without a form on one rank, naming the node."""
+    b = Builder(capture, axes, plan)
+    for node in capture.graph.nodes:
+        if node.op == "output":
+            _output(b, node, spec)
+        else:
+            b.env[node] = _rewrite(b, node)
+    erase_dead(b.graph)  # a bias that entered before it was moved past the reduction
+    dims = {
+        p.name: tuple(Factor(n) for n in p.shape) if p.buffer else b.dims(axes.values[p.node][0])
+        for p in capture.parameters
+    }
+    return Program(b.graph, plan.mesh, capture, dims)
+
+
+def _rewrite(b: Builder, node: fx.Node) -> fx.Node:
+    relation = b.axes.relations.get(node.name)
+    try:
+        if node.op == "call_function" and node.target is aten.dropout.default:
+            return dropout(b, node)
+        if relation is None:
+            return b.copy(node)
+        new = _op(b, node, relation)
+        return _sliced(b, node, new) if node.name in b.axes.cut else new
+    except Folded as e:
+        assert relation is not None
+        terms = [t for dims in (*relation.results, *(o.dims or () for o in relation.operands)) for t in dims]
+        raise b.refuse(node, str(e), *terms) from None
+
+
+def _op(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
+    if is_mixed(b, relation):
+        return take_apart(b, node, relation)
+    op = Op(node, relation, ChainMap(_operands(b, node, relation), b.env))
+    if special := b.over(relation.special):
+        return special_form(b, op, special)
+    if partial := b.over(relation.contracted):
+        return contraction(b, op, partial)
+    return local(b, op)
+
+
+def _operands(b: Builder, node: fx.Node, relation: Relation) -> dict[fx.Node, fx.Node]:
+    """What the op sees of its operands: a live one enters where it lacks what is split; of a constant, which every rank
+    holds whole, this rank's part is taken."""
+    everywhere = [t for dims in relation.results for t in dims] + list(relation.contracted)
+    present = b.over(everywhere)
+    out = {}
+    for operand in relation.operands:
+        source = next(n for n in node.all_input_nodes if n.name == operand.node)
+        if operand.dims is None:
+            continue
+        value = b.env[source]
+        if operand.live:
+            lacking = b.lacking(operand.dims, present)
+            if lacking and source.name in b.axes.grads:
+                mine = b.split_axes(operand.dims)
+                because = (op_name(node), tuple(a for a in b.split_axes(everywhere) if a not in mine))
+                value = b.enter(value, source, lacking, because)
+        else:
+            for i, term in enumerate(operand.dims):
+                if b.over([term]):
+                    value = b.take(value, source, i, b.dim(term))
+        out[source] = value
+    return out
+
+
+def _sliced(b: Builder, node: fx.Node, value: fx.Node) -> fx.Node:
+    """Of a value that every rank has made whole, this rank's slice; its gradient is a sum over ranks."""
+    terms = b.axes.values[node.name][0]
+    over = b.over(terms)
+    if over and node.name in b.axes.grads:
+        value = b.enter(value, node, over, (op_name(node), b.split_axes(terms)))
+    for i, term in enumerate(terms):
+        if b.over([term]):
+            value = b.take(value, node, i, b.dim(term))
+    return value
+
+
+def _output(b: Builder, node: fx.Node, spec: Spec) -> None:
+    values = node.args[0]
+    assert isinstance(values, tuple | list)
+    out: list[Any] = []
+    for i, value in enumerate(values):
+        if not isinstance(value, fx.Node):
+            out.append(value)
+        elif spec.output(str(i)) == "gather":
+            out.append(_whole(b, value))
+        else:
+            out.append(b.env[value])
+    new = b.graph.output(tuple(out))
+    new.meta.update(node.meta)
+
+
+def _whole(b: Builder, value: fx.Node) -> fx.Node:
+    """A value as the plain model gives it, every split dimension gathered."""
+    new = b.env[value]
+    for i, dim in enumerate(new.meta.get("dims", ())):
+        if dim.over:
+            dims = list(new.meta["dims"])
+            dims[i] = unsplit(dim)
+            opened = apart(b.graph, new, i, dim, whole=False)
+            because = ("output", b.split_axes([b.axes.values[value.name][0][i]]))
+            args = (opened.value, dim.over, opened.at, LocalRuns(opened.dim))
+            new = b.insert(runtime.gather, args, value, "all-gather", dims, because)
+            new = b.describe(together(b.graph, new, opened), value, dims)
+    return new

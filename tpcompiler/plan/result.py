@@ -1,0 +1,73 @@
+"""What planning results in: the split axes, and what follows from them for the reader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from tpcompiler.axes.infer import AxisMap, Dims
+from tpcompiler.blocks import Facts
+from tpcompiler.layout import Concat, Dim, Factor, Mesh, Product
+
+
+@dataclass(frozen=True)
+class Block:
+    """An axis that is split, in all layers that are alike."""
+
+    kind: str
+    name: str  # what its parameters' names have in common, layer numbers as *
+    layers: int
+    axis: str
+    size: int
+    over: tuple[str, ...]
+    local: tuple[int, ...]  # elements by place on `over`
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """A parameter that every rank holds whole."""
+
+    name: str
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    mesh: Mesh
+    split: dict[int, tuple[str, ...]]  # axis → the mesh dimensions it is split over
+    names: dict[int, str]  # axis → its name for the reader
+    blocks: tuple[Block, ...]
+    replicated: tuple[Replicated, ...]
+    facts: Facts
+
+    @property
+    def degree(self) -> int:
+        """Ranks that share one copy of the model."""
+        return prod(self.mesh[name] for name in self.mesh.names if name != "data")
+
+    def dim(self, axes: AxisMap, term: int | None) -> Dim:
+        """A dimension's layout, written in axes of this plan."""
+        if term is None:
+            return Factor(1)
+        bound = axes.terms.binding(term)
+        if bound is None:
+            leaf = axes.terms.find(term)
+            size = axes.terms.size(leaf)
+            name = self.names.get(leaf, axes.dynamic.get(size, ""))
+            return Factor(size, name, self.split.get(leaf, ()), size in axes.dynamic)
+        parts = tuple(self.dim(axes, p) for p in bound.parts)
+        return Product(parts) if bound.kind == "product" else Concat(parts)
+
+    def dims(self, axes: AxisMap, dims: Dims) -> tuple[Dim, ...]:
+        return tuple(self.dim(axes, t) for t in dims)
+
+    def __str__(self) -> str:
+        rows = [f"mesh {self.mesh}"]
+        for b in self.blocks:
+            rows.append(
+                f"{b.kind:10} {b.name} × {b.layers}: {b.axis} {b.size} over {'·'.join(b.over)} = {list(b.local)}"
+            )
+        rows += [f"replicated {r.name}: {r.reason}" for r in self.replicated]
+        return "\n".join(rows)
