@@ -16,30 +16,39 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.faults import FAULTS, Fault, copied
-from tpcompiler.axes.infer import infer_axes
+from tests.hf import FAMILIES, inputs
+from tpcompiler.api import compile_capture
 from tpcompiler.capture import capture
 from tpcompiler.check import check
 from tpcompiler.errors import TpcError
 from tpcompiler.interpret import interpret
-from tpcompiler.partition import partition
-from tpcompiler.plan import make_plan
-from tpcompiler.program import Capture, Program, Training
+from tpcompiler.program import Program, Training
 from tpcompiler.runtime import Ranks, Rng
 from tpcompiler.runtime.rows import take_rows
 from tpcompiler.simulate import run_ranks
 from tpcompiler.spec import Spec
 
+HUGGING_FACE = tuple(
+    f"{name}:{task}"
+    for task, names in {
+        "causal-lm": "llama qwen3 gpt2 gpt_neox falcon phi3 gemma2 olmo2 mixtral bloom gptj",
+        "masked-lm": "bert",
+        "seq2seq": "t5",
+        "image": "vit",
+    }.items()
+    for name in names.split()
+)
 Build = Callable[[], nn.Module]
 TOLERANCE = 1e-6  # of the largest value or gradient
 
@@ -69,16 +78,17 @@ def cases() -> Iterator[Case]:
     for path in sorted((Path(__file__).parent.parent / "tests" / "zoo").glob("[!_]*.py")):
         module = import_module(f"tests.zoo.{path.stem}")
         yield Case(f"zoo/{path.stem}", module.Model, module.example_inputs)
+    for name in HUGGING_FACE:
+        family = FAMILIES[name]
+        yield Case(f"hf/{name}", family.build, lambda family=family: inputs(family), (2,))
 
 
 def programs(case: Case) -> Iterator[tuple[int, Program, Program]]:
     """(degree, the program, the program for one rank), for each degree that the model can be split over."""
     captured = capture(case.build, case.inputs())
-    axes = infer_axes(captured)
 
     def at(degree: int) -> Program:
-        spec = Spec.load({"mesh": {"tensor": degree}})
-        return partition(captured, axes, make_plan(captured, axes, spec), spec)
+        return compile_capture(captured, Spec.load({"mesh": {"tensor": degree}})).program
 
     for degree in case.degrees:
         try:
@@ -254,8 +264,6 @@ def summary(verdicts: list[Verdict], alarms: list[str], checked: int) -> dict[st
         "by_kind": {k: dict(c) for k, c in sorted(kinds.items())},
     }
 
-
-_ = (Capture, fx, replace)
 
 if __name__ == "__main__":
     main()

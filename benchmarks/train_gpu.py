@@ -47,7 +47,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=20, help="timed ones")
     p.add_argument("--warm-up", type=int, default=5)
     p.add_argument("--device", default=None, choices=["cuda", "cpu"])
-    p.add_argument("--initial", default="device", choices=["device", "constructor"], help="N(0, 0.02) at once, or the model's own")
+    p.add_argument(
+        "--initial", default="device", choices=["device", "constructor"], help="N(0, 0.02) at once, or the model's own"
+    )
     p.add_argument("--profile", action="store_true", help="the kernels that take longest, over 3 steps, on stderr")
     return p.parse_args()
 
@@ -119,7 +121,9 @@ def measure(a: argparse.Namespace, dropout: float, compile: str) -> dict[str, An
     seconds = statistics.median(times)
     tokens = a.batch * a.sequence
     capture = engine.compiled.capture
-    shapes = {n: tuple(batches[0][0].tensors[t].shape) for n, t in zip(capture.inputs, engine.compiled.takes, strict=True)}
+    shapes = {
+        n: tuple(batches[0][0].tensors[t].shape) for n, t in zip(capture.inputs, engine.compiled.takes, strict=True)
+    }
     rows = batches[0][0].rows
     flops = flops_per_token(capture.graph, shapes, rows * a.sequence) * tokens
     peak = peak_tflops(torch.cuda.get_device_name() if cuda else "", a.precision)

@@ -198,6 +198,29 @@ def test_batch_one_and_batch_equal_to_sequence_stay_two_symbols() -> None:
             assert_same(model, captured, (torch.randint(20, other),), {})
 
 
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, *more: Tensor, scale: float = 1.0, **rest: Any) -> dict[str, Any]:
+        return {"y": self.inner(x) * scale + sum(more) + rest["shift"]["by"][0], "none": None, "flag": rest["flag"]}
+
+
+def test_arguments_and_results_keep_their_structure() -> None:
+    def inputs(rows: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = torch.randn(rows, 4)
+        return (x, x), {"shift": {"by": [torch.randn(rows, 4), 3]}, "flag": True, "scale": 2.0}
+
+    model = Keywords()
+    captured = capture(model, inputs(3))
+    assert captured.arg_names == ("x", "args.1", "shift.by.0")
+    args, kwargs = inputs(5)
+    assert_same(model, captured, args, kwargs)
+    flat = interpret_capture(captured, state(model, captured), bind_inputs(captured, *args, **kwargs))
+    assert pytree.tree_unflatten(flat, captured.out_spec).keys() == {"y", "none", "flag"}
+
+
 class Writer(nn.Module):
     """Writes in place to fresh tensors and to views of them, as one does."""
 

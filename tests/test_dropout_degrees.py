@@ -12,11 +12,12 @@ from tests.test_compile import small
 from tpcompiler.api import compile_capture
 from tpcompiler.capture import capture
 from tpcompiler.capture.promote import float64
+from tpcompiler.comparison import local_slice, merged, probe, relative
 from tpcompiler.interpret import interpret
 from tpcompiler.runtime import Ranks, Rng
 from tpcompiler.simulate import run_ranks
 from tpcompiler.spec import Spec
-from tpcompiler.verification import initial_state, inputs_of, local_slice, merged, probe, relative
+from tpcompiler.verification import initial_state, inputs_of
 
 
 def outputs_and_gradients(sharded: Any, state: Any, batch: Any) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
+import inspect
 import sys
 import time
 from collections.abc import Callable
@@ -81,7 +83,8 @@ def outcome(model: nn.Module, inputs: dict[str, Any], seed: int = 3) -> tuple[li
     torch.manual_seed(seed)
     outputs = tensors(model(**inputs))
     live = [t for t in outputs if t.requires_grad]
-    torch.autograd.backward(live, [torch.randn_like(t) for t in live])
+    mine = torch.Generator().manual_seed(seed)  # ranks are threads: they share the global one
+    torch.autograd.backward(live, [torch.randn(t.shape, generator=mine, dtype=t.dtype) for t in live])
     named = model.named_parameters(remove_duplicate=False)
     return outputs, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
 
@@ -112,15 +115,16 @@ def test_one_rank_is_the_plain_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_file_is_for_readers(name: str) -> None:
-    """At most 120 columns, no ATen where there is an idiom, only torch and the runtime imported, no name overwritten."""
+    """At most 120 columns, no bare ATen, only torch and the runtime imported, no name overwritten that is needed."""
     text = emit(plain_program(*MAKERS[name]()))
     assert all(len(line) <= 120 and line == line.rstrip() for line in text.splitlines())
     assert "torch.ops" not in text
     tree = ast.parse(text)
-    imported = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)}
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    imported = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in imports}
     assert imported <= {"__future__", "typing", "torch", "torch.nn.functional", "tpcompiler.runtime"}
     stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    assert not stored & {"torch", "F", "nn", "self", "Parameters", "Ranks", "input", "sum", "max", "min", "next", "range"}
+    assert not stored & {"torch", "F", "nn", "self", "Parameters", "Ranks", *dir(builtins)}
 
 
 def test_the_same_model_gives_the_same_text() -> None:
@@ -162,7 +166,7 @@ class Scaled(nn.Module):
 
         def forward(self, x: Tensor) -> Tensor:
             h = F.gelu(self.fc(x)) * (0.5 + 0.25 * self.i)
-            h = F.pad(h, (0, self.i))[..., : h.shape[-1]]
+            h = h.roll(self.i, -1)
             return x + self.proj(h).tanh() / (self.i + 1)
 
     def __init__(self) -> None:
@@ -215,14 +219,14 @@ def test_a_module_called_often_is_one_instance() -> None:
 
 
 class Often(nn.Module):
-    """One layer, four times, with a number of its own each time."""
+    """One layer, again and again, with other numbers each time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = Scaled.Layer(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        for i in range(4):
+        for i in range(6):
             self.layer.i = i
             x = self.layer(x)
         return x
@@ -242,14 +246,17 @@ class Structured(nn.Module):
         super().__init__()
         self.fc = nn.Linear(8, 8)
 
-    def forward(self, batch: dict[str, Tensor], pair: tuple[Tensor, Tensor], mask: Tensor | None = None, twice: bool = False) -> dict[str, Any]:
+    def forward(
+        self, batch: dict[str, Tensor], pair: tuple[Tensor, Tensor], mask: Tensor | None = None, twice: bool = False
+    ) -> dict[str, Any]:
         x = self.fc(batch["x"]) + pair[1]
         return {"sum": x, "parts": (x * 2, [pair[0] + 1])}
 
 
 def test_structures_of_inputs_and_outputs_are_kept() -> None:
     model = Structured()
-    example = {"batch": {"x": torch.randn(2, 8)}, "pair": (torch.randn(2, 8), torch.randn(2, 8)), "mask": None, "twice": False}
+    tensors_ = {"batch": {"x": torch.randn(2, 8)}, "pair": (torch.randn(2, 8), torch.randn(2, 8))}
+    example = tensors_ | {"mask": None, "twice": False}
     emitted = built(plain_program(model, example), model)
     got, want = emitted(**example), model(**example)
     assert pytree.tree_structure(got) == pytree.tree_structure(want)
@@ -276,7 +283,10 @@ def test_tied_and_frozen_parameters_and_buffers_keep_what_they_are() -> None:
 # --- many ranks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "degree"), [("gpt2", 2), ("llama", 4), ("separate_heads", 3), ("multi_query", 2), ("bert", 3)])
+SPLITS = [("gpt2", 2), ("llama", 4), ("separate_heads", 3), ("multi_query", 2), ("bert", 3)]
+
+
+@pytest.mark.parametrize(("name", "degree"), SPLITS)
 def test_all_ranks_together_are_the_plain_model(name: str, degree: int) -> None:
     model, example = MAKERS[name]()
     captured = capture(model, example)
@@ -327,7 +337,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "albert": ("AlbertForMaskedLM", SMALL | {"embedding_size": 16}, 1),
     "t5": (
         "T5ForConditionalGeneration",
-        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0},
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "vocab_size": 64}
+        | {"decoder_start_token_id": 0},
         4,  # the first encoder and decoder layers make the position bias of the others
     ),
 }
@@ -352,12 +363,10 @@ def test_hugging_face_models_are_what_they_were(family: str) -> None:
     assert emitted.state_dict().keys() == model.state_dict().keys()
     for sizes_ in ((2, 12), (3, 7)):
         same(emitted, model, inputs(*sizes_), training=True)
-    assert torch.equal(emitted(**inputs(2, 5)).logits.new_zeros(1), torch.zeros(1))  # results have the model's fields
+    assert emitted(**inputs(2, 5)).logits.shape == (2, 5, 64)  # results have the model's fields
 
 
 def test_tracebacks_show_the_emitted_line() -> None:
     model, example = MAKERS["gpt2"]()
     module = load_source(emit(plain_program(model, example)), "emitted_lines")
-    import inspect
-
     assert "F.scaled_dot_product_attention" in inspect.getsource(module.Block.forward)

@@ -26,7 +26,9 @@ from tpcompiler.emit.wrap import LIMIT, wrap
 
 aten = torch.ops.aten
 leaves = st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=8))
-values = st.recursive(leaves, lambda inner: st.one_of(st.lists(inner, max_size=3), st.tuples(inner, inner)), max_leaves=6)
+values = st.recursive(
+    leaves, lambda inner: st.one_of(st.lists(inner, max_size=3), st.tuples(inner, inner)), max_leaves=6
+)
 
 
 def bits(value: Any) -> Any:
@@ -47,12 +49,16 @@ def test_a_literal_evaluates_to_its_value(value: Any) -> None:
     assert bits(run(constant(value).text)) == bits(value)
 
 
-@pytest.mark.parametrize("value", [-0.0, math.inf, -math.inf, math.nan, 128**-0.5, 8**0.5, torch.finfo(torch.float32).min, 1e-12])
+@pytest.mark.parametrize(
+    "value", [-0.0, math.inf, -math.inf, math.nan, 128**-0.5, 8**0.5, torch.finfo(torch.float32).min, 1e-12]
+)
 def test_a_special_float_evaluates_to_itself(value: float) -> None:
     assert bits(run(constant(value).text)) == bits(value)
 
 
-@pytest.mark.parametrize("value", [torch.bfloat16, torch.strided, torch.channels_last, slice(None, 3, None), {"a": (1, None)}])
+@pytest.mark.parametrize(
+    "value", [torch.bfloat16, torch.strided, torch.channels_last, slice(None, 3, None), {"a": (1, None)}]
+)
 def test_other_constants_evaluate_to_themselves(value: Any) -> None:
     assert run(constant(value).text) == value
 
@@ -139,7 +145,11 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "embedding with padding": (aten.embedding.default, (x(5, 3), IDS, 0), {}),
     "gelu": (aten.gelu.default, (x(2, 3),), {"approximate": "tanh"}),
     "softmax": (aten.softmax.int, (x(2, 3), -1, torch.float64), {}),
-    "attention": (aten.scaled_dot_product_attention.default, (x(1, 2, 3, 4), x(1, 2, 3, 4), x(1, 2, 3, 4), None, 0.0, True), {}),
+    "attention": (
+        aten.scaled_dot_product_attention.default,
+        (x(1, 2, 3, 4), x(1, 2, 3, 4), x(1, 2, 3, 4), None, 0.0, True),
+        {},
+    ),
     "attention with scale": (
         aten.scaled_dot_product_attention.default,
         (x(1, 2, 3, 4), x(1, 2, 3, 4), x(1, 2, 3, 4), x(3, 3)),
@@ -216,7 +226,9 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "logsumexp": (aten.logsumexp.default, (x(2, 3), [-1]), {}),
     "norm": (aten.linalg_vector_norm.default, (x(2, 3), 2, [-1], True), {}),
     "no idiom": (aten.slice_scatter.default, (x(2, 3), x(2, 1), 1, 1, 2), {}),
-    "no idiom, a list": (aten.broadcast_tensors.default, ([x(1, 3), x(2, 1)],), {}),
+    "broadcast_tensors": (aten.broadcast_tensors.default, ([x(1, 3), x(2, 1)],), {}),
+    "tensor_split": (aten.tensor_split.sections, (x(2, 7), 3, -1), {}),
+    "no idiom, a list": (aten.cartesian_prod.default, ([x(3), x(2)],), {}),
 }
 
 
@@ -330,6 +342,8 @@ def test_broken_lines_are_the_same_statement(text: str, indent: int) -> None:
     assert all(len(x) <= LIMIT or x.strip().count(",") == 0 or "(" not in x for x in lines)
 
 
-@pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (48 << 20, "48.0 MiB"), (3 << 40, "3.0 TiB")])
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (48 << 20, "48.0 MiB"), (3 << 40, "3.0 TiB")]
+)
 def test_amounts_are_for_readers(n: int, text: str) -> None:
     assert amount(n) == text

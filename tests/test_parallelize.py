@@ -67,13 +67,10 @@ def parallel(model: Any, degree: int, mesh: Any = None, **more: Any) -> nn.Modul
 def pair() -> dict[str, list[float]]:
     out = {"built by every rank": train(parallel(gpt2, 2))}
     mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
-    from_file = parallel(gpt2, 2, mesh, weights=os.environ["WEIGHTS"])
-    out["from a file"] = train(from_file)
-    single = parallel(gpt2, 2, mesh, weights=os.environ["WEIGHTS"], dtype=torch.float32)
-    assert {p.dtype for p in single.parameters()} == {torch.float32}
-    for layer in single.h:  # type: ignore[union-attr]
+    module = parallel(gpt2, 2, mesh, weights=os.environ["WEIGHTS"])
+    for layer in module.h:  # type: ignore[union-attr]
         layer.compile(fullgraph=True, backend="aot_eager")
-    out["from a file, layers compiled, float32"] = train(single)
+    out["from a file, layers compiled"] = train(module)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert compiled == 1, f"three equal layers, {compiled} graphs"
     return out
@@ -89,14 +86,13 @@ def plain_values(seed: int) -> nn.Module:
 def test_two_ranks_train_as_the_plain_model(tmp_path: Path) -> None:
     stored = gpt2(seed=4)
     save_file(stored.state_dict(), tmp_path / "weights.safetensors")
-    expected = {"built by every rank": train(plain_values(seed=7)), "from a file": train(stored)}
-    expected["from a file, layers compiled, float32"] = expected["from a file"]
+    expected = {"built by every rank": train(plain_values(seed=7)), "from a file, layers compiled": train(stored)}
     for found in in_processes(pair, 2, tmp_path, {"WEIGHTS": str(tmp_path / "weights.safetensors")}):
         assert found.keys() == expected.keys()
         for name, losses in found.items():
-            tolerance = 1e-5 if "float32" in name else 1e-9
-            assert losses == pytest.approx(expected[name], rel=tolerance), name
-    assert abs(expected["from a file"][0] - expected["built by every rank"][0]) > 1e-3, "the cases are one case"
+            assert losses == pytest.approx(expected[name], rel=1e-9), name
+    first, second = (losses[0] for losses in expected.values())
+    assert abs(first - second) > 1e-3, "the cases are one case"
 
 
 def four() -> list[list[float]]:
@@ -165,6 +161,6 @@ def test_a_model_without_values_needs_weights(monkeypatch: pytest.MonkeyPatch) -
     whole = GPT2(vocab=61, positions=16, hidden=24, heads=3, layers=1)
     with pytest.raises(TpcError, match=r"no h\.0\.mlp\.c_fc\.bias"):
         parallel(empty, 1, weights={k: v for k, v in whole.state_dict().items() if k != "h.0.mlp.c_fc.bias"})
-    module = parallel(empty, 1, weights=whole.state_dict())
-    assert all(torch.equal(p, whole.get_parameter(name)) for name, p in module.named_parameters())
+    module = parallel(empty, 1, weights=whole.state_dict(), dtype=torch.bfloat16)
+    assert all(torch.equal(p, whole.get_parameter(name).bfloat16()) for name, p in module.named_parameters())
     assert isinstance(ranks_of(None, Mesh.of({"tensor": 1})), Ranks)

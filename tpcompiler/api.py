@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from tpcompiler.axes.infer import AxisMap
 from tpcompiler.capture import capture as capture_model
 from tpcompiler.capture import capture_recorded, record
 from tpcompiler.collectives import folded, list_collectives
+from tpcompiler.errors import CheckError
 from tpcompiler.grouped import infer_for
 from tpcompiler.partition import CannotSplit, partition
 from tpcompiler.passes import run_passes
@@ -26,6 +27,9 @@ from tpcompiler.plan import Plan, make_plan
 from tpcompiler.program import Capture, Program
 from tpcompiler.spec import Spec
 from tpcompiler.unfused import unfuse_dropping_attention
+
+if TYPE_CHECKING:
+    from tpcompiler.check import CheckReport
 
 Progress = Callable[[str], None]
 MOMENTS = 2 * 4  # bytes of optimizer state for a parameter's element: Adam's two moments in float32
@@ -49,6 +53,21 @@ class Sharded:
 
         with _timed(self.seconds, "emit"):
             return emit(self.program)
+
+    @cached_property
+    def check(self) -> CheckReport:
+        """The static checker's verdict on the program and on its source. No GPU, no weights, seconds."""
+        from tpcompiler.check import check
+
+        return check(self.program, source=self.source)
+
+    def proven(self) -> CheckReport:
+        """The verdict, when it is good. Raises `CheckError`, one line, when the program is refused."""
+        if not self.check.passed:
+            first, *others = self.check.refused
+            more = f" (and {len(others)} more)" if others else ""
+            raise CheckError(f"{self.capture.model} is not written: the checker refuses the program at {first}{more}")
+        return self.check
 
     @cached_property
     def memory(self) -> dict[str, int]:
@@ -100,7 +119,8 @@ class Sharded:
             "memory": self.memory,
             "replicated": [{"name": r.name, "bytes": r.bytes, "reason": r.reason} for r in self.plan.replicated],
             "sharded_fraction": self.sharded_fraction,
-            "seconds": {k: round(v, 3) for k, v in self.seconds.items()},
+            "check": self.check.as_dict(),
+            "seconds": {k: round(v, 3) for k, v in self.seconds.items()} | {"check": round(self.check.seconds, 3)},
         }
 
     def write(
@@ -116,6 +136,7 @@ class Sharded:
         """
         from tpcompiler.weights import output, write_shards, write_text
 
+        self.proven()
         source = self.source
         with output(directory) as new:
             write_shards(

@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.plan import Block, Plan, common_name
+from tpcompiler.graphs import example_size, operand, over
+from tpcompiler.plan import Plan, common_name
 from tpcompiler.program import Collective, Program
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -25,23 +26,21 @@ def list_collectives(program: Program, plan: Plan) -> tuple[Collective, ...]:
 
 def folded(collectives: tuple[Collective, ...], plan: Plan) -> tuple[Collective, ...]:
     """Those of equal layers as one, with their count; the first one's node stands for all."""
-    names = {(b.kind, p): b.name for b in plan.blocks for p in b.parameters}
     out: dict[tuple[Any, ...], Collective] = {}
     for c in collectives:
         name, _, kind = c.block.partition(" · ")
-        whole = names.get((kind, name), name)
-        block = f"{plan_name(plan, kind, name) or whole} · {kind}"
+        block = f"{_plan_name(plan, kind, name)} · {kind}"
         key = (c.kind, c.direction, c.over, c.shape, c.dtype, c.bytes, block, c.reason)
         out[key] = replace(out[key], count=out[key].count + 1) if key in out else replace(c, block=block)
     return tuple(out.values())
 
 
-def plan_name(plan: Plan, kind: str, name: str) -> str | None:
-    """The block of the plan that a layer's block belongs to: h.3.mlp → h.*.mlp."""
+def _plan_name(plan: Plan, kind: str, name: str) -> str:
+    """The block of the plan that a layer's block belongs to: h.3.mlp → h.*.mlp. Its own name when there is none."""
     for b in plan.blocks:
         if b.kind == kind and any(p == name or p.startswith(name + ".") for p in b.parameters):
             return b.name
-    return None
+    return name
 
 
 class _Reader:
@@ -61,137 +60,91 @@ class _Reader:
         rule = self.rules.get(node.target)
         return iter(()) if rule is None else rule(node)
 
+    # -- by operator ------------------------------------------------------------------------------------------------
+
+    def reduce(self, node: fx.Node) -> Iterator[Collective]:
+        op, _ = self.because(node)
+        what = "looks up" if op == "embedding" else "contracts"
+        yield self.of_value(node, "all_reduce", FORWARD, f"{op} {what} {self.axis_names(node)}")
+
+    def enter(self, node: fx.Node) -> Iterator[Collective]:
+        yield self.of_value(node, "all_reduce", BACKWARD, f"gradient of what enters {self.axis_names(node)}")
+
+    def gather(self, node: fx.Node) -> Iterator[Collective]:
+        yield self.of_value(node, "all_gather", FORWARD, f"{self.axis_names(node)} leaves whole")
+
+    def norm(self, node: fx.Node) -> Iterator[Collective]:
+        shape, dtype = (*self.local(node)[:-1], 1), _accumulated(node.meta["val"].dtype)
+        names = self.axis_names(node)
+        for what in ("mean", "variance") if node.target is runtime.layer_norm else ("mean square",):
+            yield self.make(node, "all_reduce", FORWARD, over(node), shape, dtype, f"{what} over {names}")
+            reason = f"gradient of the {what} over {names}"
+            yield self.make(node, "all_reduce", BACKWARD, over(node), shape, dtype, reason)
+
+    def cross_entropy(self, node: fx.Node) -> Iterator[Collective]:
+        tokens = prod(example_size(n) for n in operand(node, 1).meta["val"].shape)
+        dtype = _accumulated(operand(node).meta["val"].dtype)
+        names: Any = node.args[2]
+        weighted, smooth = node.kwargs.get("weight") is not None, bool(node.kwargs.get("label_smoothing"))
+        rows = 2 + weighted + smooth
+        reason = "maximum of the logits, a number a token"
+        yield self.make(node, "all_reduce", FORWARD, names, (tokens,), dtype, reason)
+        reason = f"sums of the loss, {rows} numbers a token"
+        yield self.make(node, "all_reduce", FORWARD, names, (rows * tokens + 1 + weighted,), dtype, reason)
+
+    # -- of a node --------------------------------------------------------------------------------------------------
+
+    def of_value(self, node: fx.Node, kind: str, direction: str, reason: str) -> Collective:
+        """A collective on the node's own value."""
+        return self.make(node, kind, direction, over(node), self.local(node), node.meta["val"].dtype, reason)
+
     def make(
         self,
         node: fx.Node,
         kind: str,
         direction: str,
-        over: Any,
+        names: tuple[str, ...],
         shape: tuple[int, ...],
         dtype: torch.dtype,
         reason: str,
     ) -> Collective:
-        return Collective(
-            kind,
-            direction,
-            tuple(over),
-            shape,
-            dtype,
-            node.name,
-            self.block(node),
-            reason,
-            dtype.itemsize * prod(shape),
-        )
+        size = dtype.itemsize * prod(shape)
+        return Collective(kind, direction, tuple(names), shape, dtype, node.name, self.block(node), reason, size)
 
-    def axes(self, node: fx.Node) -> tuple[int, ...]:
-        return node.meta.get("because", ("", ()))[1]
+    def because(self, node: fx.Node) -> tuple[str, tuple[int, ...]]:
+        """The op and the axes that made the partitioner put it there."""
+        return node.meta.get("because", ("", ()))
 
     def axis_names(self, node: fx.Node) -> str:
-        return " and ".join(dict.fromkeys(self.plan.names[a] for a in self.axes(node)))
+        return " and ".join(dict.fromkeys(self.plan.names[a] for a in self.because(node)[1]))
 
     def block(self, node: fx.Node) -> str:
         """`h.3.mlp · mlp`: the block whose axis is the reason."""
-        op, axes = node.meta.get("because", ("", ()))
+        op, axes = self.because(node)
         if not axes:
             return "model · other"
         fact = self.plan.facts.axes[axes[0]]
         kind = fact.kinds[0]
         if len(fact.kinds) > 1:  # a tied vocabulary is looked up at one end and contracted at the other
             kind = "embedding" if op == "embedding" else "head" if "head" in fact.kinds else kind
-        own: Block | None = next(
-            (b for b in self.plan.blocks if b.kind == kind and fact.parameters[0] in b.parameters), None
-        )
-        return f"{common_name(fact.parameters)} · {kind if own is not None else fact.kinds[0]}"
+        split = any(b.kind == kind and fact.parameters[0] in b.parameters for b in self.plan.blocks)
+        return f"{common_name(fact.parameters)} · {kind if split else fact.kinds[0]}"
 
     def local(self, node: fx.Node) -> tuple[int, ...]:
         """A value's shape on rank 0 at the example's sizes."""
-        dims = node.meta.get("dims") or ()
+        mesh = self.program.mesh
         shape = [example_size(n) for n in node.meta["val"].shape]
-        for i, dim in enumerate(dims):
-            if dim.over:
-                static = prod(
-                    leaf.local_size(self.program.mesh, self.coords) / leaf.size for leaf in dim.leaves if leaf.split
-                )
-                shape[i] = (
-                    round(shape[i] * static) if dim.dynamic_size else dim.local_size(self.program.mesh, self.coords)
-                )
+        for i, dim in enumerate(node.meta.get("dims") or ()):
+            if not dim.over:
+                continue
+            if dim.dynamic_size:
+                static = (leaf.local_size(mesh, self.coords) / leaf.size for leaf in dim.leaves if leaf.split)
+                shape[i] = round(shape[i] * prod(static))
+            else:
+                shape[i] = dim.local_size(mesh, self.coords)
         return tuple(shape)
 
-    def reduce(self, node: fx.Node) -> Iterator[Collective]:
-        op = node.meta.get("because", ("", ()))[0]
-        what = "looks up" if op == "embedding" else "contracts"
-        yield self.make(
-            node,
-            "all_reduce",
-            FORWARD,
-            node.args[1],
-            self.local(node),
-            node.meta["val"].dtype,
-            f"{op} {what} {self.axis_names(node)}",
-        )
 
-    def enter(self, node: fx.Node) -> Iterator[Collective]:
-        shape, dtype = self.local(node), node.meta["val"].dtype
-        yield self.make(
-            node, "all_reduce", BACKWARD, node.args[1], shape, dtype, f"gradient of what enters {self.axis_names(node)}"
-        )
-
-    def gather(self, node: fx.Node) -> Iterator[Collective]:
-        shape = self.local(node)
-        yield self.make(
-            node,
-            "all_gather",
-            FORWARD,
-            node.args[1],
-            shape,
-            node.meta["val"].dtype,
-            f"{self.axis_names(node)} leaves whole",
-        )
-
-    def norm(self, node: fx.Node) -> Iterator[Collective]:
-        shape = (*self.local(node)[:-1], 1)
-        dtype = node.meta["val"].dtype
-        dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        for what in ("mean", "variance") if node.target is runtime.layer_norm else ("mean square",):
-            yield self.make(
-                node, "all_reduce", FORWARD, node.args[1], shape, dtype, f"{what} over {self.axis_names(node)}"
-            )
-            yield self.make(
-                node,
-                "all_reduce",
-                BACKWARD,
-                node.args[1],
-                shape,
-                dtype,
-                f"gradient of the {what} over {self.axis_names(node)}",
-            )
-
-    def cross_entropy(self, node: fx.Node) -> Iterator[Collective]:
-        logits, target = node.args[0], node.args[1]
-        assert isinstance(logits, fx.Node) and isinstance(target, fx.Node)
-        tokens = prod(example_size(n) for n in target.meta["val"].shape)
-        dtype = logits.meta["val"].dtype
-        dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        weighted, smooth = node.kwargs.get("weight") is not None, bool(node.kwargs.get("label_smoothing"))
-        yield self.make(
-            node, "all_reduce", FORWARD, node.args[2], (tokens,), dtype, "maximum of the logits, a number a token"
-        )
-        rows = 2 + weighted + smooth
-        yield self.make(
-            node,
-            "all_reduce",
-            FORWARD,
-            node.args[2],
-            (rows * tokens + 1 + weighted,),
-            dtype,
-            f"sums of the loss, {rows} numbers a token",
-        )
-
-
-def example_size(n: int | torch.SymInt) -> int:
-    """A size at the example inputs."""
-    if isinstance(n, int):
-        return n
-    env = n.node.shape_env
-    examples = getattr(env, "backed_var_to_val", None) or env.var_to_val
-    return int(n.node.expr.subs(examples))
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    """What the runtime sums a 16-bit value's statistics in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -23,6 +23,10 @@ class PlanError(TpcError):
     """What the spec asks for cannot be done to this model, with the reason and the nearest choice that works."""
 
 
+class CheckError(TpcError):
+    """The static checker refuses a program: names the node, what was claimed and what is true."""
+
+
 class WeightsError(TpcError):
     """A weight file or checkpoint is missing, truncated, altered, or does not fit the model."""
 

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from tpcompiler.layout import Over
+
+PLACE = ("module", "stack", "line")  # keys of `Node.meta`: see `program.Capture`
+
 
 def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
     """`graph.call_function`, for arguments that fx does not list: `LocalSize`, `LocalRuns`, `Training`."""
@@ -29,6 +33,22 @@ def operand(node: fx.Node, i: int = 0) -> fx.Node:
     found = node.args[i]
     assert isinstance(found, fx.Node), f"argument {i} of {node.format_node()} is no node"
     return found
+
+
+def over(node: fx.Node) -> Over:
+    """The mesh dimensions that an `enter`, `reduce` or `gather` communicates over."""
+    names: Any = node.args[1]
+    return tuple(names)
+
+
+def place(node: fx.Node) -> dict[str, Any]:
+    """Metadata: where in the user's model a node stands."""
+    return {key: node.meta[key] for key in PLACE if key in node.meta}
+
+
+def value_meta(node: fx.Node) -> dict[str, Any]:
+    """Metadata for another node with the same value: all but what is said of this node alone."""
+    return {key: value for key, value in node.meta.items() if key not in ("note", "because")}
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from tpcompiler.axes.infer import AxisMap, bind, infer_axes
 from tpcompiler.blocks import gather_facts
-from tpcompiler.passes.copy import copy_graph
+from tpcompiler.graphs import copy_graph
 from tpcompiler.plan import unfit_products
 from tpcompiler.program import Capture
 from tpcompiler.spec import Spec

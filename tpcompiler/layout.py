@@ -16,6 +16,8 @@ from math import prod
 
 from tpcompiler.runtime.mesh import Coords, Mesh, Run, part
 
+Over = tuple[str, ...]  # mesh dimensions, in the mesh's order
+
 
 @dataclass(frozen=True)
 class Dim:

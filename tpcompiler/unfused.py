@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from tpcompiler.axes.infer import bind
+from tpcompiler.graphs import copy_graph
 from tpcompiler.grouped import repeat_grouped
-from tpcompiler.passes.copy import copy_graph
 from tpcompiler.program import Capture, Training
 
 aten = torch.ops.aten

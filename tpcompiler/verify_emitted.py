@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from tpcompiler.comparison import Batch, Case, Comparison, Results, count_executed, count_listed
 from tpcompiler.emit import load_source
 from tpcompiler.place import fill_from
 from tpcompiler.program import Capture, Slot
 from tpcompiler.runtime import Ranks
 from tpcompiler.simulate import run_ranks
-from tpcompiler.verification import Batch, Case, Comparison, Results, count_executed, count_listed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs of the model's forward
 

@@ -18,51 +18,39 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import tpcompiler
-from tpcompiler.api import Sharded
+from tpcompiler.comparison import Batch, Case, Comparison, Results, cotangent, local_slice
 from tpcompiler.errors import TpcError
 from tpcompiler.located import one_line
-from tpcompiler.program import Capture, Slot
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.worker import CALL, ERRORS, LONGEST, RESULT
-from tpcompiler.verification import Batch, Case, Comparison, Results, cotangent, local_slice, smaller, vary
+from tpcompiler.verify_emitted import Call, call_of
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs of the model's forward
 LIMIT = 900.0  # seconds that the processes may take
 WAIT = 300.0  # seconds that a rank waits for the others in a collective
 ALLOWED = ("tpcompiler", "tpcompiler.errors", "tpcompiler.runtime")  # what a program may import
 
 
-def processes_case(
-    sharded: Sharded, state: Mapping[str, Tensor], batch: Batch, run: Comparison, backward: bool
-) -> Case:
-    """Outputs, and gradients accumulated over batches of two sizes, of the emitted program in processes.
+def processes_case(run: Comparison, batches: Sequence[Batch], state: Mapping[str, Tensor] | None = None) -> Case:
+    """Outputs, and gradients accumulated over the batches, of the emitted program in processes.
 
-    `state` are the whole model's values; `run` knows the plain model and compares. Errors: `TpcError` when a rank
-    fails or does not come to an end; then all of them are ended, and nothing is left on disk.
+    `state`: the whole model's values that are written, if not those of `run`, which knows the plain model.
+    Errors: `TpcError` when a rank fails or does not come to an end; then all are ended, and nothing is left on disk.
     """
+    sharded, state = run.sharded, run.state if state is None else state
     capture, mesh = sharded.capture, sharded.program.mesh
-    batches = [b for b in (batch, vary(capture, batch, 1), smaller(capture, batch)) if b is not None]
     plain = run.plain(batches)
     with tempfile.TemporaryDirectory(prefix="tpc-verify-") as directory:
         program = Path(directory, "program")
-        sharded.write(program, dict(state))
-        cotangents = _cotangents(run, plain, len(batches)) if backward else None
+        sharded.write(program, {p.name: state[p.name] for p in capture.parameters if p.persistent})
+        cotangents = _cotangents(run, plain, len(batches)) if run.backward else None
         found = run_processes(program, mesh, [call_of(capture, b) for b in batches], cotangents, dtype=run.dtype)
     errors, notes = run.compare(plain, [Results(r.outputs, r.gradients) for r in found])
     foreign = {m for r in found for m in r.imported if not (m in ALLOWED or m.startswith("tpcompiler.runtime."))}
     notes += [f"the program imported {m}" for m in sorted(foreign)]
     tolerance = run.tolerance
     return Case(f"the emitted program in {mesh.size} processes ({backend_for(mesh)})", errors, tolerance, tuple(notes))
-
-
-def call_of(capture: Capture, batch: Batch) -> Call:
-    """The arguments of the model's forward from its tensor inputs by placeholder."""
-    leaves = [batch[leaf.node] if isinstance(leaf, Slot) else leaf for leaf in capture.input_leaves]
-    args, kwargs = pytree.tree_unflatten(leaves, capture.in_spec)
-    return args, kwargs
 
 
 def _cotangents(run: Comparison, plain: Results, batches: int) -> list[list[list[Tensor | None]]]:

@@ -31,7 +31,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"zero_expert_num": 2},
-    "mamba2": {"head_dim": 16},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "mamba2": {"head_dim": 16, "n_groups": 2},
     "roc_bert": {"pronunciation_embed_dim": 48, "pronunciation_vocab_size": 30, "shape_embed_dim": 40, "shape_vocab_size": 30},
     "zaya": {"num_experts_per_tok": 1},
 }

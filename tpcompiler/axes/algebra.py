@@ -142,7 +142,8 @@ class Terms:
                 continue
             rest = self._size[a] // self._size[b] if kind == PRODUCT else self._size[a] - self._size[b]
             if kind == PRODUCT and self._size[a] % self._size[b]:
-                return self._give_up([a, b, *left, *right], node, "factors do not line up")
+                self._give_up([a, b, *left, *right], node, "factors do not line up")
+                return
             tail = self.new(rest)
             self._bind(a, Binding(kind, (b, tail)), node)
             left.append(tail)
@@ -151,7 +152,8 @@ class Terms:
         """`(s1 | s2 | …)` and `(f · m)` are one: every segment is `(s/m · m)`, and f is `(s1/m | s2/m | …)`."""
         minor = self._size[factors[-1]]
         if any(self._size[s] % minor for s in segments):
-            return self._give_up([*segments, *factors], node, "segments cut through a factor")
+            self._give_up([*segments, *factors], node, "segments cut through a factor")
+            return
         heads = [self.new(self._size[s] // minor) for s in segments]
         for s, head in zip(segments, heads, strict=True):
             inner = [t for t in (head, factors[-1]) if self._size[t] != 1]

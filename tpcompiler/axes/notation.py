@@ -50,7 +50,7 @@ class Pattern:
     results: tuple[tuple[Item, ...], ...]
 
     def letters(self, side: tuple[tuple[Item, ...] | None, ...]) -> set[str]:
-        return {x.name for items in side for item in items or () for x in _letters(item)}
+        return {x.name for items in side for item in items or () for x in letters_of(item)}
 
     @property
     def contracted(self) -> set[str]:
@@ -65,10 +65,11 @@ class Pattern:
 
     def marked(self, attribute: str) -> set[str]:
         sides = (*self.operands, *self.results)
-        return {x.name for items in sides for item in items or () for x in _letters(item) if getattr(x, attribute)}
+        return {x.name for items in sides for item in items or () for x in letters_of(item) if getattr(x, attribute)}
 
 
-def _letters(item: Item) -> tuple[Letter, ...]:
+def letters_of(item: Item) -> tuple[Letter, ...]:
+    """The letters of one dimension, in order."""
     if isinstance(item, Letter):
         return (item,)
     return item.letters() if isinstance(item, Group) else ()

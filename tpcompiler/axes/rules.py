@@ -36,6 +36,7 @@ from tpcompiler.axes.shapes import (
     permuted,
     repeat,
     repeat_interleave,
+    resized,
     reversed_,
     select,
     slice_,
@@ -46,13 +47,17 @@ from tpcompiler.axes.shapes import (
     unbind,
     unsqueeze,
     view,
+    view_as,
 )
+from tpcompiler.axes.windows import convolution, pooled, unfold
+from tpcompiler.axes.writes import index_add, index_put, scatter, select_scatter, slice_scatter
 
 # Pointwise ops that torch does not tag as such.
 _UNARY = (
     "dropout dropout_ contiguous clone alias detach float to.dtype to.device to.dtype_layout _to_copy "
     "zeros_like ones_like full_like empty_like where.ScalarOther where.ScalarSelf "
-    "silu gelu relu relu6 softplus mish hardswish elu selu leaky_relu square abs"
+    "silu gelu relu relu6 softplus mish hardswish elu selu leaky_relu log_sigmoid square abs floor_divide "
+    "masked_fill.Tensor real imag conj resolve_conj polar complex fill.Scalar"
 ).split()
 
 RULES: dict[str, Rule] = {
@@ -66,6 +71,7 @@ RULES: dict[str, Rule] = {
     "aten::addmm": addmm,
     "aten::baddbmm": addmm,
     "aten::einsum": einsum,
+    "aten::outer": "i, j -> i j",
     "tpcompiler::grouped_mm": "m k, e! k n, e! -> m n",
     "aten::scaled_dot_product_attention": attention,
     # tables and losses
@@ -97,13 +103,30 @@ RULES: dict[str, Rule] = {
     "aten::linalg_vector_norm": whole("dim"),
     "aten::cumsum": whole("dim"),
     "aten::cumprod": whole("dim"),
+    "aten::logcumsumexp": whole("dim"),
     "aten::sort": whole("dim"),
+    "aten::sort.stable": whole("dim"),
+    "aten::argsort": whole("dim"),
+    "aten::argsort.stable": whole("dim"),
+    "aten::topk": resized(),
+    "aten::kthvalue": whole("dim"),
+    "aten::median.dim": whole("dim"),
+    "aten::prod.dim_int": whole("dim"),
+    **dict.fromkeys((f"aten::{name}" for name in "max min any all prod std var norm.Scalar".split()), whole("dim")),
+    "aten::one_hot": "... -> ... n!",
+    "aten::view_as_complex": "... c! -> ...",
+    "aten::view_as_real": "... -> ... c!",
     "aten::flip": whole("dims"),
     "aten::roll": whole("dims"),
     "aten::tril": last_two_whole,
     "aten::triu": last_two_whole,
     "aten::constant_pad_nd": padded,
     "aten::pad": padded,
+    # over a neighbourhood
+    **dict.fromkeys((f"aten::{name}" for name in "conv1d conv2d conv3d conv1d.padding conv2d.padding".split()), convolution),
+    **dict.fromkeys((f"aten::{x}_pool1d" for x in "max avg adaptive_avg adaptive_max".split()), pooled(1)),
+    **dict.fromkeys((f"aten::{x}_pool2d" for x in "max avg adaptive_avg adaptive_max".split()), pooled(2)),
+    "aten::unfold": unfold,
     # sums
     "aten::sum": reduction,
     "aten::sum.dim_IntList": reduction,
@@ -114,11 +137,15 @@ RULES: dict[str, Rule] = {
     "aten::reshape": view,
     "aten::_unsafe_view": view,
     "aten::flatten.using_ints": view,
+    "aten::view_as": view_as,
+    "aten::reshape_as": view_as,
     "aten::unflatten.int": view,
     "aten::expand": expand,
     "aten::expand_as": pointwise,
     "aten::broadcast_to": expand,
     "aten::transpose.int": permuted(transposed),
+    "aten::swapdims": permuted(transposed),
+    "aten::swapaxes": permuted(transposed),
     "aten::permute": permuted(lambda call: call.dims("dims")),
     "aten::t": permuted(reversed_),
     "aten::numpy_T": permuted(reversed_),
@@ -145,6 +172,13 @@ RULES: dict[str, Rule] = {
     "aten::index.Tensor": index,
     "aten::index_select": index_select,
     "aten::gather": gather,
+    # values written into a part of another
+    "aten::slice_scatter": slice_scatter,
+    "aten::select_scatter": select_scatter,
+    **dict.fromkeys((f"aten::{x}" for x in "scatter.src scatter.value scatter_add scatter_reduce.two".split()), scatter),
+    "aten::index_put": index_put,
+    "aten::index_add": index_add,
+    "aten::index_copy": index_add,
     # values of one operand only
     "aten::type_as": "..., _ -> ...",
     "aten::to.other": "..., _ -> ...",
@@ -175,7 +209,7 @@ def find(op: torch._ops.OpOverload) -> Rule | None:
     key = name if overload in ("", "default") else f"{name}.{overload}"
     if key in RULES:
         return RULES[key]
-    if torch.Tag.pointwise in op.tags:
+    if torch.Tag.pointwise in op.tags and torch.Tag.nondeterministic_seeded not in op.tags:
         return pointwise
     return RULES.get(name) if overload in ("", "default") else None
 

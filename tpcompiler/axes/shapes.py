@@ -18,6 +18,16 @@ def view(call: Call) -> Line:
     return view_pattern(before, call.results[0])
 
 
+def view_as(call: Call) -> Line:
+    """The other's values do not matter, but its sizes do: they are the result's."""
+    said = view(call)
+    if said is None:
+        return None
+    text, sizes = said if isinstance(said, tuple) else (said, {})
+    before, after = text.split(" -> ")
+    return f"{before}, {after} -> {after}", sizes
+
+
 def expand(call: Call) -> Line:
     before, after = call.shape(), call.results[0]
     d = letters(len(after))
@@ -58,7 +68,8 @@ def last_two_swapped(call: Call) -> list[int]:
 
 def transposed(call: Call) -> list[int]:
     n = max(call.rank(), 1)
-    return _swap(call, call.args["dim0"] % n, call.args["dim1"] % n) if call.rank() else []
+    a, b = (call.args.get(f"dim{k}", call.args.get(f"axis{k}")) % n for k in (0, 1))
+    return _swap(call, a, b) if call.rank() else []
 
 
 def _swap(call: Call, a: int, b: int) -> list[int]:
@@ -89,7 +100,7 @@ def repeat(call: Call) -> Line:
     """Tiling: repeats are the major factor."""
     before = call.shape()
     lead = len(call.args["repeats"]) - len(before)
-    d, sizes, out = letters(len(before)), {}, []
+    d, sizes, out = letters(len(before)), dict[str, int](), list[str]()
     for i, times in enumerate(call.args["repeats"]):
         if not isinstance(times, int):
             return None
@@ -190,6 +201,17 @@ def gather(call: Call) -> Line:
     d = [x if j != i and source[j] == picked[j] else x + "!" for j, x in enumerate(letters(call.rank()))]
     p = [x if j != i and source[j] == picked[j] else f"p{j}" for j, x in enumerate(letters(call.rank()))]
     return f"{' '.join(d)}, {' '.join(p)} -> {' '.join(p)}"
+
+
+def resized(name: str = "dim") -> Callable[[Call], Line]:
+    """An op that needs a dimension whole and makes one of another size in its place: topk."""
+
+    def rule(call: Call) -> Line:
+        d, i = letters(call.rank()), call.dim(name)
+        after = " ".join([*d[:i], f"k{i}!", *d[i + 1 :]])
+        return f"{' '.join([*d[:i], d[i] + '!', *d[i + 1 :]])} -> {', '.join([after] * len(call.results))}"
+
+    return rule
 
 
 def padded(call: Call) -> Line:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -52,7 +54,7 @@ def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
     for shapes in candidate_shapes(example_shapes):
         while True:
             try:
-                with Literals(recorded.tape):
+                with _named_keywords(model, kwargs), Literals(recorded.tape):
                     exported = _export(model, leaves, in_spec, shapes)
             except Exception as e:  # whatever the model's own code raises
                 name = _drawing_module(model, e)
@@ -149,6 +151,30 @@ def _export(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: 
     with torch.device("meta"), lean_tracing(), whole_operators():  # `torch.arange(n)` without a device goes along
         dynamic_shapes = dynamic.dynamic_shapes(model, args, kwargs)
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+@contextmanager
+def _named_keywords(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """While it lasts, the forward names the keywords that it takes by `**`: export loses count of them otherwise."""
+    forward = model.forward
+    signature = inspect.signature(forward)
+    extra = [k for k in kwargs if k not in signature.parameters]
+    if not extra or "forward" in vars(model):
+        yield
+        return
+
+    @wraps(forward)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY) for k in extra]
+    named.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    model.forward = named
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 def _fits(exported: ExportedProgram, shapes: Shapes) -> bool:

@@ -11,9 +11,8 @@ import time
 import torch
 
 from tpcompiler.check.backward import sweep_backward
-from tpcompiler.check.calls import numbers, read_call
 from tpcompiler.check.claims import Geometry
-from tpcompiler.check.forward import Refused, live_nodes, sweep_forward
+from tpcompiler.check.forward import Refused, live_nodes, sites, sweep_forward
 from tpcompiler.check.parameters import uncovered
 from tpcompiler.check.report import CheckReport, Refusal
 from tpcompiler.check.sizes import Sizes, choices
@@ -52,7 +51,7 @@ def _first_that_runs(program: Program, geometry: Geometry, steps: Steps) -> tupl
 
 def _sweeps(program: Program, geometry: Geometry, steps: Steps, sizes: Sizes) -> tuple[Refusal, ...]:
     try:
-        forward = sweep_forward(program, Table(program.capture, sizes), geometry, steps)
+        forward = sweep_forward(program, Table(program.capture, sizes, sites(program)), geometry, steps)
         sweep_backward(program, geometry, steps, forward)
     except Refused as e:
         return (e.refusal,)
@@ -74,5 +73,3 @@ def _integers(graph: torch.fx.Graph) -> set[int]:
             found.update(n for n in val.shape if type(n) is int)
     return found
 
-
-_ = (numbers, read_call)

@@ -164,8 +164,8 @@ def alone(a: Any) -> Any:
 
 
 def numbers(call: Call) -> set[int]:
-    """The integers among its arguments."""
-    return {a for a in _leaves((call.args, tuple(v for _, v in call.kwargs))) if type(a) is int}
+    """The integers among its arguments, lists left out."""
+    return {a for a in (*call.args, *(v for _, v in call.kwargs)) if type(a) is int}
 
 
 def modes(call: Call) -> list[Training]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tpcompiler.check.calls import Call, alone, run, substitute
+
+
+_SMALL = 1 << 18  # elements that are sooner computed than reasoned about
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,11 @@ class Cone:
             values.append(run(call, taken, alone, training, wide=wide, device=device))
         return tensors[self.result] if isinstance(self.result, int) else values[self.result.i]
 
-    def meta(self, operands: Sequence[Operand]) -> Any:
-        """Its result without values, in the dtypes it has. Raises whatever the operations do when shapes do not fit."""
-        made = [torch.empty(o.shape, dtype=o.dtype, device="meta", requires_grad=o.grad) for o in operands]
-        return self.run(made, wide=False, device="meta")
+    def outline(self, operands: Sequence[Operand]) -> Any:
+        """Its result in the dtypes it has, without meaning. Raises whatever the operations do when shapes do not fit."""
+        device = "cpu" if sum(prod(o.shape) for o in operands) <= _SMALL else "meta"
+        made = [torch.zeros(o.shape, dtype=o.dtype, device=device, requires_grad=o.grad) for o in operands]
+        return self.run(made, wide=False, device=device)
 
     def substituted(self, change: dict[int, int]) -> Cone:
         return Cone(tuple((substitute(c, change), gs) for c, gs in self.steps), self.result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -52,7 +53,9 @@ def _tensor(o: Operand, bound: int, special: set[int], style: str, generator: to
     if o.dtype == torch.bool:
         return torch.rand(o.shape, generator=generator) < 0.7
     if _integer(o.dtype):
-        out = torch.randint(0, bound, o.shape, generator=generator, dtype=torch.int64)
+        n = prod(o.shape)
+        spread = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator, dtype=torch.float64)
+        out = (spread * bound / n).long().clamp(max=bound - 1).reshape(o.shape)  # all over the range, however few
         for i in sorted(special):
             out = torch.where(torch.rand(o.shape, generator=generator) < 0.2, i, out)
         return out.to(o.dtype)

@@ -7,7 +7,7 @@ make distinct.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 
@@ -47,37 +47,42 @@ def held(whole: Tensor, claim: Claim, rank: int, sizes: Sizes) -> Tensor:
     return whole
 
 
+@dataclass(frozen=True)
+class Draw:
+    """One run of a step: the model's result, and the ranks'."""
+
+    whole: Tensor
+    local: Sequence[Tensor]
+
+
 def find_claim(
-    geometry: Geometry, whole: Tensor, local: Sequence[Tensor], sizes: Sizes, hints: Sequence[Iterable[Rows]], sums: Iterable[Over]
+    geometry: Geometry, draws: Sequence[Draw], sizes: Sizes, hints: Sequence[Iterable[Rows]], sums: Iterable[Over]
 ) -> Claim | None:
-    """The first claim that holds of the ranks' values; None if none does. `hints[d]` are tried for dimension `d`."""
+    """The first claim that holds of all runs; None if none does. `hints[d]` are tried for dimension `d`."""
+    first = draws[0]
     for over in sums:
-        summed = local if not over else _sums(geometry, local, over)
+        summed = first.local if not over else _sums(geometry, first.local, over)
         if summed is None:
             continue
-        for rows in _candidates(geometry, whole, summed, sizes, hints):
+        for rows in _candidates(geometry, first.whole, summed, sizes, hints):
             claim = Claim(rows, over)
-            if holds(geometry, claim, whole, summed, sizes) and not set(over) & set(geometry.moving(claim)):
+            if not set(over) & set(geometry.moving(claim)) and all(_holds(geometry, claim, d, sizes) for d in draws):
                 return claim
     return None
 
 
-def holds(geometry: Geometry, claim: Claim, whole: Tensor, summed: Sequence[Tensor], sizes: Sizes) -> bool:
-    """Whether the ranks' values, already summed where they are partial, are what a claim says."""
+def _holds(geometry: Geometry, claim: Claim, draw: Draw, sizes: Sizes) -> bool:
+    """Whether the ranks' values are what a claim says."""
+    summed = draw.local if not claim.partial else _sums(geometry, draw.local, claim.partial)
+    if summed is None:
+        return False
     done: set[tuple[int, ...]] = set()
     for r in range(geometry.size):
         key = (id(summed[r]), *(id(rows.runs[r]) for rows in claim.rows if rows is not None))
-        if key in done:
-            continue
-        done.add(key)
-        if not close(summed[r], held(whole, claim, r, sizes)):
+        if key not in done and not close(summed[r], held(draw.whole, claim, r, sizes)):
             return False
+        done.add(key)
     return True
-
-
-def total(geometry: Geometry, claim: Claim, local: Sequence[Tensor]) -> Sequence[Tensor] | None:
-    """The ranks' values, summed over the mesh dimensions that a claim says."""
-    return local if not claim.partial else _sums(geometry, local, claim.partial)
 
 
 def _sums(geometry: Geometry, local: Sequence[Tensor], over: Over) -> list[Tensor] | None:
@@ -181,8 +186,8 @@ def _rows_of(whole: Tensor, values: Tensor, order: Tensor, t: Tensor) -> list[Ru
             return None
         flat = order[at]
         index = torch.stack(torch.unravel_index(flat, whole.shape))[d].tolist()
+        if len(set(index)) < len(index):
+            return None
         out.append(join(iter([(i, i + 1) for i in index])))
     return out
 
-
-Hint = Callable[[int], Iterable[Rows]]

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
-from tpcompiler.check.calls import Call, Slot, globalise, make_call, read_call, replaced
+from tpcompiler.check.calls import Call, globalise, read_call, replaced
 from tpcompiler.check.claims import Claim, Geometry, Rows
 from tpcompiler.check.cones import Operand
 from tpcompiler.check.equal import Equal
@@ -18,7 +18,7 @@ from tpcompiler.check.report import Refusal
 from tpcompiler.check.steps import Given, Step, Steps, Wrong
 from tpcompiler.check.values import Table, Value
 from tpcompiler.layout import Dim
-from tpcompiler.program import Program, Training
+from tpcompiler.program import Program
 from tpcompiler.runtime import dropout
 
 aten = torch.ops.aten
@@ -68,7 +68,6 @@ class _Forward:
         self.steps = steps
         self.equal = Equal(steps)
         self.parameters = {p.node: p for p in program.capture.parameters}
-        self.sites: dict[Any, Value] = {}
         self.same: dict[Value, Value | None] = {}
         self.out = Sweep()
 
@@ -141,10 +140,8 @@ class _Forward:
     def values(self, node: fx.Node, call: Call, step: Step, operands: tuple[Value, ...]) -> list[Value]:
         if step.identity:
             return [operands[0]]
-        if call.target is dropout:
-            return [self.dropped(node, call, operands[0])]
         out = None if step.many else step.outs[0].operand if step.outs[0] is not None else None
-        value = self.table.find(step.whole, operands, out)
+        value = self.table.find(globalise(call), operands, out)
         if not value.original and value not in self.same:
             self.same[value] = self.equal.original(value)
         found = self.same.get(value) or value
@@ -153,26 +150,6 @@ class _Forward:
         if not step.many:
             return [found]
         return [self.table.item(found, i, o.operand) if o is not None else found for i, o in enumerate(step.outs)]
-
-    def dropped(self, node: fx.Node, call: Call, operand: Value) -> Value:
-        """The model's dropout of this value: each has a site of its own."""
-        given = dict(call.kwargs)
-        plain = make_call(aten.dropout.default, (Slot(0), given["p"], given["training"]), ())
-        site = given["site"]
-        mine = (operand, plain.key)
-        candidates = self.table.dropouts.get(mine, [])
-        taken = {id(v) for v in self.sites.values()}
-        if site in self.sites:
-            if self.sites[site] not in candidates:
-                self.refuse(node, f"dropout site {site}", f"{self.sites[site]} has that site already: both would draw one mask")
-            return self.sites[site]
-        free = [v for v in candidates if id(v) not in taken]
-        if not free:
-            mode = given["training"]
-            shown = f"on {mode.on}, off {mode.off}" if isinstance(mode, Training) else str(mode)
-            self.refuse(node, f"a dropout of {operand} with p = {given['p']} ({shown})", "the model has none such that is not taken")
-        self.sites[site] = free[0]
-        return free[0]
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -220,6 +197,25 @@ class _Forward:
 
     def refuse(self, node: fx.Node, claimed: str, true: str, example: str = "") -> NoReturn:
         raise Refused(Refusal(node.name, line_of(node), claimed, true, example))
+
+
+def sites(program: Program) -> dict[int, tuple[tuple[str, Any], ...]]:
+    """How each dropout site of the program counts samples: part of what its mask is."""
+    found: dict[int, tuple[tuple[str, Any], ...]] = {}
+    for node in program.graph.nodes:
+        if node.target is dropout:
+            call, _ = read_call(node, Anything())
+            given = dict(call.kwargs)
+            counted = tuple((k, given[k]) for k in ("batch_dim", "samples") if k in given)
+            found.setdefault(given["site"], counted)
+    return found
+
+
+class Anything(dict[fx.Node, None]):
+    """Knows every node, and nothing of it."""
+
+    def __missing__(self, node: fx.Node) -> None:
+        return None
 
 
 def live_nodes(graph: fx.Graph) -> list[fx.Node]:

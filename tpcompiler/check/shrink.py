@@ -19,7 +19,7 @@ from tpcompiler.check.calls import outputs
 from tpcompiler.check.claims import Rows, Runs
 from tpcompiler.check.cones import Cone, Operand
 
-LARGE = 1 << 15  # elements of an operand; larger ones are made smaller
+LARGE = 1 << 16  # elements of an operand; larger ones are made smaller
 HUGE = 1 << 26  # a step that needs this many is not run
 LONG = 64  # rows of a dimension worth making fewer
 _WIDTHS = (5, 7, 11, 13, 17, 19, 23, 29)
@@ -83,7 +83,7 @@ def shrinks(cones: Sequence[Cone], given: Sequence[Operand], rows: Iterable[Rows
 
 
 def _shapes(cone: Cone, given: Sequence[Operand]) -> list[tuple[int, ...]]:
-    return [tuple(t.shape) for t in outputs(cone.meta(given)) if isinstance(t, Tensor)]
+    return [tuple(t.shape) for t in outputs(cone.outline(given)) if isinstance(t, Tensor)]
 
 
 def _search(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -24,13 +25,19 @@ from tpcompiler.check.claims import Claim, Geometry, Over, Rows
 from tpcompiler.check.compare import close, difference, factor
 from tpcompiler.check.cones import Cone, Operand
 from tpcompiler.check.draw import NORMAL, SMALL, draw
-from tpcompiler.check.find import Sizes, find_claim, held, holds, total
+from tpcompiler.check.find import Draw, Sizes, find_claim, held
 from tpcompiler.check.shrink import Shrink, shrinks
 from tpcompiler.layout import LocalRuns, LocalSize
 from tpcompiler.runtime import Group, Ranks, dropout, gather
 from tpcompiler.simulate import run_ranks
 
 Kind = Over | None
+Hints = tuple[tuple[Rows | None, ...] | None, ...]  # for each result, rows to try first
+
+_STYLES = (NORMAL, SMALL)
+_DRAWS = 2
+_MOST = 16
+_NEITHER = "neither the model's value, nor rows of it, nor a sum that gives it"
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Steps:
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
-    def forward(self, call: Call, whole: Call, given: tuple[Given, ...], hints: tuple[tuple[Rows | None, ...] | None, ...]) -> Step | Wrong:
+    def forward(self, call: Call, whole: Call, given: tuple[Given, ...], hints: Hints) -> Step | Wrong:
         """What the call makes of the operands. `hints`: the program's own claims of the results' rows."""
         key = (call.key, whole.key, given, hints)
         if key not in self.known:
@@ -91,7 +98,7 @@ class Steps:
                 self.known[key] = Wrong(f"it cannot be run: {_one_line(e)}")
         return self.known[key]
 
-    def _forward(self, call: Call, whole: Call, given: tuple[Given, ...], hints: tuple[tuple[Rows | None, ...] | None, ...]) -> Step | Wrong:
+    def _forward(self, call: Call, whole: Call, given: tuple[Given, ...], hints: Hints) -> Step | Wrong:
         operands = [g.operand for g in given]
         made, many = self.describe(Cone.of(whole, len(given)), operands)
         if not call.by_rank and call.over is None and all(g.claim.whole for g in given):
@@ -109,7 +116,7 @@ class Steps:
         """Shapes and dtypes of the model's results, and whether they need gradients; and whether they are a list."""
         key = (tuple((c.key, gs) for c, gs in cone.steps), tuple(operands))
         if key not in self.shapes:
-            result = cone.meta(operands)
+            result = cone.outline(operands)
             many = not isinstance(result, Tensor)
             made = tuple(
                 Operand(tuple(t.shape), t.dtype, t.requires_grad) if isinstance(t, Tensor) else None for t in outputs(result)
@@ -117,48 +124,43 @@ class Steps:
             self.shapes[key] = made, many
         return self.shapes[key]
 
-    def _rows(self, call: Call, given: Sequence[Given], hints: Sequence[tuple[Rows | None, ...] | None]) -> list[Rows]:
+    def _rows(self, call: Call, given: Sequence[Given], hints: Hints) -> list[Rows]:
         found = [r for g in given for r in g.claim.rows] + [r for h in hints if h is not None for r in h]
         found += [self.geometry.of_dim(d) for d in dims_of(call)]
         return list(dict.fromkeys(r for r in found if r is not None))
 
-    def _run(
-        self, trial: _Trial, made: tuple[Operand | None, ...], many: bool, hints: Sequence[tuple[Rows | None, ...] | None]
-    ) -> Step | Wrong:
-        claims: list[Claim | None] | None = None
+    def _run(self, trial: _Trial, made: tuple[Operand | None, ...], many: bool, hints: Hints) -> Step | Wrong:
         identity = len(trial.given) == 1 and not many and moves(trial.call)
-        for seed, style in enumerate((NORMAL, SMALL)):
-            training = bool(seed) or _is_dropout(trial.call)
-            if training and trial.call.random:
-                training = False
-            whole, local = trial.forward(style, seed, training)
-            if claims is None:
-                claims = []
-                for i, m in enumerate(made):
-                    claims.append(None if m is None else self._find(trial, m, whole[i], [x[i] for x in local], hints[i] if i < len(hints) else None))
-                    if m is not None and claims[-1] is None:
-                        return self._explain(trial, m, whole[i], [x[i] for x in local], hints[i] if i < len(hints) else None)
-            else:
-                for i, m in enumerate(made):
-                    claim = claims[i]
-                    if m is None or claim is None:
-                        continue
-                    summed = total(self.geometry, claim, [x[i] for x in local])
-                    if summed is None or not holds(self.geometry, claim, whole[i], summed, trial.sizes(m, whole[i])):
-                        return self._explain(trial, m, whole[i], [x[i] for x in local], claim.rows)
+        draws: list[list[Draw]] = [[] for _ in made]
+        for seed in range(trial.draws):
+            whole, local = trial.forward(_STYLES[seed % 2], seed, trial.mode(seed))
             identity = identity and close(whole[0], trial.tensors[0])
-        assert claims is not None
-        outs = tuple(None if m is None or c is None else Out(m, c) for m, c in zip(made, claims, strict=True))
-        return Step(trial.call, trial.whole, trial.given, outs, many, identity, trial.shrink)
+            for i, m in enumerate(made):
+                if m is not None:
+                    draws[i].append(Draw(whole[i], [x[i] for x in local]))
+        outs: list[Out | None] = []
+        for i, m in enumerate(made):
+            if m is None:
+                outs.append(None)
+                continue
+            hint = hints[i] if i < len(hints) else None
+            sizes = Sizes(m.shape, tuple(draws[i][0].whole.shape), trial.shrink)
+            claim = find_claim(self.geometry, draws[i], sizes, self._tries(trial, m, hint), self._sums(trial))
+            if claim is None:
+                return self._explain(trial, m, draws[i], sizes, hint)
+            outs.append(Out(m, claim))
+        return Step(trial.call, trial.whole, trial.given, tuple(outs), many, identity, trial.shrink)
 
-    def _find(self, trial: _Trial, m: Operand, whole: Tensor, local: list[Tensor], hint: tuple[Rows | None, ...] | None) -> Claim | None:
-        hints: list[list[Rows]] = []
-        dims = [r for d in dims_of(trial.call) if (r := self.geometry.of_dim(d)) is not None]
+    def _tries(self, trial: _Trial, m: Operand, hint: tuple[Rows | None, ...] | None) -> list[list[Rows]]:
+        """For each dimension, rows to try: the program's own claim, the operands', those its arguments speak of."""
+        dims = [self.geometry.of_dim(d) for d in dims_of(trial.call)]
+        everywhere = [*(r for g in trial.given for r in g.claim.rows), *dims]
+        out: list[list[Rows]] = []
         for d in range(len(m.shape)):
-            own = [hint[d]] if hint is not None and d < len(hint) and hint[d] is not None else []
-            others = [g.claim.rows[d] for g in trial.given if d < len(g.claim.rows)] + [r for g in trial.given for r in g.claim.rows]
-            hints.append([r for r in (*own, *others, *dims) if r is not None])
-        return find_claim(self.geometry, whole, local, trial.sizes(m, whole), hints, self._sums(trial))
+            own = [hint[d]] if hint is not None and d < len(hint) else []
+            here = [g.claim.rows[d] for g in trial.given if d < len(g.claim.rows)]
+            out.append([r for r in (*own, *here, *everywhere) if r is not None])
+        return out
 
     def _sums(self, trial: _Trial) -> list[Over]:
         """Mesh dimensions over which the result may be a partial sum: those that tell operands apart."""
@@ -167,22 +169,21 @@ class Steps:
         names |= {n for d in dims_of(trial.call) for n in d.over}
         return [s for s in self.geometry.subsets if set(s) <= names]
 
-    def _explain(self, trial: _Trial, m: Operand, whole: Tensor, local: list[Tensor], hint: tuple[Rows | None, ...] | None) -> Wrong:
-        sizes = trial.sizes(m, whole)
+    def _explain(self, trial: _Trial, m: Operand, draws: list[Draw], sizes: Sizes, hint: tuple[Rows | None, ...] | None) -> Wrong:
+        """The first difference from what was claimed."""
         claim = Claim(hint if hint is not None and len(hint) == len(m.shape) else (None,) * len(m.shape))
         operands = ", ".join(str(list(t.shape)) for t in trial.tensors)
-        for r in range(self.geometry.size):
-            try:
-                expected = held(whole, claim, r, sizes)
-            except (KeyError, RuntimeError):
-                break
-            k = factor(local[r], expected)
-            if k is not None and abs(k - 1) > 1e-6:
-                return Wrong(f"{k:.4g} times what is claimed", f"rank {r}, operands {operands}: " + difference(local[r], expected))
-            text = difference(local[r], expected)
-            if text:
-                return Wrong("neither equal, nor rows of the model's value, nor a sum that gives it", f"rank {r}, operands {operands}: {text}")
-        return Wrong("neither equal, nor rows of the model's value, nor a sum that gives it", f"operands {operands}")
+        for draw in draws:
+            for r in range(self.geometry.size):
+                try:
+                    expected = held(draw.whole, claim, r, sizes)
+                except (KeyError, RuntimeError):
+                    break
+                text = difference(draw.local[r], expected)
+                if text:
+                    k = factor(draw.local[r], expected)
+                    return Wrong(_NEITHER if k is None else f"{k:.4g} times that", f"rank {r}, operands {operands}: {text}")
+        return Wrong(_NEITHER, f"operands {operands}")
 
     # -- backward ---------------------------------------------------------------------------------------------------
 
@@ -205,8 +206,8 @@ class Steps:
             if len(distinct) == 1:  # the product is linear in the gradient, and the same on all ranks
                 (kind,) = distinct
                 return tuple(kind if g.operand.grad else None for g in step.given)
-        for seed, style in enumerate((NORMAL, SMALL)):
-            whole, local = trial.backward(style, seed, step, kinds)
+        for seed in range(trial.draws):
+            whole, local = trial.backward(_STYLES[seed % 2], seed, step, kinds)
             for i, g in enumerate(step.given):
                 if not g.operand.grad:
                     continue
@@ -267,8 +268,17 @@ class _Trial:
         self.tensors: list[Tensor] = []
         self._pieces: dict[tuple[int, int], Tensor] = {}
 
-    def sizes(self, m: Operand, whole: Tensor) -> Sizes:
-        return Sizes(m.shape, tuple(whole.shape), self.shrink)
+    @property
+    def draws(self) -> int:
+        """How many runs it takes: more where few indices must reach the rows of many ranks."""
+        indices = [prod(o.shape) for o in self.operands if not o.dtype.is_floating_point and o.dtype != torch.bool]
+        if not indices or all(g.claim.whole for g in self.given):
+            return _DRAWS
+        return max(_DRAWS, min(_MOST, -(-2 * self.geometry.size // max(1, min(indices)))))
+
+    def mode(self, seed: int) -> bool:
+        """Whether to run in training: dropout always, what else depends on the mode in turn."""
+        return self.call.target is dropout or (bool(seed % 2) and not self.call.random)
 
     def _sizes(self, i: int) -> Sizes:
         return Sizes(self.given[i].operand.shape, self.operands[i].shape, self.shrink)
@@ -315,7 +325,7 @@ class _Trial:
 
     def backward(self, style: str, seed: int, step: Step, kinds: tuple[Kind, ...]) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
         """The gradients of the operands: the model's, and each rank's."""
-        training = _is_dropout(self.call)
+        training = self.mode(seed)
         self._draw(style, seed, training)
         leaves = [t.clone().requires_grad_() if g.operand.grad else t for t, g in zip(self.tensors, self.given, strict=True)]
         wanted = [t for t, g in zip(leaves, self.given, strict=True) if g.operand.grad]
@@ -342,7 +352,7 @@ class _Trial:
     def _share(self, gradient: Tensor, out: Out | None, over: Over, generator: torch.Generator) -> list[Tensor]:
         """Ranks' gradients of a result that, summed over mesh dimensions, give the whole one."""
         assert out is not None
-        sizes = self.sizes(out.operand, gradient)
+        sizes = Sizes(out.operand.shape, tuple(gradient.shape), self.shrink)
         claim = Claim(out.claim.rows)
         mine = [held(gradient, claim, r, sizes) for r in range(self.geometry.size)]
         if not over:
@@ -424,10 +434,6 @@ def _vjp(made: list[Tensor], upstream: Sequence[Tensor | None], wanted: list[Ten
     if not pairs or not wanted:
         return [None] * len(wanted)
     return list(torch.autograd.grad([t for t, _ in pairs], wanted, [u for _, u in pairs], allow_unused=True))
-
-
-def _is_dropout(call: Call) -> bool:
-    return call.target is dropout
 
 
 def _one_line(e: Exception) -> str:

@@ -8,15 +8,17 @@ and `equal.py` looks for the model's value that it is.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from tpcompiler.check.calls import WIDE, Call, Slot, make_call, read_call, renumber
+from tpcompiler.check.calls import WIDE, Call, Draws, Slot, make_call, read_call, renumber
 from tpcompiler.check.cones import Operand
 from tpcompiler.check.sizes import Sizes
 from tpcompiler.program import Capture, Parameter
+from tpcompiler.runtime import dropout
 
 PARAMETER, BUFFER, INPUT, MADE = "parameter", "buffer", "input", "made"
 
@@ -49,12 +51,13 @@ class Value:
 class Table:
     """All values. Made from a capture; programs add to it."""
 
-    def __init__(self, capture: Capture, sizes: Sizes) -> None:
+    def __init__(self, capture: Capture, sizes: Sizes, sites: Mapping[int, Sequence[tuple[str, Any]]]) -> None:
         self.sizes = sizes
+        self.sites = sites
+        self.drawn = 0  # dropouts so far
         self.by_key: dict[Any, Value] = {}
         self.by_name: dict[str, Value] = {}
         self.count = 0
-        self.dropouts: dict[tuple[Value, Any], list[Value]] = {}
         self.outputs: tuple[Any, ...] = ()
         stored = {p.node: p for p in capture.parameters}
         env: dict[fx.Node, Any] = {}
@@ -84,6 +87,8 @@ class Table:
         if isinstance(node.meta.get("val"), (torch.SymInt, int)) and not isinstance(node.meta.get("val"), bool):
             return self.sizes(node.meta["val"])
         call, given = read_call(node, env)
+        if call.target is torch.ops.aten.dropout.default:
+            call = self._counted(call)
         call, operands = _distinct(call, tuple(env[n] for n in given))
         val = node.meta.get("val")
         grad = any(o.out is None or o.out.grad for o in operands)
@@ -93,12 +98,17 @@ class Table:
         if value is None:
             value = self.by_key[key] = self._new(node.name, MADE, out, call, operands)
             value.node = node
-            if call.target is torch.ops.aten.dropout.default:
-                self.dropouts.setdefault((operands[0], call.key), []).append(value)
-            elif call.random:
+            if call.random:
                 self.by_key.setdefault(("", call.key, operands), value)
         self.by_name[node.name] = value
         return value
+
+    def _counted(self, call: Call) -> Call:
+        """The model's k-th dropout is the program's at site k; a mask is a function of the site and the place in it."""
+        x, p, training = call.args
+        site, self.drawn = self.drawn, self.drawn + 1
+        given = {"x": x, "p": p, "training": training, "rng": Draws, "site": site, **dict(self.sites.get(site, ()))}
+        return make_call(dropout, (), tuple(sorted(given.items())))
 
     def find(self, call: Call, operands: tuple[Value, ...], out: Operand | None) -> Value:
         """The value of a call: the model's, if it makes that call; a new one if not."""

@@ -22,7 +22,7 @@ from tpcompiler.cli import compile as compiling
 from tpcompiler.cli import files
 from tpcompiler.cli import train as training
 from tpcompiler.cli.screen import complain
-from tpcompiler.errors import TpcError
+from tpcompiler.errors import CheckError, TpcError
 
 app = typer.Typer(
     name="tpc",
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except TpcError as e:
         complain(str(e), as_json)
-        return 2
+        return 1 if isinstance(e, CheckError) else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `tpc schema | head`

@@ -36,7 +36,9 @@ Timeout = Annotated[
 ]
 TrainSet = Annotated[
     list[str] | None,
-    typer.Option("--train", "-t", metavar="KEY=VALUE", help="A setting over the spec's train:, e.g. optimizer.lr=1e-3."),
+    typer.Option(
+        "--train", "-t", metavar="KEY=VALUE", help="A setting over the spec's train:, e.g. optimizer.lr=1e-3."
+    ),
 ]
 
 
@@ -50,12 +52,17 @@ def train(
     nproc: Ranks = None,
     out: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="RUN", help="Keep log and checkpoints there; one with checkpoints goes on."),
+        typer.Option(
+            "--output", "-o", metavar="RUN", help="Keep log and checkpoints there; one with checkpoints goes on."
+        ),
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option("--weights", "-w", metavar="FILE", help="Begin with these weights, not with new ones.")
+        Path | None,
+        typer.Option("--weights", "-w", metavar="FILE", help="Begin with these weights, not with new ones."),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, metavar="N", help="Over the spec's train.steps.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, metavar="N", help="Over the spec's train.steps.")
+    ] = None,
     train_settings: TrainSet = None,
     settings: Set = None,
     device: Device = None,
@@ -98,7 +105,8 @@ def evaluate(
         typer.Option("--weights", "-w", metavar="DIR", help="A run, a checkpoint, what `tpc shard` wrote, or a file."),
     ],
     perplexity: Annotated[
-        Path | None, typer.Option("--perplexity", metavar="FILE", help="A text: its perplexity over overlapping windows.")
+        Path | None,
+        typer.Option("--perplexity", metavar="FILE", help="A text: its perplexity over overlapping windows."),
     ] = None,
     cloze: Annotated[
         Path | None,
@@ -144,11 +152,12 @@ def evaluate(
 
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Directories of runs, or their log.jsonl.")],
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")] = Path(
-        "loss.png"
-    ),
+    out: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
+    ] = Path("loss.png"),
     labels: Annotated[
-        list[str] | None, typer.Option("--label", "-l", metavar="TEXT", help="What to call a run; one for each, in order.")
+        list[str] | None,
+        typer.Option("--label", "-l", metavar="TEXT", help="What to call a run; one for each, in order."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -220,7 +229,9 @@ def _spec(path: Path, nproc: int | None, changes: dict[str, Any]) -> Spec:
         return read
     tensor = read.mesh.tensor
     if ranks % tensor:
-        raise TpcError(f"{ranks} ranks are not a multiple of mesh.tensor = {tensor}; {-(-ranks // tensor) * tensor} would work")
+        raise TpcError(
+            f"{ranks} ranks are not a multiple of mesh.tensor = {tensor}; {-(-ranks // tensor) * tensor} would work"
+        )
     return read.with_(mesh={"tensor": tensor, "data": ranks // tensor})
 
 

@@ -152,6 +152,10 @@ def _einsum(c: Call) -> Expr:
     return call("torch.einsum", [c.text("equation"), *(c.scope.expr(t).text for t in c["tensors"])])
 
 
+def _broadcast(c: Call) -> Expr:
+    return call("torch.broadcast_tensors", [c.scope.expr(t).text for t in c["tensors"]])
+
+
 def _listed(name: str) -> Callable[[Call], Expr]:
     """`torch.cat([a, b], dim=-1)`"""
 
@@ -245,6 +249,7 @@ _RULES: dict[str, Callable[[Call], Expr | None]] = {
     "div": _div,
     "pow": _pow,
     "einsum": _einsum,
+    "broadcast_tensors": _broadcast,
     "cat": _listed("cat"),
     "stack": _listed("stack"),
     "split": _split,
@@ -291,8 +296,8 @@ _OPERATORS: dict[str, tuple[str, int]] = {
 _METHODS: dict[str, str] = dict.fromkeys(
     """transpose squeeze contiguous clone detach unflatten chunk unbind narrow index_select gather scatter
     scatter_add index_add masked_fill masked_scatter sum mean amax amin max min var std prod any all cumsum cumprod
-    argmax argmin topk sort clamp clamp_min clamp_max tril triu roll flip t type_as repeat_interleave unfold movedim
-    rsqrt diff square reciprocal logsumexp nonzero new_zeros new_ones new_full new_empty diagonal count_nonzero
+    argmax argmin tensor_split topk sort clamp clamp_min clamp_max tril triu roll flip t type_as repeat_interleave
+    unfold movedim rsqrt diff square reciprocal logsumexp nonzero new_zeros new_ones new_full new_empty diagonal count_nonzero
     float double half long expand_as view_as reshape_as broadcast_to logical_not swapaxes swapdims""".split(),
     "",
 )

@@ -95,7 +95,7 @@ def _best(
 ) -> tuple[int, int, Repeat] | None:
     """The proved repeat that carries least among the rotations of a candidate: (start, iterations, loop)."""
     best: tuple[int, int, Repeat] | None = None
-    for shift in range(period):
+    for shift in range(min(2 * period, covered)):  # the first iteration may have come in otherwise
         most = (covered - shift) // period
         for n in (most, most - 1):
             if n < 2 or (n - 1) * period < _SAVES:
@@ -190,7 +190,7 @@ class _Proof:
             return _must(self.place[k].get(b) == inside)
         before = self.place[k - 1].get(b)
         if before is not None:  # made by the iteration before: what came into the first is carried
-            _must(isinstance(a, tuple) or a.op != "placeholder")
+            _must(isinstance(a, tuple) or a.name not in self.comparer.names.by_node)
             return _must(self.carried.setdefault(a, before) == before)
         if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a.op == b.op == "placeholder":
             own = self.comparer.names.by_node

@@ -19,10 +19,11 @@ def tidy(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
     twin: dict[fx.Node, fx.Node] = {}
     seen: dict[Any, fx.Node] = {}
+    scaled = {_line(n) for n in graph.nodes if aten_name(n) in ("add", "mul") and not _is_neutral(n)}
     for node in graph.nodes:
         if aten_name(node) in _SILENT:
             continue
-        kept = _source(node)
+        kept = _source(node, scaled)
         if kept is not None:
             twin[node] = twin[kept]
             continue
@@ -58,14 +59,22 @@ def _key(node: fx.Node, twin: dict[fx.Node, fx.Node]) -> Any:
 _PIECES = {"slice", "select", "unsqueeze", "view", "transpose", "expand"}
 
 
-def _source(node: fx.Node) -> fx.Node | None:
-    """The node whose value `node` repeats, if it does."""
+def _line(node: fx.Node) -> Any:
+    return aten_name(node), node.meta.get("line")
+
+
+def _source(node: fx.Node, scaled: set[Any]) -> fx.Node | None:
+    """The node whose value `node` repeats, if it does.
+
+    A neutral number stays where the same line of the model has another one elsewhere (in `scaled`): there it is one of
+    a row that tells equal layers apart.
+    """
     name = aten_name(node)
     if (
         name in _ALIASES
         or (name == "slice" and _is_whole(node.args))
         or (name == "contiguous" and node.users and all(aten_name(u) in _RELAYING for u in node.users))
-        or (name in ("add", "mul") and _is_neutral(node, name))
+        or (_is_neutral(node) and _line(node) not in scaled)
     ):
         source = node.args[0]
         return source if isinstance(source, fx.Node) else None
@@ -77,14 +86,16 @@ def _is_whole(args: tuple[Any, ...]) -> bool:
     return start in (0, None) and step == 1 and (end is None or isinstance(end, int) and end == sys.maxsize)
 
 
-def _is_neutral(node: fx.Node, name: str) -> bool:
-    """`x + 0` of integers and `x * 1.0` of floats, where the result has the type of `x`."""
+def _is_neutral(node: fx.Node) -> bool:
+    """`x + 0` of integers and `x * 1.0`, where the result has the type of `x`."""
+    if aten_name(node) not in ("add", "mul") or node.kwargs:
+        return False
     x, other = node.args[0], node.args[1]
-    if not isinstance(x, fx.Node) or node.kwargs or type(other) not in (int, float):
+    if not isinstance(x, fx.Node) or type(other) not in (int, float):
         return False
     before, after = x.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
         return False
-    if name == "mul":
+    if aten_name(node) == "mul":
         return bool(other == 1)
     return bool(other == 0) and not before.is_floating_point() and not before.is_complex()

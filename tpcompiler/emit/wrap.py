@@ -19,12 +19,12 @@ def wrap(line: str, indent: int) -> list[str]:
     joined = ", ".join(inside)
     if not joined:
         return [pad + line]
-    one = indent + 4 + len(joined) <= LIMIT
-    body = [" " * (indent + 4) + joined] if one and _brackets(joined) is None or one else []
-    if not body:
-        generator = " for " in joined and len(inside) == 1
-        for piece in inside:
-            body.extend(wrap(piece + ("" if generator else ","), indent + 4))
+    if indent + 4 + len(joined) <= LIMIT:
+        body = [" " * (indent + 4) + joined]
+    elif (at := _comprehension(joined)) is not None:
+        body = [*wrap(joined[:at], indent + 4), *wrap(joined[at + 1 :], indent + 4)]
+    else:
+        body = [text for piece in inside for text in wrap(piece + ",", indent + 4)]
     tail_lines = wrap(tail, indent) if indent + len(tail) > LIMIT else [pad + tail]
     return [pad + head, *body, *tail_lines]
 
@@ -65,3 +65,13 @@ def _pieces(text: str) -> list[str]:
             start = i + 1
     rest = text[start:].strip()
     return out + ([rest] if rest else [])
+
+
+def _comprehension(text: str) -> int | None:
+    """Where the ` for ` of a comprehension stands."""
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if depth == 0 and text.startswith(" for ", i):
+            return i
+    return None

@@ -14,13 +14,12 @@ from tpcompiler import runtime
 from tpcompiler.axes.infer import AxisMap, Relation
 from tpcompiler.axes.operands import bind, op_name
 from tpcompiler.errors import PlanError
-from tpcompiler.graphs import call
-from tpcompiler.layout import Dim, Factor, LocalRuns
+from tpcompiler.graphs import PLACE, call
+from tpcompiler.layout import Dim, Factor, LocalRuns, Over
 from tpcompiler.partition.folded import apart, together
 from tpcompiler.plan import Plan
 from tpcompiler.program import Capture
 
-Over = tuple[str, ...]  # mesh dimensions, in the mesh's order
 Because = tuple[str, tuple[int, ...]]  # the op and the split axes that a collective is for
 
 
@@ -98,7 +97,7 @@ class Builder:
 
     def describe(self, new: fx.Node, like: fx.Node, dims: Sequence[Dim] | None = None) -> fx.Node:
         """Give a new node its origin's metadata, and its layout: that of `like` when it is not given."""
-        for key in ("val", "module", "stack", "line"):
+        for key in ("val", *PLACE):
             if key in like.meta and key not in new.meta:
                 new.meta[key] = like.meta[key]
         if dims is None and like.name in self.axes.cut:

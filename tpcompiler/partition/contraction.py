@@ -9,12 +9,12 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
+from tpcompiler.axes.rules import PLAIN_SUMS
 from tpcompiler.graphs import call
-from tpcompiler.partition.build import Builder, Op, Over
+from tpcompiler.layout import Over
+from tpcompiler.partition.build import Builder, Op
 
 aten = torch.ops.aten
-# Contracted ops that need nothing done to them: their partial results add up as they are.
-_PLAIN = {"matmul", "mm", "bmm", "mv", "dot", "einsum", "sum", "tpcompiler::grouped_mm"}
 
 
 def contraction(b: Builder, op: Op, partial: Over) -> fx.Node:
@@ -30,7 +30,7 @@ def contraction(b: Builder, op: Op, partial: Over) -> fx.Node:
         new = b.call(aten.matmul.default, inputs[args[first]], inputs[args[second]])
     elif op.name == "mean":
         return _mean(b, op, partial)
-    elif op.name in _PLAIN:
+    elif op.name in PLAIN_SUMS:
         new = b.graph.node_copy(op.node, inputs.__getitem__)
     else:
         raise b.refuse(op.node, f"{op.name} has no form for a part of it", *op.relation.contracted)

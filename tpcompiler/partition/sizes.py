@@ -95,6 +95,26 @@ def _slice(b: Builder, op: Op, new: fx.Node, results: Results) -> None:
     set_arguments(new, new.args[0], args["dim"], size_argument(first), size_argument(last))
 
 
+def _slice_scatter(b: Builder, op: Op, new: fx.Node, results: Results) -> None:
+    args = op.args
+    i = args["dim"] % args["self"].meta["val"].dim()
+    whole = results[0][i]
+    if not whole.over:
+        return
+    m, start = args["src"].meta["val"].shape[i], args["start"] or 0
+    start = max(start + whole.size if start < 0 else start, 0)
+    first, last = head(whole, start), head(whole, start + m)
+    assert first is not None and last is not None, f"{new.name}: writes into {whole} at {start}"
+    set_arguments(new, *new.args[:2], args["dim"], size_argument(first), size_argument(last), args["step"])
+
+
+def _convolution(b: Builder, op: Op, new: fx.Node, results: Results) -> None:
+    groups = major(results[0][1], op.args["groups"]) if op.args["groups"] > 1 else None
+    if groups is not None and groups.over:
+        set_arguments(new, *(op.inputs.get(x, x) if isinstance(x, fx.Node) else x for x in op.args.values()))
+        set_argument(new, list(op.args).index("groups"), LocalSize(groups))
+
+
 def _group_norm(b: Builder, op: Op, new: fx.Node, results: Results) -> None:
     groups = major(results[0][1], op.args["num_groups"])
     if groups is not None and groups.over:
@@ -130,6 +150,8 @@ _SIZED: dict[str, Callable[[Builder, Op, fx.Node, Results], None]] = {
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _split),
     "unflatten": _unflatten,
     "slice": _slice,
+    "slice_scatter": _slice_scatter,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     "group_norm": _group_norm,
     "repeat_interleave": _repeat_interleave,
     "repeat": _repeat,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.layout import LocalRuns
-from tpcompiler.partition.build import Builder, Op, Over
+from tpcompiler.layout import LocalRuns, Over
+from tpcompiler.partition.build import Builder, Op
 from tpcompiler.partition.contraction import reduced
 
 

@@ -19,12 +19,11 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.layout import Factor
-from tpcompiler.passes.copy import copy_graph, erase_dead
+from tpcompiler.graphs import copy_graph, erase_dead, operand, over, place
+from tpcompiler.layout import Factor, Over
 from tpcompiler.program import Program
 
 aten = torch.ops.aten
-Over = tuple[str, ...]
 LARGEST = 64  # nodes between a value and what enters: a norm, a projection with its rotation
 
 
@@ -42,89 +41,76 @@ def hoist_enters(program: Program) -> Program:
     """Merge wherever it saves an all-reduce of an activation."""
     graph = copy_graph(program.graph)
     trainable = {p.node for p in program.capture.parameters if p.trainable and not p.buffer}
-    _widen(graph, program, trainable)
-    _meet(graph, program, trainable)
+    _widen(graph, program, _carriers(graph, trainable))
+    _meet(graph, _carriers(graph, trainable))
     erase_dead(graph)
     return replace(program, graph=graph)
 
 
-def _widen(graph: fx.Graph, program: Program, trainable: set[str]) -> None:
+def _carriers(graph: fx.Graph, trainable: set[str]) -> set[fx.Node]:
+    """The values that a trainable parameter stands behind."""
+    out: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.name in trainable if node.op == "placeholder" else not out.isdisjoint(node.all_input_nodes):
+            out.add(node)
+    return out
+
+
+def _widen(graph: fx.Graph, program: Program, carriers: set[fx.Node]) -> None:
     """enter(f(enter(x, a)), b), where x enters over a and b elsewhere: f(enter(x, a and b))."""
     for node in list(graph.nodes):
-        if node.target is not runtime.enter or (region := _region(node, trainable)) is None:
+        if node.target is not runtime.enter or (region := _region(node, carriers)) is None:
             continue
         first = region.source
         if first.target is not runtime.enter:
             continue
-        x, over = first.args[0], _ordered(program, (*first.args[1], *node.args[1]))  # type: ignore[misc]
-        wide = next((u for u in x.users if u.target is runtime.enter and u.args[1] == over), None)  # type: ignore[union-attr]
+        x, both = operand(first), _ordered(program, (*over(first), *over(node)))
+        wide = _entered(x, both)
         if wide is not None:
-            _move_after(graph, wide, x)  # type: ignore[arg-type]
+            x.append(wide)
             _replace_source(region, wide)
-            _enter_parameters(graph, program, region, node.args[1])  # type: ignore[arg-type]
+            carriers.update(_enter_parameters(graph, region, over(node)))
 
 
-def _meet(graph: fx.Graph, program: Program, trainable: set[str]) -> None:
+def _meet(graph: fx.Graph, carriers: set[fx.Node]) -> None:
     """enter(f(x)) and enter(g(x)), f and g with vectors for parameters: f and g of enter(x)."""
     found: dict[tuple[fx.Node, Over], list[Region]] = defaultdict(list)
     for node in graph.nodes:
-        if node.target is runtime.enter and (region := _region(node, trainable)) is not None:
-            if all(p.meta["val"].dim() <= 1 for p in region.parameters):
-                found[region.source, node.args[1]].append(region)
-    for (x, over), regions in found.items():
-        direct = [u for u in x.users if u.target is runtime.enter and u.args[1] == over]
-        if len(regions) + len(direct) < 2 or x.target is runtime.enter:
+        region = _region(node, carriers) if node.target is runtime.enter else None
+        if region is not None and all(p.meta["val"].dim() <= 1 for p in region.parameters):
+            found[region.source, over(node)].append(region)
+    for (x, names), regions in found.items():
+        entered = _entered(x, names)
+        if len(regions) + (entered is not None) < 2 or x.target is runtime.enter:
             continue
-        if direct:
-            entered = direct[0]
-            _move_after(graph, entered, x)
-        else:
+        if entered is None:
             with graph.inserting_after(x):
-                entered = graph.call_function(runtime.enter, (x, over))
+                entered = graph.call_function(runtime.enter, (x, names))
             first = regions[0].enter
             entered.meta = {**x.meta, "note": first.meta.get("note", ""), "because": first.meta.get("because")}
+        else:
+            x.append(entered)
         for region in regions:
             _replace_source(region, entered)
-        _enter_vectors(graph, regions, over)
+        _enter_vectors(graph, regions, names)
         for region in regions:
-            _enter_parameters(graph, program, region, over)
+            _enter_parameters(graph, region, names)
 
 
-def _enter_vectors(graph: fx.Graph, regions: list[Region], over: Over) -> None:
-    """The norms' vectors together: one small all-reduce for all of them."""
-    vectors = list(dict.fromkeys(p for r in regions for p in r.parameters if not any(d.over for d in p.meta["dims"])))
-    vectors = [p for p in vectors if p.meta["val"].dim() == 1 and p.meta["val"].dtype == vectors[0].meta["val"].dtype]
-    if len(vectors) < 2:
-        return
-    inside = frozenset().union(*(r.nodes for r in regions))
-    first = min(inside, key=_order(graph))
-    sizes = [p.meta["val"].shape[0] for p in vectors]
-    about = {key: first.meta[key] for key in ("module", "stack", "line") if key in first.meta}
-    with graph.inserting_before(first):
-        joined = graph.call_function(aten.cat.default, (vectors, 0))
-        entered = graph.call_function(runtime.enter, (joined, over))
-        parts = graph.call_function(aten.split_with_sizes.default, (entered, sizes, 0))
-        pieces = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(vectors))]
-    val = vectors[0].meta["val"].new_empty([sum(sizes)])
-    for node in (joined, entered):
-        node.meta = {**about, "val": val, "dims": (Factor(sum(sizes)),)}
-    entered.meta |= {"note": "backward: all-reduce", "because": regions[0].enter.meta.get("because")}
-    parts.meta = {**about, "val": [p.meta["val"] for p in vectors]}
-    for piece, p in zip(pieces, vectors, strict=True):
-        piece.meta = {**about, "val": p.meta["val"], "dims": p.meta["dims"]}
-        for node in inside:
-            node.replace_input_with(p, piece)
+def _entered(x: fx.Node, names: Over) -> fx.Node | None:
+    """Where a value enters over these mesh dimensions."""
+    return next((u for u in x.users if u.target is runtime.enter and over(u) == names), None)
 
 
-def _region(enter: fx.Node, trainable: set[str]) -> Region | None:
+def _region(enter: fx.Node, carriers: set[fx.Node]) -> Region | None:
     """What lies between `enter` and the one activation that it was made from."""
-    start = enter.args[0]
-    if not isinstance(start, fx.Node) or set(start.users) != {enter}:
+    start = operand(enter)
+    if set(start.users) != {enter}:
         return None
     nodes: set[fx.Node] = {start}
     while True:
         inputs = {n for node in nodes for n in node.all_input_nodes} - nodes
-        frontier = [n for n in inputs if _carries(n, trainable)]
+        frontier = [n for n in inputs if n in carriers]
         growing = [
             n for n in frontier if n.op == "call_function" and n.target is not runtime.enter and set(n.users) <= nodes
         ]
@@ -134,59 +120,67 @@ def _region(enter: fx.Node, trainable: set[str]) -> Region | None:
     if any(n.target in (runtime.reduce, runtime.gather, runtime.cross_entropy, runtime.lookup) for n in nodes):
         return None
     sources = [n for n in frontier if n.op == "call_function"]
-    parameters = tuple(n for n in frontier if n.op == "placeholder")
+    parameters = tuple(sorted(n for n in frontier if n.op == "placeholder"))  # in one order on all ranks
     if len(sources) != 1 or start.op != "call_function" or not isinstance(sources[0].meta.get("val"), torch.Tensor):
         return None
-    if any(set(d.over) & set(enter.args[1]) for d in sources[0].meta.get("dims", ())):  # type: ignore[arg-type]
+    if any(set(d.over) & set(over(enter)) for d in sources[0].meta.get("dims", ())):
         return None  # segments of it are split: ranks hold different ones, which cannot be summed
     return Region(enter, sources[0], frozenset(nodes), parameters)
-
-
-def _carries(node: fx.Node, trainable: set[str]) -> bool:
-    """Whether a trainable parameter stands behind a value."""
-    key = "carries"
-    if key not in node.meta:
-        if node.op == "placeholder":
-            node.meta[key] = node.name in trainable
-        else:
-            node.meta[key] = any(_carries(n, trainable) for n in node.all_input_nodes)
-    return bool(node.meta[key])
 
 
 def _replace_source(region: Region, entered: fx.Node) -> None:
     for node in region.nodes:
         node.replace_input_with(region.source, entered)
-    region.enter.replace_all_uses_with(region.enter.args[0])  # type: ignore[arg-type]
+    region.enter.replace_all_uses_with(operand(region.enter))
 
 
-def _enter_parameters(graph: fx.Graph, program: Program, region: Region, over: Over) -> None:
+def _enter_vectors(graph: fx.Graph, regions: list[Region], names: Over) -> None:
+    """The norms' vectors together: one small all-reduce for all of them."""
+    vectors = list(dict.fromkeys(p for r in regions for p in r.parameters if not any(d.over for d in p.meta["dims"])))
+    vectors = [p for p in vectors if p.meta["val"].dim() == 1 and p.meta["val"].dtype == vectors[0].meta["val"].dtype]
+    if len(vectors) < 2:
+        return
+    inside = frozenset().union(*(r.nodes for r in regions))
+    first = min(inside)
+    sizes = [p.meta["val"].shape[0] for p in vectors]
+    with graph.inserting_before(first):
+        joined = graph.call_function(aten.cat.default, (vectors, 0))
+        entered = graph.call_function(runtime.enter, (joined, names))
+        parts = graph.call_function(aten.split_with_sizes.default, (entered, sizes, 0))
+        pieces = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(vectors))]
+    val = vectors[0].meta["val"].new_empty([sum(sizes)])
+    for node in (joined, entered):
+        node.meta = {**place(first), "val": val, "dims": (Factor(sum(sizes)),)}
+    entered.meta |= {"note": "backward: all-reduce", "because": regions[0].enter.meta.get("because")}
+    parts.meta = {**place(first), "val": [p.meta["val"] for p in vectors]}
+    for piece, p in zip(pieces, vectors, strict=True):
+        piece.meta = {**place(first), "val": p.meta["val"], "dims": p.meta["dims"]}
+        for node in inside:
+            node.replace_input_with(p, piece)
+
+
+def _enter_parameters(graph: fx.Graph, region: Region, names: Over) -> list[fx.Node]:
+    """Every parameter that a region reads enters: its gradient there is now a sum over ranks."""
+    out = []
     for p in region.parameters:
         if not any(p in node.all_input_nodes for node in region.nodes):
             continue  # entered together with others
         split = {n for d in p.meta.get("dims", ()) for n in d.over}
-        lacking = tuple(n for n in over if n not in split)
+        lacking = tuple(n for n in names if n not in split)
         if not lacking:
             continue
-        entered = next((u for u in p.users if u.target is runtime.enter and u.args[1] == lacking), None)
+        entered, first = _entered(p, lacking), min(region.nodes)
+        if entered is not None and first < entered:
+            first.prepend(entered)
         if entered is None:
-            first = min(region.nodes, key=_order(graph))
             with graph.inserting_before(first):
                 entered = graph.call_function(runtime.enter, (p, lacking))
-            entered.meta = {**p.meta, "note": "backward: all-reduce", "because": region.enter.meta.get("because")}
-            for key in ("module", "stack", "line"):
-                if key in first.meta:
-                    entered.meta[key] = first.meta[key]
+            about = {"note": "backward: all-reduce", "because": region.enter.meta.get("because")}
+            entered.meta = {**p.meta, **about, **place(first)}
+        out.append(entered)
         for node in region.nodes:
             node.replace_input_with(p, entered)
-
-
-def _order(graph: fx.Graph):  # type: ignore[no-untyped-def]
-    place = {n: i for i, n in enumerate(graph.nodes)}
-    return place.__getitem__
-
-
-def _move_after(graph: fx.Graph, node: fx.Node, x: fx.Node) -> None:
-    x.append(node)
+    return out
 
 
 def _ordered(program: Program, names: Iterable[str]) -> Over:

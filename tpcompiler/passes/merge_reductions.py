@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.passes.copy import copy_graph, erase_dead
+from tpcompiler.graphs import copy_graph, erase_dead, operand, over, value_meta
+from tpcompiler.layout import Over
 from tpcompiler.program import Program
 
 aten = torch.ops.aten
@@ -25,7 +26,7 @@ class Open:
     """A value as `reduce(partial) + rest`."""
 
     partial: fx.Node
-    over: tuple[str, ...]
+    over: Over
     rest: fx.Node | None
     because: Any
 
@@ -34,51 +35,40 @@ def merge_reductions(program: Program) -> Program:
     """Merge wherever it saves an all-reduce."""
     graph = copy_graph(program.graph)
     for node in list(graph.nodes):
-        if _is_sum(node) and all(_has_reduction(x) for x in node.args):
-            left, right = node.args
-            if _over(left) == _over(right):
+        if _is_sum(node):
+            left, right = _reduction(operand(node)), _reduction(operand(node, 1))
+            if left is not None and right is not None and over(left) == over(right):
                 _merge(graph, node)
     erase_dead(graph)
     return replace(program, graph=graph)
 
 
-def _is_sum(node: Any) -> bool:
+def _is_sum(node: fx.Node) -> bool:
+    """A sum of two tensors in one dtype."""
     return (
-        isinstance(node, fx.Node)
-        and node.target is aten.add.Tensor
+        node.target is aten.add.Tensor
         and not node.kwargs
-        and all(isinstance(x, fx.Node) for x in node.args)
-        and all(x.meta["val"].dtype == node.meta["val"].dtype for x in node.args)
+        and all(isinstance(x, fx.Node) and x.meta["val"].dtype == node.meta["val"].dtype for x in node.args)
     )
 
 
-def _chain(node: fx.Node) -> fx.Node | None:
+def _reduction(node: fx.Node) -> fx.Node | None:
     """The reduction that a value opens to, through operations that nobody else looks into."""
     if len(node.users) != 1:
         return None
     if node.target is runtime.reduce:
         return node
     if node.target is runtime.dropout:
-        return _chain(node.args[0])  # type: ignore[arg-type]
+        return _reduction(operand(node))
     if _is_sum(node):
-        found = [f for x in node.args if (f := _chain(x)) is not None]  # type: ignore[arg-type]
+        found = [f for i in (0, 1) if (f := _reduction(operand(node, i))) is not None]
         return found[0] if len(found) == 1 else None
     return None
 
 
-def _has_reduction(node: Any) -> bool:
-    return _chain(node) is not None
-
-
-def _over(node: Any) -> tuple[str, ...]:
-    found = _chain(node)
-    assert found is not None
-    return found.args[1]  # type: ignore[return-value]
-
-
 def _merge(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
-        a, b = (_open(graph, x) for x in node.args)  # type: ignore[arg-type]
+        a, b = _open(graph, operand(node)), _open(graph, operand(node, 1))
         partial = _add(graph, a.partial, b.partial, node)
         total = graph.call_function(runtime.reduce, (partial, a.over))
         total.meta = {**node.meta, "note": "all-reduce", "because": a.because}
@@ -92,23 +82,23 @@ def _merge(graph: fx.Graph, node: fx.Node) -> None:
 
 def _open(graph: fx.Graph, node: fx.Node) -> Open:
     if node.target is runtime.reduce:
-        return Open(node.args[0], node.args[1], None, node.meta.get("because"))  # type: ignore[arg-type]
+        return Open(operand(node), over(node), None, node.meta.get("because"))
     if node.target is runtime.dropout:
-        inner = _open(graph, node.args[0])  # type: ignore[arg-type]
+        inner = _open(graph, operand(node))
         return replace(
             inner,
             partial=_dropped(graph, inner.partial, node),
             rest=None if inner.rest is None else _dropped(graph, _expanded(graph, inner.rest, node), node),
         )
-    opened, other = node.args if _has_reduction(node.args[0]) else reversed(node.args)
-    inner = _open(graph, opened)  # type: ignore[arg-type]
-    assert isinstance(other, fx.Node)
+    left, right = operand(node), operand(node, 1)
+    opened, other = (left, right) if _reduction(left) is not None else (right, left)
+    inner = _open(graph, opened)
     return replace(inner, rest=other if inner.rest is None else _add(graph, inner.rest, other, node))
 
 
 def _add(graph: fx.Graph, a: fx.Node, b: fx.Node, like: fx.Node) -> fx.Node:
     new = graph.call_function(aten.add.Tensor, (a, b))
-    new.meta = {k: v for k, v in like.meta.items() if k not in ("note", "because")}
+    new.meta = value_meta(like)
     return new
 
 
@@ -120,10 +110,9 @@ def _dropped(graph: fx.Graph, x: fx.Node, dropout: fx.Node) -> fx.Node:
 
 def _expanded(graph: fx.Graph, x: fx.Node, like: fx.Node) -> fx.Node:
     """A bias in the shape of the value it was added to: dropout draws a mask for every element."""
-    source = like.args[0]
-    assert isinstance(source, fx.Node)
+    source = operand(like)
     if x.meta["val"].shape == source.meta["val"].shape:
         return x
-    new = graph.call_function(aten.expand_as.default, (x, like.args[0]))
-    new.meta = {k: v for k, v in source.meta.items() if k not in ("note", "because")}
+    new = graph.call_function(aten.expand_as.default, (x, source))
+    new.meta = value_meta(source)
     return new

@@ -9,39 +9,34 @@ from typing import Any
 import torch
 from torch import fx
 
-from tpcompiler.layout import LocalSize
-from tpcompiler.passes.copy import copy_graph, erase_dead
+from tpcompiler.graphs import copy_graph, erase_dead
+from tpcompiler.layout import size_argument
 from tpcompiler.program import Program
 
 aten = torch.ops.aten
 
 
 def drop_joined_segments(program: Program) -> Program:
-    """Where a `cat`'s operands are what its `split` or `slice` gives back, use them directly."""
+    """Where a `cat`'s operands are what its `split` gives back, use them directly."""
     graph = copy_graph(program.graph)
     for node in list(graph.nodes):
-        if node.op != "call_function" or not node.args or not _is_cat(node.args[0]):
-            continue
-        cat: Any = node.args[0]
-        parts, dim = cat.args[0], cat.args[1]
-        if node.target is aten.split_with_sizes.default and _same_dim(node.args[2], dim, parts[0]):
-            if [_size(p, dim) for p in parts] == list(node.args[1]):
-                for use in list(node.users):
-                    assert use.target is operator.getitem
-                    use.replace_all_uses_with(parts[use.args[1]])
+        if node.target is aten.split_with_sizes.default and (parts := _joined_alike(node)) is not None:
+            for use in list(node.users):
+                assert use.target is operator.getitem
+                use.replace_all_uses_with(parts[use.args[1]])
     erase_dead(graph)
     return replace(program, graph=graph)
 
 
-def _is_cat(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.cat.default and len(node.args) > 1
-
-
-def _same_dim(a: Any, b: Any, like: fx.Node) -> bool:
-    n = like.meta["val"].dim()
-    return bool(a % n == b % n)
-
-
-def _size(part: fx.Node, dim: int) -> Any:
-    found = part.meta["dims"][dim]
-    return LocalSize(found) if found.over else found.size
+def _joined_alike(node: fx.Node) -> list[fx.Node] | None:
+    """What a split's operand was joined from, when the split takes it apart at the same places."""
+    cat: Any = node.args[0]
+    sizes: Any = node.args[1]
+    dim: Any = node.args[2]
+    if cat.target is not aten.cat.default or len(cat.args) < 2:
+        return None
+    parts, along = cat.args[0], cat.args[1] % cat.meta["val"].dim()
+    alike = along == dim % cat.meta["val"].dim() and [size_argument(p.meta["dims"][along]) for p in parts] == list(
+        sizes
+    )
+    return list(parts) if alike else None

@@ -98,11 +98,10 @@ def _why_no_block(plan: Plan, kind: str) -> str:
         legal = [f for f in legal if f.batchwise] or legal
     best = max(legal, key=lambda f: f.size)
     longest, what = best.size, f"its longest axis has {best.size}"
-    for a, b in plan.facts.products:  # kv heads and their group together are the heads
-        if kind == ATTENTION and all(x in plan.facts.axes and plan.facts.axes[x] in legal for x in (a, b)):
-            major, minor = plan.facts.axes[a].size, plan.facts.axes[b].size
-            if major * minor > longest:
-                longest, what = major * minor, f"it has {major} · {minor} = {major * minor} heads"
+    for a, b in plan.facts.grouped_heads if kind == ATTENTION else ():  # together they are the heads
+        major, minor = plan.facts.axes[a].size, plan.facts.axes[b].size
+        if major * minor > longest:
+            longest, what = major * minor, f"it has {major} · {minor} = {major * minor} heads"
     if longest < plan.degree:
         return f"{what} ({best.parameters[0]}); {longest}-way would work"
     return _why_not(best)

@@ -177,7 +177,7 @@ class Train(Section):
     )
     compile: Compile = Field(
         default="layers",
-        description="What goes through torch.compile. layers (true): each distinct layer, once. whole: the program with "
+        description="What goes through torch.compile. layers (true): each distinct layer, once. whole: the program and "
         "its loss as one graph, which is faster and takes minutes to compile for a deep model. none (false): nothing.",
     )
     tokenizer: str = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -175,7 +175,3 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def _prefixed(read: Read, parameter: str) -> Read:
     return lambda moment, runs: read(state_name(parameter, moment), runs)
-
-
-def shapes_of(batch: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t.shape) for name, t in batch.items()}

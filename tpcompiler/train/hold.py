@@ -50,9 +50,9 @@ class Numbers:
 
 
 class Held(Protocol):
-    """A rank's parameters. `masters` by name, tied ones once."""
+    """A rank's parameters."""
 
-    masters: Mapping[str, Tensor]
+    masters: dict[str, Tensor]  # by name, tied ones once
 
     def before(self, micro: int, last: bool) -> None:
         """Called before the forward of a step's `micro`-th micro-batch."""
@@ -64,7 +64,9 @@ class Held(Protocol):
         """Called when masters have changed."""
 
 
-def hold(module: nn.Module, names: Mapping[str, tuple[str, ...]], ranks: Ranks, numbers: Numbers, device: torch.device) -> Held:
+def hold(
+    module: nn.Module, names: Mapping[str, tuple[str, ...]], ranks: Ranks, numbers: Numbers, device: torch.device
+) -> Held:
     """Gives a module on meta its memory. `names`: what each parameter is called, with its other names."""
     if ranks.mesh.degree((DATA,)) > 1:
         return Chunks(module, names, ranks, numbers, device)
@@ -142,7 +144,9 @@ class Chunks:
         found = by_name(module, names)
         scalars = {p for p in found.values() if p.dim() == 0}
         policy = MixedPrecisionPolicy(
-            param_dtype=numbers.compute if numbers.mixed else None, reduce_dtype=numbers.master, cast_forward_inputs=False
+            param_dtype=numbers.compute if numbers.mixed else None,
+            reduce_dtype=numbers.master,
+            cast_forward_inputs=False,
         )
         mesh = data_mesh(ranks, device)
         for part in (*_separable(module), module):

@@ -62,13 +62,14 @@ def _recomputing(selective: bool, forward: Forward) -> Forward:
     `selective` keeps the products of matrices and what other ranks sent, and computes again what lies between them:
     attention, norms, activations (Korthikanti et al., arXiv 2205.05198, §5).
     """
-    contexts = partial(create_selective_checkpoint_contexts, _kept) if selective else None
+    how: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        more = {} if contexts is None else {"context_fn": contexts}
-        return checkpoint(forward, *args, use_reentrant=False, **more, **kwargs)
+        return checkpoint(forward, *args, **how, **kwargs)
 
     return run
 

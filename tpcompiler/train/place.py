@@ -89,9 +89,7 @@ def allocate(module: nn.Module, device: torch.device | str, dtype: torch.dtype |
 
 
 @torch.no_grad()
-def fill(
-    masters: Mapping[str, Tensor], slices: Mapping[str, Slice], read: Callable[[str, Slice], Tensor]
-) -> None:
+def fill(masters: Mapping[str, Tensor], slices: Mapping[str, Slice], read: Callable[[str, Slice], Tensor]) -> None:
     """Gives every master its values by `read(name, slice)`, one at a time.
 
     The largest come first: what is needed besides a parameter's own slice is most while least is there.

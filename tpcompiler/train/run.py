@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +23,7 @@ from tpcompiler.interpret import bind_inputs
 from tpcompiler.load import Loaded
 from tpcompiler.runtime import Ranks
 from tpcompiler.spec import Spec
-from tpcompiler.train.build import Compiled, compile_model, largest_parameters, loss_output, select, training_inputs
+from tpcompiler.train.build import compile_model, largest_parameters, loss_output, select, training_inputs
 from tpcompiler.train.checkpoint import Host, Snapshot, State, Writer, find, sweep
 from tpcompiler.train.config import Train
 from tpcompiler.train.data import Batch, Batches, Corpus, open_corpus
@@ -35,7 +35,7 @@ from tpcompiler.train.log import Record, RunLog
 from tpcompiler.train.place import checkpoint_mesh, entries, from_constructor, from_source
 from tpcompiler.train.scaler import Scale
 from tpcompiler.train.start import Place
-from tpcompiler.weights import Manifest, Weights, open_source, weight_mesh
+from tpcompiler.weights import Manifest, Weights, open_source
 from tpcompiler.weights.manifest import BUFFER_FILE, DATA, RANK_FILE
 from tpcompiler.weights.wire import to_tree
 
@@ -249,6 +249,7 @@ def save(run: Run, step: int, evaluation: float | None) -> None:
     engine = run.engine
     program = engine.compiled.sharded.program
     scale = engine.scale
+    parameters = [p.name for p in program.capture.parameters if not p.buffer]
     state = State(
         step=step,
         position=run.batches.position(step),
@@ -258,7 +259,7 @@ def save(run: Run, step: int, evaluation: float | None) -> None:
         updates=step - (scale.skipped if scale is not None else 0),
         scale=scale.state_dict() if scale is not None else None,
         evaluation=evaluation,
-        layouts={p.name: [to_tree(d) for d in program.dims[p.name]] for p in program.capture.parameters if not p.buffer},
+        layouts={name: [to_tree(d) for d in program.dims[name]] for name in parameters},
     )
     tensors = run.host.copy({**engine.tensors(), **sliced_buffers(engine)})
     if not run.speaks:
@@ -347,7 +348,8 @@ class Records:
         train, engine = run.train, run.engine
         compiled = engine.compiled
         batch = run.batches.batch_at(run.first, 0)
-        shapes = {n: tuple(batch.tensors[a].shape) for n, a in zip(compiled.capture.inputs, compiled.takes, strict=True)}
+        names = zip(compiled.capture.inputs, compiled.takes, strict=True)
+        shapes = {placeholder: tuple(batch.tensors[name].shape) for placeholder, name in names}
         flops = flops_per_token(compiled.capture.graph, shapes, batch.rows * train.sequence)
         name = torch.cuda.get_device_name() if run.place.device.type == "cuda" else ""
         self._meter = Meter(
@@ -380,19 +382,19 @@ class Records:
         outcome, train = pending.outcome, self._run.train
         if not alike:
             raise TpcError(
-                f"step {outcome.step}: the ranks of a tensor group read different batches; is `data` the same on all hosts?"
+                f"step {outcome.step}: the ranks of a tensor group read different batches; is the data the same on all?"
             )
         if outcome.applied and not (isfinite(loss) and isfinite(norm)):
             what = f"loss is {loss}" if not isfinite(loss) else f"gradient's norm is {norm}"
             raise TpcError(f"step {outcome.step}: the {what}; the run stops. A lower learning rate would work")
         now = time.perf_counter()
-        speeds = self._meter.step(now - self._clock)
+        speeds: dict[str, Any] = {**self._meter.step(now - self._clock)}
         self._clock = now
         tokens = self._run.batches.position(outcome.step) * train.sequence
-        scaled = {} if outcome.scale is None else {"loss_scale": outcome.scale.value, "skipped": outcome.scale.skipped}
-        self._last = Record(
-            outcome.step, loss, outcome.lr, norm, tokens, memory=peak_memory(self._run.place.device), **speeds, **scaled
-        )
+        if outcome.scale is not None:
+            speeds |= {"loss_scale": outcome.scale.value, "skipped": outcome.scale.skipped}
+        memory = peak_memory(self._run.place.device)
+        self._last = Record(outcome.step, loss, outcome.lr, norm, tokens, memory=memory, **speeds)
         if outcome.step % train.logging.every == 0 or outcome.step == train.steps:
             self._show(self._last)
 

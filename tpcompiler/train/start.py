@@ -72,7 +72,9 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         rank, failure = e.get_first_failure()
         if failure.exitcode < 0:
             signal = Signals(-failure.exitcode).name
-            raise TpcError(f"rank {rank} was killed by {signal}; the same command goes on from the last checkpoint") from None
+            raise TpcError(
+                f"rank {rank} was killed by {signal}; the same command goes on from the last checkpoint"
+            ) from None
         return failure.exitcode
     finally:
         logging.disable(before)
@@ -82,7 +84,9 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
 class Board:
     """Texts by key, seen by all ranks. One process alone needs no store."""
 
-    def __init__(self, rank: int = 0, world: int = 1, store: dist.Store | None = None, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self, rank: int = 0, world: int = 1, store: dist.TCPStore | None = None, timeout: float = TIMEOUT
+    ) -> None:
         assert world == 1 or store is not None
         self.rank, self.world, self.timeout = rank, world, timeout
         self._store = store
@@ -92,7 +96,7 @@ class Board:
         """For another thread: a store's connection serves one call at a time."""
         if self._store is None:
             return self
-        return Board(self.rank, self.world, self._store.clone(), self.timeout)
+        return Board(self.rank, self.world, _connect(self._store.host, self._store.port, self.timeout), self.timeout)
 
     def post(self, key: str, text: str) -> None:
         if self._store is None:
@@ -182,12 +186,11 @@ def join(world: int, device: str | None = None, timeout: float = TIMEOUT) -> Pla
         raise TpcError(f"the spec's mesh has {world} ranks, but {started} processes were started; make them equal")
     if not dist.is_initialized():
         store = _store(rank, timeout)
-        board = Board(rank, world, store.clone(), timeout)
+        board = Board(rank, world, store, timeout).clone()
         board.gather("arrived")
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-        )
+        groups, limit = dist.PrefixStore("groups", store), timedelta(seconds=timeout)
+        dist.init_process_group(backend, store=groups, rank=rank, world_size=world, timeout=limit)
         return Place(rank, world, local_rank, where, board)
     raise AssertionError("this process has joined a run before")
 
@@ -209,12 +212,15 @@ def _store(rank: int, timeout: float) -> dist.TCPStore:
     if address is None or port is None:
         raise TpcError("RANK is set but MASTER_ADDR and MASTER_PORT are not: start the ranks with torchrun")
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = timedelta(seconds=timeout)
     try:
-        return dist.TCPStore(
-            address, int(port), is_master=serves, timeout=timedelta(seconds=timeout), wait_for_workers=False
-        )
+        return dist.TCPStore(address, int(port), is_master=serves, timeout=limit, wait_for_workers=False)
     except (RuntimeError, ValueError) as e:
         raise TpcError(f"rank {rank} cannot reach the others at {address}:{port}: {str(e).splitlines()[0]}") from None
+
+
+def _connect(address: str, port: int, timeout: float) -> dist.TCPStore:
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
 
 
 @contextmanager
@@ -241,7 +247,7 @@ def together(place: Place, say: Callable[[str], None]) -> Iterator[None]:
     except Exception as e:
         done.set()
         if _lost_contact(e):
-            time.sleep(_GRACE / 2)  # the launcher is ending us, or the rank that failed is speaking
+            time.sleep(_GRACE / 5)  # the launcher is ending us, or the rank that failed is speaking
             _ring(place.board.clone(), f"2 rank {place.rank} lost the other ranks: {str(e).splitlines()[0][:200]}", say)
         if os.environ.get("TPC_TRACEBACK"):
             traceback.print_exc()
@@ -295,4 +301,5 @@ def _lost_contact(e: Exception) -> bool:
 def _bug(e: Exception) -> str:
     frame = traceback.extract_tb(e.__traceback__)[-1]
     what = f"{type(e).__name__}: {e}".removesuffix(": ")
-    return f"a bug of tpcompiler: {what} (at {Path(frame.filename).name}:{frame.lineno}); please report it with the output of TPC_TRACEBACK=1"
+    place = f"{Path(frame.filename).name}:{frame.lineno}"
+    return f"a bug of tpcompiler: {what} (at {place}); please report it with the output of TPC_TRACEBACK=1"

@@ -111,7 +111,7 @@ def _from_model(p: Parameter, entry: Entry) -> Job:
 
 
 def _extra(source: Source, name: str, info: Info, ranks: int, called: str) -> Job:
-    """`called`: another name where the model has a buffer of this one that no state_dict has, and keeps its own value."""
+    """`called`: another name where the model has a buffer of this one, not persistent, which keeps its own value."""
     layout = whole_layout(info.shape, ranks)
     entry = Entry(called, "extra", info.dtype, layout, EXTRA_FILE, stored=info.stored, trainable=False)
     return Job(entry, lambda runs: source.read(name, runs))

@@ -1,0 +1,50 @@
+"""What inference results in: every live value's dimensions as terms, and what each op says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tpcompiler.axes.algebra import Mark, Terms
+from tpcompiler.axes.views import Shape
+
+Dims = tuple[int | None, ...]  # a term per dimension; None = one element, nothing to split
+
+
+@dataclass(frozen=True)
+class Operand:
+    node: str
+    dims: Dims | None  # as the op sees them; None: its values do not matter to the op
+    live: bool
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A rule applied to a node: what the op says of its operands and results."""
+
+    pattern: str
+    operands: tuple[Operand, ...]
+    results: tuple[Dims, ...]
+    contracted: tuple[int, ...]
+    special: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AxisMap:
+    """What every live value's dimensions are made of. Terms that are not taken apart (`leaves`) are the axes."""
+
+    terms: Terms
+    values: dict[str, tuple[Dims, ...]]  # node → a tuple of dims per result
+    relations: dict[str, Relation]
+    sizes: dict[str, tuple[Shape, ...]]  # node → shapes, symbolic sizes at distinct primes
+    live: frozenset[str]
+    grads: frozenset[str]  # nodes whose value needs a gradient
+    dynamic: dict[int, str]  # sizes that stand for a batch, a sequence, or a product of such
+    marks: dict[int, tuple[Mark, ...]]  # axis → why it must stay whole
+    copied: dict[str, tuple[int, ...]]  # node that merges copies into a dimension → its term
+    cut: frozenset[str]  # of those, the ones whose value is not what the node makes, but slices of it
+
+    def leaves(self, term: int | None) -> tuple[int, ...]:
+        return () if term is None else tuple(dict.fromkeys(self.terms.leaves(term)))
+
+    def axes_of(self, dims: Dims) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(leaf for t in dims for leaf in self.leaves(t)))

@@ -1,0 +1,35 @@
+"""Empty values leave the graph: a rotation of the whole head still splits off "the rest", and joins it again."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+_JOINS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
+_SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.split.sizes, aten.chunk.default)
+
+
+def drop_empty(graph: fx.Graph) -> None:
+    """`cat` without its empty operands, and a split of which one part has everything is no split. In place."""
+    for node in list(graph.nodes):
+        if node.target in _JOINS:
+            parts: Any = node.args[0]
+            full = [p for p in parts if not _empty(p.meta["val"])]
+            if len(full) == 1:
+                node.replace_all_uses_with(full[0])
+            elif full and len(full) < len(parts):
+                node.args = (full, *node.args[1:])
+        elif node.target in _SPLITS:
+            full_parts = [i for i, part in enumerate(node.meta["val"]) if not _empty(part)]
+            if len(full_parts) == 1:
+                for user in list(node.users):
+                    if user.target is operator.getitem and user.args[1] == full_parts[0]:
+                        user.replace_all_uses_with(node.args[0])
+
+
+def _empty(value: Tensor) -> bool:
+    return any(isinstance(n, int) and n == 0 for n in value.shape)
