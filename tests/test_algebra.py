@@ -1,7 +1,8 @@
-"""Unification of terms: whatever is unified, sizes are kept, and every dimension stays the product or sum of its axes."""
+"""Unification of terms: whatever is unified, sizes are kept, and a dimension stays the product or sum of its axes."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 from hypothesis import given
@@ -31,7 +32,7 @@ def test_two_products_of_one_size_have_a_common_refinement_or_are_marked(left: l
     assert size_of(terms, a) == prod(left)
     cuts = [{prod(x[i:]) for i in range(len(x) + 1)} for x in (left, right)]
     chain = sorted(cuts[0] | cuts[1], reverse=True)
-    aligned = all(m % n == 0 for m, n in zip(chain, chain[1:], strict=False))
+    aligned = all(m % n == 0 for m, n in pairwise(chain))
     assert aligned or terms.leaf_marks()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import tpcompiler as tpc
 from models import gpt2, llama
@@ -101,14 +102,12 @@ def check_divisibility(
     heads: tuple[int, int], degree: int, gpt: bool, ff: int = 37, vocab: int = 129, layers: int = 1
 ) -> None:
     h, kv = heads
-    if gpt:
-        build = lambda: gpt2.Model(vocab=vocab, positions=32, hidden=4 * h, heads=h, layers=layers)  # noqa: E731
-        inputs = gpt2.example_inputs(vocab=vocab)
-    else:
-        build = lambda: llama.Model(  # noqa: E731
-            vocab=vocab, positions=32, hidden=4 * h, heads=h, kv_heads=kv, layers=layers, intermediate=ff
-        )
-        inputs = llama.example_inputs(vocab=vocab)
+    sizes = {"vocab": vocab, "positions": 32, "hidden": 4 * h, "heads": h, "layers": layers}
+
+    def build() -> nn.Module:
+        return gpt2.Model(**sizes) if gpt else llama.Model(**sizes, kv_heads=kv, intermediate=ff)
+
+    inputs = (gpt2 if gpt else llama).example_inputs(vocab=vocab)
     if degree > h:
         with pytest.raises(TpcError, match=f"{h}"):
             tpc.shard(build, inputs, {"mesh": {"tensor": degree}, "shard": {"attention": "shard"}})
@@ -176,6 +175,30 @@ def test_outputs_may_be_left_sharded() -> None:
     left = tpc.shard(build, inputs, {"mesh": {"tensor": 2}, "outputs": "shard"}).program
     assert "all_gather" not in [c.kind for c in left.collectives]
     assert_verified(tpc.verify(build, inputs, {"mesh": {"tensor": 2}}))
+
+
+def test_outputs_go_by_name_too() -> None:
+    class Named(gpt2.Model):
+        def forward(self, input_ids: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            logits = super().forward(input_ids)
+            return {"logits": logits, "scores": logits * 2}
+
+    def left(outputs: dict[str, str]) -> list[bool]:
+        """Which outputs come out sharded."""
+        inputs = {"input_ids": gpt2.example_inputs(vocab=SMALL["gpt2"]["vocab"])["input_ids"]}
+        spec = {"mesh": {"tensor": 2}, "outputs": outputs}
+        graph = tpc.shard(lambda: Named(**SMALL["gpt2"]), inputs, spec).program.graph
+        (output,) = graph.find_nodes(op="output")
+        return [any(d.over for d in x.meta["dims"]) for x in output.args[0]]
+
+    assert left({"logits": "shard"}) == left({"0": "shard"}) == [True, False]
+    assert left({"*": "shard", "logits": "gather"}) == [False, True]
+
+
+def test_every_rank_compiles_the_same_program() -> None:
+    module = importlib.import_module("tests.zoo.qkv_neox")
+    sources = {tpc.shard(module.Model, module.example_inputs(), {"mesh": {"tensor": 2}}).source for _ in range(4)}
+    assert len(sources) == 1
 
 
 def test_one_rank_is_the_plain_model() -> None:

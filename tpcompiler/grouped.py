@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 
 from tpcompiler.axes.infer import AxisMap, bind, infer_axes
-from tpcompiler.blocks import gather_facts
 from tpcompiler.graphs import copy_graph
 from tpcompiler.plan import unfit_products
+from tpcompiler.plan.facts import gather_facts
 from tpcompiler.program import Capture
 from tpcompiler.spec import Spec
 

@@ -3,13 +3,14 @@
 The common tongue of the stages after the plan, and of weights, emit and check. Nothing here knows about graphs.
 
 A dimension is one of
-    Factor(size, name, over)    an axis that is not taken apart; `over` = the mesh dimensions it is split over
-    Product(parts)              an ordered product, major first
-    Concat(parts)               segments one after the other
+    Factor(n, name, split)    an axis that is not taken apart; `split` = the mesh dimensions it is split over
+    Product(parts)            an ordered product, major first
+    Concat(parts)             segments one after the other
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -20,43 +21,45 @@ Over = tuple[str, ...]  # mesh dimensions, in the mesh's order
 
 
 @dataclass(frozen=True)
-class Dim:
+class Dim(ABC):
     """A dimension of a tensor. Base of `Factor`, `Product` and `Concat`."""
 
     @property
+    @abstractmethod
     def size(self) -> int:
-        raise AssertionError
+        """Elements, over all ranks."""
 
     @property
+    @abstractmethod
     def leaves(self) -> Iterator[Factor]:
-        raise AssertionError
+        """The axes it is made of, major first."""
+
+    @abstractmethod
+    def local_size(self, mesh: Mesh, coords: Coords) -> int:
+        """Elements that a rank holds."""
+
+    @abstractmethod
+    def runs(self, mesh: Mesh, coords: Coords) -> tuple[Run, ...]:
+        """The global indices that a rank holds, as maximal runs in local order. Their lengths sum to `local_size`."""
 
     @property
-    def over(self) -> tuple[str, ...]:
+    def over(self) -> Over:
         """The mesh dimensions that split this dimension, in order, each once."""
-        return tuple(dict.fromkeys(name for leaf in self.leaves for name in leaf.over_names))
+        return tuple(dict.fromkeys(name for leaf in self.leaves for name in leaf.split))
 
     @property
     def dynamic_size(self) -> bool:
+        """Whether its size is known at run time only."""
         return any(leaf.dynamic for leaf in self.leaves)
-
-    @property
-    def over_names(self) -> tuple[str, ...]:
-        return self.over
-
-    def local_size(self, mesh: Mesh, coords: Coords) -> int:
-        raise AssertionError
-
-    def runs(self, mesh: Mesh, coords: Coords) -> tuple[Run, ...]:
-        """The global indices that a rank holds, as maximal runs in local order. Their lengths sum to `local_size`."""
-        raise AssertionError
 
 
 @dataclass(frozen=True)
 class Factor(Dim):
+    """An axis. `split`: the mesh dimensions that it is split over, the first one major."""
+
     n: int
     name: str = ""
-    split: tuple[str, ...] = ()
+    split: Over = ()
     dynamic: bool = False  # a batch or sequence: its size is known at run time only, and `n` stands for it
 
     @property
@@ -66,10 +69,6 @@ class Factor(Dim):
     @property
     def leaves(self) -> Iterator[Factor]:
         yield self
-
-    @property
-    def over_names(self) -> tuple[str, ...]:
-        return self.split
 
     def part(self, mesh: Mesh, coords: Coords) -> Run:
         assert not self.dynamic, f"the size of {self.name} is known at run time only"
@@ -88,17 +87,22 @@ class Factor(Dim):
 
 
 @dataclass(frozen=True)
-class Product(Dim):
-    parts: tuple[Dim, ...]
+class Compound(Dim):
+    """Made of other dimensions. Base of `Product` and `Concat`."""
 
-    @property
-    def size(self) -> int:
-        return prod(p.size for p in self.parts)
+    parts: tuple[Dim, ...]
 
     @property
     def leaves(self) -> Iterator[Factor]:
         for p in self.parts:
             yield from p.leaves
+
+
+@dataclass(frozen=True)
+class Product(Compound):
+    @property
+    def size(self) -> int:
+        return prod(p.size for p in self.parts)
 
     def local_size(self, mesh: Mesh, coords: Coords) -> int:
         return prod(p.local_size(mesh, coords) for p in self.parts)
@@ -122,17 +126,10 @@ class Product(Dim):
 
 
 @dataclass(frozen=True)
-class Concat(Dim):
-    parts: tuple[Dim, ...]
-
+class Concat(Compound):
     @property
     def size(self) -> int:
         return sum(p.size for p in self.parts)
-
-    @property
-    def leaves(self) -> Iterator[Factor]:
-        for p in self.parts:
-            yield from p.leaves
 
     def local_size(self, mesh: Mesh, coords: Coords) -> int:
         return sum(p.local_size(mesh, coords) for p in self.parts)
@@ -151,7 +148,7 @@ class Concat(Dim):
         return "(" + " | ".join(map(str, self.parts)) + ")"
 
 
-def join(runs: Iterator[Run]) -> tuple[Run, ...]:
+def join(runs: Iterable[Run]) -> tuple[Run, ...]:
     """Neighbouring runs made one."""
     out: list[Run] = []
     for a, b in runs:
@@ -197,7 +194,7 @@ def unsplit(dim: Dim) -> Dim:
     """The same dimension, whole on every rank."""
     if isinstance(dim, Factor):
         return replace(dim, split=())
-    assert isinstance(dim, Product | Concat)
+    assert isinstance(dim, Compound)
     return type(dim)(tuple(map(unsplit, dim.parts)))
 
 

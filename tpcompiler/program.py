@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -32,10 +34,7 @@ class Parameter:
 
     @property
     def bytes(self) -> int:
-        n = self.dtype.itemsize
-        for d in self.shape:
-            n *= d
-        return n
+        return self.dtype.itemsize * prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,21 @@ class Capture:
     source: str  # where the model stands, for messages
     arg_names: tuple[str, ...]  # the forward's own names of the tensor inputs
     held: tuple[str, ...] = ()  # modules traced in eval mode: in training they branch on random numbers (layerdrop)
+
+    @cached_property
+    def output_names(self) -> tuple[str, ...]:
+        """Under which keys the model returns each output: `logits`, `1`, `states.0`; "" when it returns one bare."""
+        places = pytree.tree_unflatten(list(range(self.out_spec.num_leaves)), self.out_spec)
+        try:
+            paths = [path for path, _ in pytree.tree_flatten_with_path(places)[0]]
+        except ValueError:  # a container whose library names no keys: places alone
+            return tuple(map(str, range(self.out_spec.num_leaves)))
+        return tuple(".".join(map(_key, path)) for path in paths)
+
+
+def _key(key: Any) -> str:
+    """One step of a path in a pytree: a dictionary's key, a place, or an attribute."""
+    return str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)))
 
 
 @dataclass(frozen=True)
@@ -101,7 +115,10 @@ class Program:
 
     Arguments may be `LocalSize`, `LocalRuns` or `Training`: `resolve` turns them into numbers for one rank. Besides
     ATen ops, nodes call the operators of `tpcompiler.runtime` (enter, reduce, …), whose group argument is here a
-    tuple of mesh dimension names. `meta["dims"]` is the layout of a node's value: a `Dim` per dimension.
+    tuple of mesh dimension names. Besides a capture's, a node's `meta` has
+        dims     the layout of its value: a `Dim` per dimension (`dims_of`: one such tuple per result of several)
+        note     what the runtime's operator does, for the reader: "all-reduce", "partial over tensor"
+        because  (op, axes): the op and the split axes that made the partitioner put it there
     """
 
     graph: fx.Graph

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from tpcompiler.capture.constants import slice_constant_runs
-from tpcompiler.capture.empty import drop_empty
+from tpcompiler.capture.empty import drop_empty, set_unset
 from tpcompiler.capture.grouped import portable_experts
 from tpcompiler.capture.init import Recorded, record
 from tpcompiler.capture.masks import recover_causal
@@ -44,6 +44,7 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
     parameters = _placeholders(graph, exported, recorded, source)
     inputs, leaves, names = _inputs(graph, traced)
     drop_empty(graph)
+    set_unset(graph)
     normalise(graph, traced.held)
     sizes_from_inputs(graph, inputs)
     constants = {p.node: p.value for p in parameters if p.value is not None}

@@ -1,4 +1,8 @@
-"""Empty values leave the graph: a rotation of the whole head still splits off "the rest", and joins it again."""
+"""Values with no elements, and values without a value.
+
+A rotation of the whole head still splits off "the rest", and joins it again: that leaves the graph. What is allocated
+and not set becomes zero, so that all ranks and all runs see the same.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,21 @@ def drop_empty(graph: fx.Graph) -> None:
                 for user in list(node.users):
                     if user.target is operator.getitem and user.args[1] == full_parts[0]:
                         user.replace_all_uses_with(node.args[0])
+
+
+def set_unset(graph: fx.Graph) -> None:
+    """`empty` as `zeros`, in place."""
+    for node in graph.nodes:
+        if node.target in _UNSET:
+            node.target = _UNSET[node.target]
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
+
+
+_UNSET = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.new_empty.default: aten.new_zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+}
 
 
 def _empty(value: Tensor) -> bool:

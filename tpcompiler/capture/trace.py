@@ -24,6 +24,7 @@ from tpcompiler.capture.recording import Literals
 from tpcompiler.errors import ModelError
 
 Shapes = tuple[tuple[int, ...], ...]
+Places = frozenset[tuple[int, int]]  # dimensions: (which of the inputs, which of its dimensions)
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
     held: list[str] = []
     error: Exception | None = None
     for shapes in candidate_shapes(example_shapes):
+        fixed: Places = frozenset()
         while True:
             try:
                 with _named_keywords(model, kwargs), Literals(recorded.tape):
-                    exported = _export(model, leaves, in_spec, shapes)
+                    exported = _export(model, leaves, in_spec, shapes, fixed)
             except Exception as e:  # whatever the model's own code raises
                 name = _drawing_module(model, e)
                 if name is None or name in held:
@@ -63,6 +65,10 @@ def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
                     break
                 held.append(name)
                 model.get_submodule(name).training = False
+                continue
+            also = _fixed_elsewhere(exported)
+            if also and not fixed:
+                fixed = also
                 continue
             if _fits(exported, example_shapes):
                 return Traced(exported, tuple(leaves), in_spec, names, tuple(held))
@@ -138,14 +144,15 @@ def candidate_shapes(shapes: Shapes) -> Iterator[Shapes]:
         yield shapes
 
 
-def _export(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes) -> ExportedProgram:
+def _export(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes, fixed: Places) -> ExportedProgram:
     dynamic = ShapesCollection()
-    sizes = iter(shapes)
+    sizes = iter(enumerate(shapes))
     inputs = []
     for x in leaves:
         if isinstance(x, Tensor):  # each a tensor of its own: export merges two inputs that are one object
-            x = torch.empty(next(sizes), dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
-            dynamic[x] = dict.fromkeys(range(x.ndim), Dim.AUTO)
+            k, shape = next(sizes)
+            x = torch.empty(shape, dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
+            dynamic[x] = {i: Dim.STATIC if (k, i) in fixed else Dim.AUTO for i in range(x.ndim)}
         inputs.append(x)
     args, kwargs = pytree.tree_unflatten(inputs, spec)
     with torch.device("meta"), lean_tracing(), whole_operators():  # `torch.arange(n)` without a device goes along
@@ -179,14 +186,26 @@ def _named_keywords(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
 
 def _fits(exported: ExportedProgram, shapes: Shapes) -> bool:
     """Whether the sizes that the model turned out to fix are those of the example."""
-    nodes = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
-    specs = (s for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT)
-    vals = [v for s in specs if isinstance(v := nodes[s.arg.name].meta.get("val"), Tensor)]
     return all(
         isinstance(n, torch.SymInt) or n == wanted
-        for val, shape in zip(vals, shapes, strict=True)
+        for val, shape in zip(_inputs(exported), shapes, strict=True)
         for n, wanted in zip(val.shape, shape, strict=True)
     )
+
+
+def _fixed_elsewhere(exported: ExportedProgram) -> Places:
+    """Dimensions left open although another input has one of that size at that position, which the model fixed: a loop
+    over the tokens fixes the sequence, and the labels have the same."""
+    shapes = [val.shape for val in _inputs(exported)]
+    known = {(i, n) for shape in shapes for i, n in enumerate(shape) if isinstance(n, int)}
+    opened = ((k, i, n) for k, shape in enumerate(shapes) for i, n in enumerate(shape) if isinstance(n, torch.SymInt))
+    return frozenset((k, i) for k, i, n in opened if (i, n.node.hint) in known)
+
+
+def _inputs(exported: ExportedProgram) -> list[Tensor]:
+    nodes = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    specs = (s for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT)
+    return [v for s in specs if isinstance(v := nodes[s.arg.name].meta.get("val"), Tensor)]
 
 
 def _drawing_module(model: nn.Module, error: Exception) -> str | None:

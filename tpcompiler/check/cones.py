@@ -45,11 +45,11 @@ class Cone:
         return cls(((call, tuple(range(operands))),), At(0))
 
     def run(self, tensors: Sequence[Any], training: bool = False, *, wide: bool = True, device: str = "cpu") -> Any:
-        """Its result, for whole operands."""
+        """Its result, for whole operands. What draws from torch's own generator is left off in training too."""
         values: list[Any] = []
         for call, given in self.steps:
             taken = [tensors[g] if isinstance(g, int) else values[g.i] if isinstance(g, At) else g.to(device) for g in given]
-            values.append(run(call, taken, alone, training, wide=wide, device=device))
+            values.append(run(call, taken, alone, training and not call.random, wide=wide, device=device))
         return tensors[self.result] if isinstance(self.result, int) else values[self.result.i]
 
     def outline(self, operands: Sequence[Operand]) -> Any:

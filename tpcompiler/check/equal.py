@@ -71,10 +71,9 @@ class Equal:
 
     def _compare(self, a: Cone, b: Cone, operands: tuple[Operand, ...]) -> bool:
         calls_a, calls_b = [c for c, _ in a.steps], [c for c, _ in b.steps]
-        drawn = _drawn(calls_a)
-        if drawn != _drawn(calls_b):
+        if _drawn(calls_a) != _drawn(calls_b):
             return False
-        moded = any(modes(c) for c in calls_a + calls_b) and not drawn
+        moded = any(modes(c) for c in calls_a + calls_b if not c.random)
         made_a, many_a = self.steps.describe(a, operands)
         made_b, many_b = self.steps.describe(b, operands)
         if many_a != many_b or [m and (m.shape, m.dtype) for m in made_a] != [m and (m.shape, m.dtype) for m in made_b]:

@@ -16,7 +16,7 @@ from tpcompiler.check.cones import Operand
 from tpcompiler.check.equal import Equal
 from tpcompiler.check.report import Refusal
 from tpcompiler.check.steps import Given, Step, Steps, Wrong
-from tpcompiler.check.values import Table, Value
+from tpcompiler.check.values import Table, Value, own_values
 from tpcompiler.layout import Dim
 from tpcompiler.program import Program
 from tpcompiler.runtime import dropout
@@ -141,15 +141,23 @@ class _Forward:
         if step.identity:
             return [operands[0]]
         out = None if step.many else step.outs[0].operand if step.outs[0] is not None else None
-        value = self.table.find(globalise(call), operands, out)
-        if not value.original and value not in self.same:
-            self.same[value] = self.equal.original(value)
-        found = self.same.get(value) or value
-        if not found.original:
-            self.out.strangers[node] = found
+        found = self.original(self.table.find(globalise(call), operands, out))
         if not step.many:
-            return [found]
-        return [self.table.item(found, i, o.operand) if o is not None else found for i, o in enumerate(step.outs)]
+            values = [found]
+        else:
+            items = [self.table.item(found, i, o.operand) if o is not None else found for i, o in enumerate(step.outs)]
+            values = items if found.original else [self.original(v) if v is not found else v for v in items]
+        if not all(v.original for v in values):
+            self.out.strangers[node] = found
+        return values
+
+    def original(self, value: Value) -> Value:
+        """The model's value that this one is, or itself when it is none."""
+        if value.original:
+            return value
+        if value not in self.same:
+            self.same[value] = self.equal.original(value)
+        return self.same[value] or value
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -172,7 +180,8 @@ class _Forward:
         if not isinstance(held, Held):
             self.refuse(node, f"output {i}, the model's {expected}", "no tensor")
         if held.value is not expected and not self.equal.same(held.value, expected):
-            stranger, value = next(iter(self.out.strangers.items()), (node, held.value))
+            needed = own_values(held.value)
+            stranger, value = next(((n, v) for n, v in self.out.strangers.items() if v in needed), (node, held.value))
             example = f"output {i} should be {expected}, and is computed from {value}"
             self.refuse(stranger, self.claimed(stranger), "no value of the model", example)
         if held.claim.partial or (not held.claim.whole and not sharded):

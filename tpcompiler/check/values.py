@@ -139,6 +139,18 @@ def _distinct(call: Call, operands: tuple[Value, ...]) -> tuple[Call, tuple[Valu
     return renumber(call, [order[v] for v in operands]), tuple(order)
 
 
+def own_values(value: Value) -> set[Value]:
+    """The values that only the program computes, on the way from the model's to this one."""
+    found: set[Value] = set()
+    todo = [value]
+    while todo:
+        v = todo.pop()
+        if v not in found and not v.original and v.call is not None:
+            found.add(v)
+            todo.extend(v.operands)
+    return found
+
+
 def leaves(value: Value) -> tuple[Value, ...]:
     """The model's values from which the program computes one of its own; in order of appearance."""
     found: dict[Value, None] = {}

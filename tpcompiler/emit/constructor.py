@@ -93,13 +93,14 @@ class Constructor:
         if members and all(m.isdigit() for m in members):
             return self._list({int(n): item for n, item in space.inside.items()})
         own = {n: p for n, p in space.inside.items() if isinstance(p, Parameter)}
-        parameters = {n: p for n, p in own.items() if self._plain(p) and n.isidentifier()}
+        parameters = {n: p for n, p in own.items() if not p.buffer and n.isidentifier()}
         frozen = bool(parameters) and not any(p.trainable for p in parameters.values())
-        if not frozen:
-            parameters = {n: p for n, p in parameters.items() if p.trainable}
+        dtype = next((p.dtype for p in parameters.values()), torch.float32)
+        parameters = {n: p for n, p in parameters.items() if p.trainable is not frozen and p.dtype == dtype}
         rest = Space({n: i for n, i in space.inside.items() if n not in parameters})
         shapes = ", ".join(f"{n}={self._shape(p)}" for n, p in parameters.items())
-        return f"Parameters({shapes})" + (".requires_grad_(False)" if frozen else ""), rest
+        kind = "" if dtype == torch.float32 else f".to({dtype})"
+        return f"Parameters({shapes}){kind}{'.requires_grad_(False)' if frozen else ''}", rest
 
     def _list(self, items: dict[int, Space | Parameter | Instance]) -> tuple[str, Space]:
         if all(isinstance(i, Parameter) for i in items.values()):
@@ -172,9 +173,6 @@ class Constructor:
         return f"{layer.name}({', '.join(given)})"
 
     # --- parameters ---------------------------------------------------------------------------------------------------
-
-    def _plain(self, p: Parameter) -> bool:
-        return not p.buffer and p.dtype == torch.float32
 
     def _shape(self, p: Parameter) -> str:
         dims = self.dims.get(p.name)

@@ -113,7 +113,7 @@ def _output(b: Builder, node: fx.Node, spec: Spec) -> None:
     for i, value in enumerate(values):
         if not isinstance(value, fx.Node):
             out.append(value)
-        elif spec.output(str(i)) == "gather":
+        elif spec.output(str(i), b.capture.output_names[i]) == "gather":
             out.append(_whole(b, value))
         else:
             out.append(b.env[value])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from tpcompiler.blocks import ATTENTION, AxisFacts, Facts
 from tpcompiler.layout import Mesh
+from tpcompiler.plan.facts import AxisFacts, Facts
+from tpcompiler.plan.tally import ATTENTION
 from tpcompiler.plan.wishes import Wishes
 from tpcompiler.spec import Spec
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import networkx as nx
 
-from tpcompiler.blocks import Facts
 from tpcompiler.plan.candidates import Candidate
+from tpcompiler.plan.facts import Facts
 
 _EXACT = 40  # candidates that exclude each other, up to which the heaviest set is found exactly
 

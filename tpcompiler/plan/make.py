@@ -6,10 +6,10 @@ from collections import defaultdict
 from dataclasses import replace
 
 from tpcompiler.axes.infer import AxisMap
-from tpcompiler.blocks import AxisFacts, gather_facts
 from tpcompiler.layout import Mesh
 from tpcompiler.plan.candidates import TENSOR, make_candidates
 from tpcompiler.plan.choose import choose
+from tpcompiler.plan.facts import AxisFacts, gather_facts
 from tpcompiler.plan.names import axis_names, common_name
 from tpcompiler.plan.reasons import refuse, replicated
 from tpcompiler.plan.result import Block, Plan

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from tpcompiler.blocks import ATTENTION, EMBEDDING, HEAD, MLP, AxisFacts, Facts
+from tpcompiler.plan.facts import AxisFacts, Facts
+from tpcompiler.plan.tally import ATTENTION, EMBEDDING, HEAD, MLP
 
 
 def axis_names(facts: Facts, split: Mapping[int, tuple[str, ...]]) -> dict[int, str]:

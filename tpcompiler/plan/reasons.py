@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tpcompiler.axes.infer import AxisMap
-from tpcompiler.blocks import ATTENTION, AxisFacts
 from tpcompiler.errors import PlanError
+from tpcompiler.plan.facts import AxisFacts
 from tpcompiler.plan.result import Plan, Replicated
+from tpcompiler.plan.tally import ATTENTION
 from tpcompiler.plan.wishes import Wishes
 from tpcompiler.program import Capture, Parameter
 from tpcompiler.spec import Spec, covers

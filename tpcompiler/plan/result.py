@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import prod
 
 from tpcompiler.axes.infer import AxisMap, Dims
-from tpcompiler.blocks import Facts
 from tpcompiler.layout import Concat, Dim, Factor, Mesh, Product
+from tpcompiler.plan.facts import Facts
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from tpcompiler.axes.infer import AxisMap
-from tpcompiler.blocks import Facts
+from tpcompiler.plan.facts import Facts
 from tpcompiler.plan.names import axis_names
 from tpcompiler.program import Capture, Parameter
 from tpcompiler.spec import AxisSpec, Override, Spec, covers

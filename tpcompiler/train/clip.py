@@ -120,20 +120,24 @@ def grad_norm(
     return torch.stack(totals).sum().sqrt() if totals else zero
 
 
-def clip_(gradients: Iterable[Tensor], norm: Tensor, largest: float | None, scale: float = 1.0) -> Tensor:
-    """Divides gradients by `scale` in place, and shrinks them so that their norm is at most `largest`.
+def clip_factor(norm: Tensor, largest: float | None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What gradients are to be multiplied by, so that `scale` leaves them and their norm is at most `largest`.
 
-    `norm` is `grad_norm` of the gradients as they are, that is times `scale`. Returns the norm without the scale and
-    before the clip. Nothing waits for the device.
+    `norm` is `grad_norm` of the gradients as they are, that is times `scale`. Returns (the norm without the scale and
+    before the clip, the factor). Nothing waits for the device.
     """
     true = norm / scale
     factor = torch.full_like(true, 1 / scale)
     if largest is not None:
         factor = factor * (largest / (true + 1e-6)).clamp(max=1.0)
-    elif scale == 1.0:
-        return true
+    return true, factor
+
+
+def clip_(gradients: Iterable[Tensor], norm: Tensor, largest: float | None, scale: float = 1.0) -> Tensor:
+    """Multiplies gradients by `clip_factor` in place. Returns the norm without the scale and before the clip."""
+    true, factor = clip_factor(norm, largest, scale)
     held = [local(g) for g in gradients]
-    if held:
+    if held and not (largest is None and scale == 1.0):
         torch._foreach_mul_(held, factor)
     return true
 

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from tpcompiler.runtime import Ranks, Rng
 from tpcompiler.train.build import Compiled, select
-from tpcompiler.train.clip import clip_, grad_norm, local, share
+from tpcompiler.train.clip import grad_norm, local, share
 from tpcompiler.train.config import Train
 from tpcompiler.train.data import Batch, Batches
 from tpcompiler.train.hold import Numbers, hold
 from tpcompiler.train.layers import prepare
-from tpcompiler.train.optimizer import make_optimizer, set_learning_rate
 from tpcompiler.train.order import mix
-from tpcompiler.train.place import MOMENTS, fill, fill_buffers, held, state_name
+from tpcompiler.train.place import fill, fill_buffers, held, state_name
 from tpcompiler.train.scaler import Scale, all_finite
 from tpcompiler.train.schedule import learning_rate
 from tpcompiler.weights.manifest import DATA
@@ -55,22 +54,13 @@ class Engine:
         names = {p.name: p.aliases for p in program.capture.parameters if not p.buffer}
         self.module: nn.Module = compiled.module(ranks, self.rng)
         prepare(self.module, train, hooked=ranks.mesh.degree((DATA,)) > 1)
-        self.held = hold(self.module, names, ranks, self.numbers, device)
+        self.held = hold(self.module, names, ranks, train, device)
         fill_buffers(self.module, program, ranks.coords)
         mesh = program.mesh
         self.slices = {n: held(program.dims[n], mesh, ranks.coords) for n in names}
         self._shares = {n: share(program.dims[n], mesh, ranks.coords) for n in names}
-        self.optimizer = make_optimizer(self.held.masters.items(), train.optimizer)
         self.scale = Scale.start(train.loss_scale) if train.precision == "fp16" else None
         self._weights = ranks.group(tuple(n for n in mesh.names if n != DATA))
-        self._start_moments()
-
-    def _start_moments(self) -> None:
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                zero = torch.zeros((), dtype=torch.float32, device=self.device)
-                moments = {m: torch.zeros_like(p, memory_format=torch.preserve_format).detach() for m in MOMENTS}
-                self.optimizer.state[p] = {"step": zero, **moments}
 
     def fill(self, read: Read) -> None:
         """Gives the parameters their values, this rank's slices of them."""
@@ -82,27 +72,22 @@ class Engine:
         out = {}
         for name, master in self.held.masters.items():
             out[name] = local(master).detach()
-            out |= {state_name(name, m): local(t).detach() for m, t in self._moments(master).items()}
+            moments = self.held.update.moments(name)
+            out |= {state_name(name, m): local(t).detach() for m, t in moments.items()}
         return out
 
     def restore(self, read: Read, steps: int) -> None:
         """Masters and moments from a checkpoint, after so many optimizer steps."""
         self.fill(read)
-        for name, master in self.held.masters.items():
-            moments = self._moments(master)
+        for name in self.held.masters:
+            moments = self.held.update.moments(name)
             fill(moments, dict.fromkeys(moments, self.slices[name]), _prefixed(read, name))
-            if moments:
-                self.optimizer.state[master]["step"].fill_(steps)
-
-    def _moments(self, master: Tensor) -> dict[str, Tensor]:
-        state = self.optimizer.state.get(master, {})
-        return {m: state[m] for m in MOMENTS if m in state}
+        self.held.update.restore(steps)
 
     def step(self, number: int, batches: Sequence[Batch]) -> Outcome:
         """The `number`-th step, counted from 0, over this rank's micro-batches. Does not wait for the device."""
         self.module.train()
         lr = learning_rate(self.train, number)
-        set_learning_rate(self.optimizer, lr)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         factor = self.scale.value if self.scale is not None else 1.0
         for i, batch in enumerate(batches):
@@ -111,7 +96,7 @@ class Engine:
             (loss * (batch.weight * factor)).backward()
             total += loss.detach().double() * batch.weight
         total = self.ranks.group(DATA).all_reduce(total)
-        norm, applied = self._update(factor)
+        norm, applied = self._update(lr, factor)
         return Outcome(number + 1, total, norm, self._alike(batches), lr, self.scale, applied)
 
     def _loss(self, number: int, batch: Batch) -> Tensor:
@@ -129,7 +114,7 @@ class Engine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.numbers.compute, cache_enabled=False)
 
-    def _update(self, factor: float) -> tuple[Tensor, bool]:
+    def _update(self, lr: float, factor: float) -> tuple[Tensor, bool]:
         gradients = self.held.gradients()
         norm = grad_norm(gradients, self._shares, self.ranks)
         if self.scale is not None:
@@ -137,17 +122,16 @@ class Engine:
             self.scale = self.scale.after(finite, self.train.loss_scale)
             if not finite:
                 return norm / factor, False
-        norm = clip_(gradients.values(), norm, self.train.optimizer.clip, factor)
-        self.optimizer.step()
-        self.held.publish()
-        return norm, True
+        return self.held.update.step(gradients, norm, lr, factor), True
 
     def _alike(self, batches: Sequence[Batch]) -> Tensor:
         if self._weights.size == 1:
             return torch.ones((), dtype=torch.bool, device=self.device)
         mark = mix(*(b.fingerprint() for b in batches)) >> 1
-        both = self._weights.all_reduce(torch.tensor([mark, -mark], device=self.device), "max")
-        return both.sum() == 0
+        both = torch.empty(2, dtype=torch.int64, device=self.device)
+        for place, number in enumerate((mark, -mark)):
+            both[place].fill_(number)  # does not make the host wait for the device
+        return self._weights.all_reduce(both, "max").sum() == 0
 
     @torch.no_grad()
     def evaluate(self, batches: Batches, count: int) -> float:

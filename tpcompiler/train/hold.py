@@ -1,10 +1,11 @@
 """How a rank holds its parameters: what the program computes with, what the optimizer changes, and the gradients.
 
-| data ranks | computes with              | optimizer changes            | gradients                       |
-|------------|----------------------------|------------------------------|---------------------------------|
-| 1, 32 bit  | the parameters             | the parameters               | autograd's own                  |
-| 1, 16 bit  | 16-bit parameters          | float32 copies (masters)     | summed in float32 as they come  |
-| more       | FSDP2's gathered ones      | FSDP2's shards, float32      | FSDP2's reduce-scatter, float32 |
+| data ranks | computes with         | optimizer changes        | gradients                                     |
+|------------|-----------------------|--------------------------|-----------------------------------------------|
+| 1, 32 bit  | the parameters        | the parameters           | autograd's own                                |
+| 1, 16 bit  | 16-bit parameters     | float32 copies (masters) | of one micro-batch as they are, of several    |
+|            |                       |                          | summed in float32 as they come                |
+| more       | FSDP2's gathered ones | FSDP2's shards, float32  | FSDP2's reduce-scatter, float32               |
 
 FSDP2 is not used for one data rank: there it only copies, each layer's weights before and each layer's gradients after.
 """
@@ -22,9 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from tpcompiler.runtime import Ranks
-from tpcompiler.train.config import Precision
+from tpcompiler.train.config import Precision, Train
 from tpcompiler.train.layers import layers_of
 from tpcompiler.train.place import allocate
+from tpcompiler.train.update import OnePass, Torch, Update
 from tpcompiler.weights.manifest import DATA
 
 
@@ -53,6 +55,7 @@ class Held(Protocol):
     """A rank's parameters."""
 
     masters: dict[str, Tensor]  # by name, tied ones once
+    update: Update
 
     def before(self, micro: int, last: bool) -> None:
         """Called before the forward of a step's `micro`-th micro-batch."""
@@ -65,56 +68,61 @@ class Held(Protocol):
 
 
 def hold(
-    module: nn.Module, names: Mapping[str, tuple[str, ...]], ranks: Ranks, numbers: Numbers, device: torch.device
+    module: nn.Module, names: Mapping[str, tuple[str, ...]], ranks: Ranks, train: Train, device: torch.device
 ) -> Held:
     """Gives a module on meta its memory. `names`: what each parameter is called, with its other names."""
     if ranks.mesh.degree((DATA,)) > 1:
-        return Chunks(module, names, ranks, numbers, device)
-    return Copies(module, names, numbers, device)
+        return Chunks(module, names, ranks, train, device)
+    return Copies(module, names, train, device)
 
 
 class Copies:
     """One data rank: plain tensors."""
 
     def __init__(
-        self, module: nn.Module, names: Mapping[str, tuple[str, ...]], numbers: Numbers, device: torch.device
+        self, module: nn.Module, names: Mapping[str, tuple[str, ...]], train: Train, device: torch.device
     ) -> None:
+        numbers = Numbers.of(train.precision)
         allocate(module, device, numbers.compute)
         self._parameters = by_name(module, names)
         self.masters: dict[str, Tensor] = dict(self._parameters)
-        self._first = True
-        self._sums: dict[str, Tensor] = {}
         self._mixed = numbers.mixed
-        if self._mixed:
+        self._sums: dict[str, Tensor] = {}
+        self.update: Update
+        if not self._mixed:
+            self.update = Torch(self.masters, train.optimizer, self.publish)
+            return
+        for name, p in self._parameters.items():
+            self.masters[name] = torch.empty(p.shape, dtype=numbers.master, device=device)
+        if train.batch > train.micro_batch:
             for name, p in self._parameters.items():
-                master = torch.empty(p.shape, dtype=numbers.master, device=device).requires_grad_(p.requires_grad)
-                self.masters[name] = master
                 if p.requires_grad:
-                    self._sum(name, p, master)
+                    self._sum(name, p, torch.empty_like(self.masters[name]))
+        compiled = train.compile != "none" and device.type == "cuda"
+        units = _units(module, self._parameters)
+        self.update = OnePass(self.masters, self._parameters, units, train.optimizer, compiled)
 
-    def _sum(self, name: str, p: nn.Parameter, master: Tensor) -> None:
-        """Adds the gradient to the master's as soon as it is there, and lets go of it."""
-        total = torch.empty_like(master)
-        self._sums[name] = total
+    def _sum(self, name: str, p: nn.Parameter, total: Tensor) -> None:
+        """Adds the gradient to `total` as soon as it is there, and lets go of it."""
 
         def add(p: Tensor) -> None:
             assert p.grad is not None
-            if master.grad is None:
-                total.copy_(p.grad)
-                master.grad = total
-            else:
+            if name in self._sums:
                 total.add_(p.grad)
+            else:
+                self._sums[name] = total.copy_(p.grad)
             p.grad = None
 
         p.register_post_accumulate_grad_hook(add)
 
     def before(self, micro: int, last: bool) -> None:
         if micro == 0:
-            for master in self.masters.values():
-                master.grad = None
+            self._sums.clear()
+            for p in self._parameters.values():
+                p.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
-        return {name: m.grad for name, m in self.masters.items() if m.grad is not None}
+        return {**{name: p.grad for name, p in self._parameters.items() if p.grad is not None}, **self._sums}
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -133,9 +141,10 @@ class Chunks:
         module: nn.Module,
         names: Mapping[str, tuple[str, ...]],
         ranks: Ranks,
-        numbers: Numbers,
+        train: Train,
         device: torch.device,
     ) -> None:
+        numbers = Numbers.of(train.precision)
         self._group = ranks.group(DATA)
         for m in module.modules():  # so that shards have the master's precision
             for p in m._parameters.values():
@@ -158,6 +167,7 @@ class Chunks:
         self._module = module
         self.masters: dict[str, Tensor] = dict(by_name(module, names))
         self._scalars = [n for n, p in self.masters.items() if p.dim() == 0]
+        self.update: Update = Torch(self.masters, train.optimizer, self.publish)
 
     def before(self, micro: int, last: bool) -> None:
         if micro == 0:
@@ -188,6 +198,15 @@ def by_name(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> dict[str
         assert found, f"the program does not use {name}"
         out[name] = there[found[0]]
     return out
+
+
+def _units(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
+    """The parameters' names by emitted layer, what is outside of them last; each name once."""
+    names = {p: name for name, p in parameters.items()}
+    units = []
+    for part in (*layers_of(module), module):
+        units.append([names.pop(p) for p in part.parameters() if p in names])
+    return units
 
 
 def _separable(module: nn.Module) -> list[nn.Module]:

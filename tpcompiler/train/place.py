@@ -12,11 +12,10 @@ from tpcompiler.layout import Dim, Factor
 from tpcompiler.program import Capture, Parameter, Program
 from tpcompiler.runtime.mesh import Coords, Mesh, Run
 from tpcompiler.train.clip import local
+from tpcompiler.train.update import MOMENTS
 from tpcompiler.weights import Entry, Held, Layout, Source, cut, slice_of, weight_mesh
 from tpcompiler.weights.manifest import DATA
 from tpcompiler.weights.runs import Slice
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def chunk(n: int, degree: int, index: int) -> Run:

@@ -1,0 +1,130 @@
+"""What each axis is for, and what splitting it saves and costs: the facts that the plan chooses by.
+
+Kinds are read off the graph, never off names: an axis of a product of two activations (scores, or values weighted by
+them) is `attention`, one that a table is looked up by is `embedding`, one that the loss contracts or that leaves as the
+output is `head`, one that stands between two weights is `mlp`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, pairwise
+from math import prod
+
+from torch import fx
+
+from tpcompiler.axes.algebra import Mark
+from tpcompiler.axes.map import AxisMap, Dims
+from tpcompiler.axes.operands import op_name
+from tpcompiler.plan.tally import HEAD, Tally
+from tpcompiler.program import Capture
+
+
+@dataclass(frozen=True)
+class AxisFacts:
+    """One axis that parameters have. Costs and gains are elements per token, free of the hardware's scale."""
+
+    leaf: int
+    size: int
+    dynamic: bool  # a batch or sequence
+    kinds: tuple[str, ...]
+    sums: int  # products that contract it, each a reduction, beyond those that make it: the residual stream has many
+    batchwise: bool  # attention works on it as on a batch (heads), not through it (the width of a value head)
+    parameters: tuple[str, ...]  # names of those it stands in
+    signature: int  # axes of equal layers have equal signatures: one decision
+    gain: float
+    cost: float
+    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    axes: dict[int, AxisFacts]
+    conflicts: frozenset[tuple[int, int]]  # pairs that stand in different factors of one tensor, smaller first
+    products: frozenset[tuple[int, int]]  # (major, minor) neighbours in a product
+
+    @cached_property
+    def grouped_heads(self) -> frozenset[tuple[int, int]]:
+        """(kv heads, group) pairs: neighbours of which both are a batch to attention."""
+        heads = {leaf for leaf, fact in self.axes.items() if fact.batchwise and not fact.marks}
+        return frozenset((a, b) for a, b in self.products if a in heads and b in heads)
+
+
+def gather_facts(capture: Capture, axes: AxisMap) -> Facts:
+    """Facts of every axis that stands in a parameter."""
+    nodes = {n.name: n for n in capture.graph.nodes}
+    members: dict[int, list[str]] = defaultdict(list)
+    roles: dict[int, Counter[object]] = defaultdict(Counter)
+    for p in capture.parameters:
+        for i, term in enumerate(() if p.buffer else axes.values[p.node][0]):
+            for place, leaf in enumerate(axes.leaves(term)):
+                if p.name not in members[leaf]:
+                    members[leaf].append(p.name)
+                roles[leaf]["parameter", p.shape, i, place] += 1
+    tables = [r.operands[0].node for n, r in axes.relations.items() if op_name(nodes[n]) == "embedding"]
+    tally = Tally(axes, nodes, roles, max((prod(axes.sizes[t][0]) for t in tables), default=0))
+    for name, relation in axes.relations.items():
+        tally.relation(nodes[name], relation)
+    for output in _outputs(capture.graph):
+        if output.name in axes.live:
+            for leaf in axes.axes_of(axes.values[output.name][0]):
+                tally.kinds[leaf].add(HEAD)
+    for leaf, kinds in tally.kinds.items():
+        roles[leaf]["kinds", tuple(sorted(kinds))] += 1
+    facts = {
+        leaf: AxisFacts(
+            leaf=leaf,
+            size=axes.terms.size(leaf),
+            dynamic=axes.terms.size(leaf) in axes.dynamic,
+            kinds=tally.kinds_of(leaf),
+            sums=tally.used[leaf] - tally.made[leaf],
+            batchwise=tally.products[leaf] > 1,
+            parameters=tuple(names),
+            signature=hash(frozenset(roles[leaf].items())),
+            gain=tally.gain[leaf],
+            cost=tally.cost(leaf),
+            marks=axes.marks.get(leaf, ()),
+        )
+        for leaf, names in members.items()
+    }
+    return Facts(facts, *_neighbours(axes))
+
+
+def _outputs(graph: fx.Graph) -> list[fx.Node]:
+    (output,) = [n for n in graph.nodes if n.op == "output"]
+    return list(output.all_input_nodes)
+
+
+def _neighbours(axes: AxisMap) -> tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int]]]:
+    """`Facts.conflicts` and `Facts.products`, over every tensor as it stands and as ops see it."""
+    conflicts: set[tuple[int, int]] = set()
+    products: set[tuple[int, int]] = set()
+
+    def cross(sets: list[frozenset[int]]) -> None:
+        for a, b in combinations(sets, 2):
+            conflicts.update((min(x, y), max(x, y)) for x in a for y in b)
+
+    def walk(term: int) -> frozenset[int]:
+        bound = axes.terms.binding(term)
+        if bound is None:
+            return frozenset({axes.terms.find(term)})
+        parts = [walk(p) for p in bound.parts]
+        if bound.kind == "product":
+            cross(parts)
+            products.update((x, y) for a, b in pairwise(parts) for x in a for y in b)
+        return frozenset().union(*parts)
+
+    seen: set[Dims] = set()
+    for results in axes.values.values():
+        seen.update(results)
+    for relation in axes.relations.values():
+        seen.update(o.dims for o in relation.operands if o.dims is not None)
+    known: set[tuple[frozenset[int], ...]] = set()
+    for dims in seen:
+        sets = tuple(walk(t) for t in dims if t is not None)
+        if sets not in known:
+            known.add(sets)
+            cross(list(sets))
+    return frozenset(conflicts), frozenset(products)

@@ -1,0 +1,130 @@
+"""What one pass over the relations counts for each axis: what it is for, and what splitting it saves and costs.
+
+Gains and costs are in one unit, elements per token, so that a plan does not depend on the model's scale: a value of
+width n that is reduced costs n, and a product with a weight of n · m elements saves 4 · √(n · m), which is as many
+times n at any width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from math import prod, sqrt
+
+from torch import fx
+
+from tpcompiler.axes.map import AxisMap, Operand, Relation
+from tpcompiler.axes.operands import op_name
+
+ATTENTION, MLP, EMBEDDING, HEAD, OTHER = "attention", "mlp", "embedding", "head", "other"
+_LONG = 1024  # elements of a second sequence
+_TOKENS = 1000  # of a step: what is done once a step counts that much less
+_SMALL = 8  # times smaller than the largest table: looking up saves memory and no time, so such a one stays whole
+
+
+class Tally:
+    """`roles` is added to: how often an axis stands where, in which op; axes of equal layers have equal ones."""
+
+    def __init__(
+        self,
+        axes: AxisMap,
+        nodes: Mapping[str, fx.Node],
+        roles: dict[int, Counter[object]],
+        largest_table: int,
+    ) -> None:
+        self.axes, self.nodes, self.roles, self.largest_table = axes, nodes, roles, largest_table
+        self.kinds: dict[int, set[str]] = defaultdict(set)
+        self.products: Counter[int] = Counter()  # of activations, in whose result the axis stands
+        self.made: Counter[int] = Counter()  # weights whose product makes the axis
+        self.used: Counter[int] = Counter()  # weights whose product contracts it
+        self.gain: dict[int, float] = defaultdict(float)
+        self.forward: dict[int, float] = defaultdict(float)
+        self.entering: dict[int, set[str]] = defaultdict(set)
+
+    def relation(self, node: fx.Node, relation: Relation) -> None:
+        axes = self.axes
+        op = op_name(node)
+        contracted = {leaf for t in relation.contracted for leaf in axes.leaves(t)}
+        inside = {leaf for dims in relation.results for leaf in axes.axes_of(dims)} | contracted
+        for leaf in inside:
+            self.roles[leaf][op, relation.pattern, leaf in contracted] += 1
+        if op == "scaled_dot_product_attention" or relation.contracted:
+            self._attention(relation, inside, fused=not relation.contracted)
+        self._special(node, relation)
+        for leaf in contracted:
+            self.forward[leaf] += 1 if op == "cross_entropy_loss" else self._static(node.name)[0]
+        for operand in relation.operands:
+            if operand.live and operand.dims is not None:
+                if self._static(operand.node)[1] and len(operand.dims) > 1 and relation.contracted:
+                    self._weight(node, relation, operand, inside, contracted)
+                if operand.node in axes.grads:
+                    for leaf in inside.difference(axes.axes_of(operand.dims)):
+                        self.entering[leaf].add(operand.node)
+
+    def cost(self, leaf: int) -> float:
+        """Of the collectives that splitting it brings, forward and backward."""
+        backward = 0.0
+        for name in sorted(self.entering[leaf]):  # in one order on all ranks: a sum of floats depends on it
+            elements, fixed = self._static(name)
+            backward += elements / _TOKENS if fixed else elements
+        return self.forward[leaf] + backward
+
+    def kinds_of(self, leaf: int) -> tuple[str, ...]:
+        kinds = self.kinds[leaf]
+        if not kinds:
+            kinds = {MLP} if self.made[leaf] and self.used[leaf] else {OTHER}
+        return tuple(k for k in (ATTENTION, MLP, EMBEDDING, HEAD, OTHER) if k in kinds)
+
+    # -- one relation -----------------------------------------------------------------------------------------------
+
+    def _static(self, name: str) -> tuple[int, bool]:
+        """Elements of a value per token, and whether it has no batch or sequence. A third such dimension is a second
+        sequence (scores): it counts as long."""
+        val = self.nodes[name].meta["val"]
+        fixed = [n for n in val.shape if isinstance(n, int)]
+        dynamic = len(val.shape) - len(fixed)
+        return prod(fixed) * _LONG ** max(0, dynamic - 2), dynamic == 0
+
+    def _special(self, node: fx.Node, relation: Relation) -> None:
+        op = op_name(node)
+        for leaf in {leaf for t in relation.special for leaf in self.axes.leaves(t)}:
+            if op == "embedding":
+                self.kinds[leaf].add(EMBEDDING)
+            elif op == "cross_entropy_loss":
+                self.kinds[leaf].add(HEAD)
+            else:  # a norm: a few numbers a token
+                self.forward[leaf] += self._static(node.name)[0] / self.axes.terms.size(leaf)
+
+    def _weight(
+        self, node: fx.Node, relation: Relation, operand: Operand, inside: set[int], contracted: set[int]
+    ) -> None:
+        """A product with a weight, or a table that is looked up."""
+        assert operand.dims is not None
+        mine = set(self.axes.axes_of(operand.dims))
+        elements, _ = self._static(operand.node)
+        rows = self._rows(node, relation, elements)
+        looked_up = {leaf for t in relation.special for leaf in self.axes.leaves(t)}
+        for leaf in mine & inside:
+            if not looked_up:
+                self.gain[leaf] += 4 * sqrt(elements) * rows
+            elif elements * _SMALL > self.largest_table:
+                self.gain[leaf] += sqrt(elements) * rows
+        self.used.update(mine & contracted - looked_up)
+        self.made.update(mine - contracted if not looked_up else ())
+
+    def _rows(self, node: fx.Node, relation: Relation, elements: int) -> float:
+        """Rows that a weight of so many elements multiplies, per token: an image has a fixed number of patches."""
+        made = elements / prod(self.axes.terms.size(t) for t in relation.contracted)
+        return max(1.0, self._static(node.name)[0] / made)
+
+    def _attention(self, relation: Relation, inside: set[int], *, fused: bool) -> None:
+        """Products of activations. What stands in the results of both of attention's products is a batch to it (heads);
+        a fused attention is both at once, and the last dimension of its result comes from the values alone."""
+        acting = [o for o in relation.operands if o.live and o.dims is not None and not self._static(o.node)[1]]
+        if len(acting) < 2:
+            return
+        for leaf in inside:
+            self.kinds[leaf].add(ATTENTION)
+        for dims in relation.results:
+            for leaf in self.axes.axes_of(dims[:-1] if fused else dims):
+                self.products[leaf] += 2 if fused else 1
