@@ -98,25 +98,8 @@ def same(emitted: nn.Module, model: nn.Module, inputs: dict[str, Any], training:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6 * scale, msg=name)
 
 
-# --- one rank is the plain model --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_one_rank_is_the_plain_model(name: str) -> None:
-    """Outputs and gradients, dropout on (drawn in the same order) and off, at the traced sizes and at others."""
-    model, example = MAKERS[name]()
-    emitted = built(plain_program(model, example), model)
-    assert emitted.state_dict().keys() == model.state_dict().keys()
-    assert [n for n, _ in emitted.named_parameters()].sort() == [n for n, _ in model.named_parameters()].sort()
-    same(emitted, model, example, training=True)
-    same(emitted, model, example, training=False)
-    same(emitted, model, MAKERS[name](batch=3, sequence=9)[1], training=True)
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_the_file_is_for_readers(name: str) -> None:
-    """At most 120 columns, no bare ATen, only torch and the runtime imported, no name overwritten that is needed."""
-    text = emit(plain_program(*MAKERS[name]()))
+def assert_readable(text: str) -> None:
+    """Only torch and the runtime are imported."""
     assert all(len(line) <= 120 and line == line.rstrip() for line in text.splitlines())
     assert "torch.ops" not in text
     tree = ast.parse(text)
@@ -127,8 +110,28 @@ def test_the_file_is_for_readers(name: str) -> None:
     assert not stored & {"torch", "F", "nn", "self", "Parameters", "Ranks", *dir(builtins)}
 
 
+# --- one rank is the plain model --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_one_rank_is_the_plain_model(name: str) -> None:
+    """Outputs and gradients, dropout on (drawn in the same order) and off, at the traced sizes and at others.
+
+    And its file is for readers: at most 120 columns, no bare ATen, no name overwritten that is needed.
+    """
+    model, example = MAKERS[name]()
+    program = plain_program(model, example)
+    assert_readable(emit(program))
+    emitted = built(program, model)
+    assert emitted.state_dict().keys() == model.state_dict().keys()
+    assert sorted(n for n, _ in emitted.named_parameters()) == sorted(n for n, _ in model.named_parameters())
+    same(emitted, model, example, training=True)
+    same(emitted, model, example, training=False)
+    same(emitted, model, MAKERS[name](batch=3, sequence=9)[1], training=True)
+
+
 def test_the_same_model_gives_the_same_text() -> None:
-    make = MAKERS["seq2seq"]
+    make = MAKERS["tied_bare"]
     program = plain_program(*make())
     assert emit(program) == emit(program) == emit(plain_program(*make()))
 
@@ -370,3 +373,13 @@ def test_tracebacks_show_the_emitted_line() -> None:
     model, example = MAKERS["gpt2"]()
     module = load_source(emit(plain_program(model, example)), "emitted_lines")
     assert "F.scaled_dot_product_attention" in inspect.getsource(module.Block.forward)
+
+
+def test_what_several_layers_share_does_not_make_the_first_unlike_them() -> None:
+    """The encoder's output enters once, for all decoder layers: before the first, not inside of it."""
+    model, example = MAKERS["seq2seq"]()
+    captured = capture(model, example)
+    axes, spec = infer_axes(captured), Spec.load({"mesh": {"tensor": 2}})
+    text = emit(partition(captured, axes, make_plan(captured, axes, spec), spec))
+    assert classes(text).keys() == {"EncoderLayer", "DecoderLayer", "Model"}
+    assert text.count("for layer in self.") == 2

@@ -40,12 +40,12 @@ def whole(step: int) -> Tensor:
 
 def snapshot(step: int, rank: int, evaluation: float | None = None) -> Snapshot:
     state = State(step, 8 * step, 128 * step, 0, 0, step, evaluation=evaluation)
-    tensors = {"w": whole(step)[3 * rank : 3 * rank + 3]}
+    files = {RANK_FILE.format(rank=rank): {"w": whole(step)[3 * rank : 3 * rank + 3]}}
     if rank:
-        return Snapshot(state, tensors)
+        return Snapshot(state, files)
     entry = Entry("w", "parameter", torch.float32, Layout.of(DIMS, MESH), stored=("w",))
     buffer = Entry("b", "buffer", torch.float32, Layout.of((Factor(2),), MESH), BUFFER_FILE, stored=("b",))
-    return Snapshot(state, tensors, Manifest(MESH, (entry, buffer)), {"b": torch.ones(2)})
+    return Snapshot(state, {**files, BUFFER_FILE: {"b": torch.ones(2)}}, Manifest(MESH, (entry, buffer)))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def write(
     errors: dict[int, BaseException] = {}
 
     def rank(r: int) -> None:
-        writer = Writer(directory, Board(r, 2, store, timeout), RANK_FILE.format(rank=r), **kwargs)
+        writer = Writer(directory, Board(r, 2, store, timeout), **kwargs)
         try:
             writer.write(snapshot(step, r, evaluation=kwargs.get("evaluation")))
         except BaseException as e:
@@ -174,7 +174,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, server: dist.TCPStore)
     for step, loss in losses.items():
         threads = []
         for r in range(2):
-            writer = Writer(tmp_path, Board(r, 2, server, 20.0), RANK_FILE.format(rank=r), keep=2)
+            writer = Writer(tmp_path, Board(r, 2, server, 20.0), keep=2)
             threads.append(threading.Thread(target=writer.write, args=(snapshot(step, r, loss),)))
         for t in threads:
             t.start()
@@ -206,7 +206,7 @@ def test_a_full_disk_is_one_error_on_rank_0_and_nothing_is_lost(
 
 
 def test_a_rank_that_does_not_write_is_named(tmp_path: Path, server: dist.TCPStore) -> None:
-    writer = Writer(tmp_path, Board(0, 2, server, 0.1), RANK_FILE.format(rank=0))
+    writer = Writer(tmp_path, Board(0, 2, server, 0.1))
     with pytest.raises(Exception, match="rank 1 has not written"):
         writer.write(snapshot(1, 0))
     assert checkpoints(tmp_path) == []
@@ -224,19 +224,19 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "fsync", slow)
     mesh = Mesh((("tensor", 1),))
     manifest = Manifest(mesh, (Entry("w", "parameter", torch.float32, Layout.of((Factor(3),), mesh)),))
-    state = snapshot(1, 1).state
-    writer = Writer(tmp_path, Board(), RANK_FILE.format(rank=0))
-    writer.start(Snapshot(state, {"w": torch.ones(3)}, manifest))
+    state, files = snapshot(1, 1).state, {RANK_FILE.format(rank=0): {"w": torch.ones(3)}}
+    writer = Writer(tmp_path, Board())
+    writer.start(Snapshot(state, files, manifest))
     assert writer.done() == []  # this thread is free, and the checkpoint not yet there
     assert checkpoints(tmp_path) == []
     gate.set()
-    writer.start(Snapshot(replace(state, step=2), {"w": torch.ones(3)}, manifest))
+    writer.start(Snapshot(replace(state, step=2), files, manifest))
     writer.wait()
     assert writer.done() == [tmp_path / name_of(1), tmp_path / name_of(2)]
 
 
 def test_an_error_of_the_writing_thread_is_raised_by_the_training_one(tmp_path: Path) -> None:
-    writer = Writer(tmp_path / "run", Board(), RANK_FILE.format(rank=0))
+    writer = Writer(tmp_path / "run", Board())
     (tmp_path / "run").write_text("in the way")
     mesh = Mesh((("tensor", 1),))
     writer.start(Snapshot(snapshot(1, 1).state, {}, Manifest(mesh, ())))

@@ -6,18 +6,20 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.test_train_engine import close
-from tests.train_runs import CASES, Case, Processes, in_processes, in_threads, losses, train_command
-from tpcompiler.train.checkpoint import checkpoints, name_of
+from tests.train_runs import CASES, DROPPING, Case, Processes, in_processes, in_threads, losses, train_command
+from tpcompiler.errors import TpcError
+from tpcompiler.train import run
+from tpcompiler.train.checkpoint import State, checkpoints, name_of
 from tpcompiler.weights import Weights
 
 GPT2 = CASES["gpt2"]
-DROPPING = Case("gpt2", {**GPT2.sizes, "model": {**GPT2.sizes["model"], "dropout": 0.1}}, GPT2.train)
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
@@ -48,19 +50,22 @@ def killed_until_done(
         if i < kills:
             # A moment of some kind, so that all of them are met: start, between steps, a checkpoint half written.
             kind, until = i % 3, time.monotonic() + 60
-            seen = len(losses(here / "run")) if (here / "run" / "log.jsonl").exists() else 0
             folder = here / "run" / "checkpoints"
+            kept = checkpoints(folder)  # the run goes on from the newest, and its log too
+            seen = State.load(kept[0]).step if kept else 0
             while time.monotonic() < until and any(p.exitcode is None for p in ranks.ranks):
                 log = here / "run" / "log.jsonl"
-                if kind == 0 and log.exists() and len(losses(here / "run")) >= seen + 2:
+                steps = len(losses(here / "run")) - seen if log.exists() else 0
+                if kind == 0 and steps >= 2:
                     break
-                if kind == 1 and folder.is_dir() and any(p.name.endswith(".tmp") for p in folder.iterdir()):
+                if kind == 1 and steps > 0 and list(folder.glob(".*.tmp")):
                     break
                 if kind == 2 and draw.random() < 0.02:
                     break
                 time.sleep(0.002)
+            assert all(p.exitcode is None for p in ranks.ranks), "the run was over before it was killed"
             ranks.kill(draw.randrange(world))
-        codes = ranks.wait()
+        codes = ranks.wait(10 if i < kills else 120)  # torchrun ends the others, should they not end themselves
     assert codes == [0] * world, ranks.said
 
 
@@ -76,7 +81,7 @@ def test_a_killed_run_ends_bit_equal_to_one_that_was_not(tmp_path: Path) -> None
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("tensor", "data"), [(1, 1), (2, 1), (1, 2)])
 def test_thirty_kills_change_nothing(tensor: int, data: int, tmp_path: Path) -> None:
-    every = {"steps": 80, "checkpoints": {"every": 2, "keep": 2}}
+    every = {"steps": 160, "checkpoints": {"every": 2, "keep": 2}}
     in_processes(DROPPING, tensor, data, tmp_path / "whole", **every)
     killed_until_done(DROPPING, tensor, data, tmp_path / "killed", 30, random.Random(1), **every)
     assert losses(tmp_path / "killed" / "run") == losses(tmp_path / "whole" / "run")
@@ -147,7 +152,7 @@ def test_what_cannot_be_trained_is_said(settings: list[str], message: str, tmp_p
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
-    settings = {"checkpoints": {"every": 2}, "schedule": {"warmup": 2, "until": 6}}
+    settings: dict[str, Any] = {"checkpoints": {"every": 2}, "schedule": {"warmup": 2, "until": 6}}
     in_processes(GPT2, 1, 1, tmp_path, steps=2, **settings)
     before = tensors(newest(tmp_path))
     command = train_command(GPT2, GPT2.spec(1, steps=6, **settings), tmp_path)
@@ -159,11 +164,10 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
     in_processes(GPT2, 1, 1, tmp_path, steps=6, **settings)
 
 
-def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
-    command = train_command(GPT2, GPT2.spec(1, steps=400), tmp_path)
-    first = Processes(command, 1, tmp_path / "first")
-    while not (tmp_path / "run" / "log.jsonl").exists() and first.ranks[0].exitcode is None:
-        time.sleep(0.05)
-    assert "another run is writing there" in failing(command, 1, tmp_path)
-    first.kill(0)
-    first.wait()
+def test_two_runs_do_not_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_LOCK_WAIT", 0.2)
+    with run.locked(tmp_path):
+        with pytest.raises(TpcError, match="another run is writing there"), run.locked(tmp_path):
+            pass
+    with run.locked(tmp_path):
+        pass

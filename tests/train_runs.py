@@ -9,8 +9,9 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from tpcompiler.runtime import Ranks
 from tpcompiler.simulate import run_ranks
 from tpcompiler.spec import Spec
 from tpcompiler.train import measure, run  # noqa: F401  imported once, before ranks are forked
-from tpcompiler.train.build import compile_model, loss_output, training_inputs
+from tpcompiler.train.build import Compiled, compile_model, loss_output, training_inputs
 from tpcompiler.train.config import Train
 from tpcompiler.train.data import open_corpus
-from tpcompiler.train.engine import Engine
+from tpcompiler.train.engine import Engine, Outcome
 from tpcompiler.train.log import read_log
 from tpcompiler.train.place import from_constructor
 from tpcompiler.weights.manifest import DATA
@@ -56,7 +57,7 @@ TRAIN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its spec, but for the mesh."""
+    """A model (of `models/`, or a file) and its spec, but for the mesh."""
 
     model: str
     sizes: Mapping[str, Any]
@@ -67,7 +68,7 @@ class Case:
 
     @property
     def path(self) -> str:
-        return str(ROOT / "models" / f"{self.model}.py")
+        return self.model if self.model.endswith(".py") else str(ROOT / "models" / f"{self.model}.py")
 
 
 CASES = {
@@ -75,17 +76,28 @@ CASES = {
     "bert": Case("bert", BERT, {**TRAIN, "data": {"task": "mlm+sop"}}),
 }
 
+DROPPING = Case(
+    "gpt2", {**GPT2, "model": {**GPT2["model"], "dropout": 0.1}, "attention_dropout": "exact"}, TRAIN
+)  # the same mask at every degree, in attention too
 
-def in_threads(case: Case, tensor: int, steps: int, **train: Any) -> list[float]:
+
+@cache
+def _compiled(model: str, spec: str, double: bool) -> Compiled:
+    """A run's model; nothing of it changes when it is trained."""
+    read = Spec.load(json.loads(spec))
+    loaded = load_model(model, read)
+    inputs = training_inputs(loaded, open_corpus(read.section(Train)).train.batch_at(0, 0).tensors)
+    return compile_model(loaded, read, inputs, loss_output, double=double)
+
+
+def in_threads(
+    case: Case, tensor: int, steps: int, watch: Callable[[Outcome], None] = lambda outcome: None, **train: Any
+) -> list[float]:
     """The losses of a run whose tensor ranks are threads of this process; rank 0's, all others' must be the same."""
     spec = Spec.load(case.spec(tensor, 1, **train))
     settings = spec.section(Train)
     corpus = open_corpus(settings)
-    loaded = load_model(case.path, spec)
-    example = corpus.train.batch_at(0, 0).tensors
-    compiled = compile_model(
-        loaded, spec, training_inputs(loaded, example), loss_output, double=settings.precision == "fp64"
-    )
+    compiled = _compiled(case.path, json.dumps(case.spec(tensor, 1)), settings.precision == "fp64")
 
     def body(ranks: Ranks) -> list[float]:
         engine = Engine(compiled, ranks, settings, spec.seed, torch.device("cpu"))
@@ -97,6 +109,7 @@ def in_threads(case: Case, tensor: int, steps: int, **train: Any) -> list[float]
             ]
             outcome = engine.step(step, batches)
             assert bool(outcome.alike)
+            watch(outcome)
             losses.append(float(outcome.loss))
         return losses
 
@@ -186,16 +199,18 @@ def train_command(case: Case, spec: Mapping[str, Any], directory: Path, *more: s
         "--device",
         "cpu",
         "--timeout",
-        "60",
+        "300",
         *more,
     ]
 
 
-def in_processes(case: Case, tensor: int, data: int, directory: Path, *more: str, **train: Any) -> list[float]:
+def in_processes(
+    case: Case, tensor: int, data: int, directory: Path, *more: str, patience: float = 120, **train: Any
+) -> list[float]:
     """The losses of a run whose ranks are processes."""
     command = train_command(case, case.spec(tensor, data, **train), directory, *more)
     ranks = Processes(command, tensor * data, directory / "output")
-    codes = ranks.wait()
+    codes = ranks.wait(patience)
     assert codes == [0] * len(codes), ranks.said
     return losses(directory / "run")
 

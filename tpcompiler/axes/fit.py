@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from math import prod
 
 from torch import fx
@@ -22,10 +22,12 @@ class Fit:
     """Sizes of letters first, then, as operands and results are asked for, their terms.
 
     `operands` are those that the call gives, None for one whose values do not matter. Raises `RuleError` when the
-    pattern does not fit, with pattern, shapes and node.
+    pattern does not fit, with pattern, shapes and node. `dynamic`: sizes that stand for ones known at run time only.
     """
 
-    def __init__(self, terms: Terms, node: fx.Node, pattern: Pattern, sizes: dict[str, int], call: Call) -> None:
+    def __init__(
+        self, terms: Terms, node: fx.Node, pattern: Pattern, sizes: dict[str, int], call: Call, dynamic: Container[int]
+    ) -> None:
         self.terms, self.node, self.pattern = terms, node, pattern
         shapes = [s for s in call.operands if s is not None]
         wanted = _present(pattern, call.operands)
@@ -33,6 +35,8 @@ class Fit:
             raise self.misfit(f"does not fit operands {shapes}")
         self.operands = [None if x is None else self._side(x, s) for x, s in zip(wanted, shapes, strict=True)]
         self.results = [self._side(x, s) for x, s in zip(pattern.results, call.results, strict=True)]
+        self.whole = set(pattern.marked("whole"))
+        self._part(dynamic)
         self.sizes = dict(sizes)
         self.atoms: dict[str, int] = {}  # letter → its term
         self._measure([x for x in self.operands if x is not None] + self.results)
@@ -50,6 +54,21 @@ class Fit:
         for item in items:
             flat.extend([Letter(f"~{k}") for k in range(extra - 1, -1, -1)] if item == ELLIPSIS else [item])
         return list(zip(flat, shape, strict=True))
+
+    def _part(self, dynamic: Container[int]) -> None:
+        """A letter of two sizes, which are equal at run time only, becomes two letters, each needed whole."""
+        sides = [x for x in self.operands if x is not None] + self.results
+        found: dict[str, set[int]] = {}
+        for item, n in (pair for side in sides for pair in side):
+            if isinstance(item, Letter) and n != 1:
+                found.setdefault(item.name, set()).add(n)
+        apart = {name for name, sizes in found.items() if len(sizes) > 1 and any(n in dynamic for n in sizes)}
+        apart -= {x.name for side in sides for item, _ in side if isinstance(item, Group) for x in item.letters()}
+        for side in sides:
+            for k, (item, n) in enumerate(side):
+                if isinstance(item, Letter) and item.name in apart:
+                    side[k] = (Letter(f"{item.name}@{n}", whole=True), n)
+                    self.whole.add(f"{item.name}@{n}")
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 
@@ -117,7 +136,7 @@ class Fit:
     @property
     def contracted(self) -> tuple[int, ...]:
         """What operands have and results have not."""
-        mine = _names(self.operands) - _names(self.results) - self.pattern.marked("whole") - self.pattern.dropped
+        mine = _names(self.operands) - _names(self.results) - self.whole - self.pattern.dropped
         return self.terms_of(mine)
 
     @property

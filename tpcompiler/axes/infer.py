@@ -15,6 +15,7 @@ from tpcompiler.axes.algebra import Mark, Terms
 from tpcompiler.axes.call import Call
 from tpcompiler.axes.conflicts import mark_conflicts
 from tpcompiler.axes.fit import Fit
+from tpcompiler.axes.gradients import passes, reached
 from tpcompiler.axes.map import AxisMap, Dims, Operand, Relation
 from tpcompiler.axes.notation import Group, parse
 from tpcompiler.axes.operands import bind, op_name, tensor_operands
@@ -78,7 +79,7 @@ class _Inference:
             relations=self.relations,
             sizes=self.sizes,
             live=frozenset(self.live),
-            grads=frozenset(self.grads),
+            grads=reached(self.capture.graph) & self.grads,
             dynamic=self.size.dynamic,
             marks=self.terms.leaf_marks(),
             copied=self.copied,
@@ -99,8 +100,7 @@ class _Inference:
         self.live.add(node.name)
         self.relations[node.name] = relation = self.relate(node, operands)
         self.values[node.name] = self.severed(node, relation) if node.name in self.cut else relation.results
-        floating = any(v.dtype.is_floating_point for v in tensors(node.meta["val"]))
-        if floating and op_name(node) not in _NO_GRADIENT and any(n.name in self.grads for n in given):
+        if passes(node) and any(n.name in self.grads for n in given):
             self.grads.add(node.name)
 
     def getitem(self, node: fx.Node) -> None:
@@ -123,7 +123,7 @@ class _Inference:
         if line is None or any(0 in s for s in (*call.results, *shapes) if s):
             return self.opaque(node, operands, f"{op_name(node)} with these arguments has no rule")
         try:
-            fit = Fit(self.terms, node, parse(line[0]), line[1], call)
+            fit = Fit(self.terms, node, parse(line[0]), line[1], call, self.size.dynamic)
         except RuleError:
             if not any(n in self.size.dynamic for s in (*call.results, *shapes) for n in s or ()):
                 raise
@@ -156,7 +156,7 @@ class _Inference:
         results = tuple(fit.result(side) for side in fit.results)
         self.note_copies(node, fit, results)
         short = op_name(node)
-        for name in fit.pattern.marked("whole"):
+        for name in fit.whole:
             if name in fit.atoms:
                 self.terms.mark(fit.atoms[name], Mark(node.name, f"{short} needs it whole"))
         contracted, special = fit.contracted, fit.terms_of(fit.pattern.marked("special"))

@@ -49,7 +49,7 @@ from tpcompiler.axes.shapes import (
     view,
     view_as,
 )
-from tpcompiler.axes.windows import convolution, pooled, unfold
+from tpcompiler.axes.windows import convolution, im2col, pooled, unfold
 from tpcompiler.axes.writes import index_add, index_put, scatter, select_scatter, slice_scatter
 
 # Pointwise ops that torch does not tag as such.
@@ -57,7 +57,9 @@ _UNARY = (
     "dropout dropout_ contiguous clone alias detach float to.dtype to.device to.dtype_layout _to_copy "
     "zeros_like ones_like full_like empty_like where.ScalarOther where.ScalarSelf "
     "silu gelu relu relu6 softplus mish hardswish elu selu leaky_relu log_sigmoid square abs floor_divide "
-    "masked_fill.Tensor real imag conj resolve_conj polar complex fill.Scalar"
+    "masked_fill.Tensor real imag conj resolve_conj polar complex fill.Scalar "
+    "multiply.Tensor multiply.Scalar divide.Tensor divide.Scalar true_divide.Tensor subtract.Tensor negative absolute "
+    "greater.Tensor greater.Scalar less.Tensor less.Scalar isclose"
 ).split()
 
 RULES: dict[str, Rule] = {
@@ -127,6 +129,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys((f"aten::{x}_pool1d" for x in "max avg adaptive_avg adaptive_max".split()), pooled(1)),
     **dict.fromkeys((f"aten::{x}_pool2d" for x in "max avg adaptive_avg adaptive_max".split()), pooled(2)),
     "aten::unfold": unfold,
+    "aten::im2col": im2col,
     # sums
     "aten::sum": reduction,
     "aten::sum.dim_IntList": reduction,
@@ -168,6 +171,7 @@ RULES: dict[str, Rule] = {
     "aten::unbind.int": unbind,
     "aten::cat": cat,
     "aten::concat": cat,
+    "aten::concatenate": cat,
     "aten::stack": stack,
     "aten::index.Tensor": index,
     "aten::index_select": index_select,

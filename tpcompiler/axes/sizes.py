@@ -13,6 +13,9 @@ from tpcompiler.axes.views import Shape
 from tpcompiler.graphs import examples
 
 
+_LARGE = 2**24  # no size of a model is as large a number
+
+
 class Sizes:
     """Every distinct example size stands at a prime of its own, so that nothing fits by accident.
 
@@ -20,7 +23,7 @@ class Sizes:
     """
 
     def __init__(self) -> None:
-        self._primes = _primes_above(2**31)
+        self._primes = _primes_above(2**36)  # so that a few thousandths of it, chunks of a sequence, are large too
         self._symbols: dict[Any, int] = {}
         self._cache: dict[Any, int] = {}
         self.dynamic: dict[int, str] = {}  # numbers that stand for sizes known at run time only, with their expressions
@@ -30,13 +33,19 @@ class Sizes:
             return size
         expr = size.node.expr
         if expr not in self._cache:
-            known = examples(size)
-            settled = _settled(expr, known)
-            values = {symbol: self._prime(known.get(symbol, symbol)) for symbol in settled.free_symbols}
-            self._cache[expr] = int(settled.subs(values))
-            if values:
-                self.dynamic[self._cache[expr]] = str(expr)
+            self._cache[expr] = self._number(expr, examples(size))
         return self._cache[expr]
+
+    def _number(self, expr: Any, known: Mapping[Any, Any]) -> int:
+        settled = _settled(expr, known)
+        values = {symbol: self._prime(known.get(symbol, symbol)) for symbol in settled.free_symbols}
+        number = int(settled.subs(values))
+        if not values or all(int(settled.subs({s: n * k for s, n in values.items()})) == number for k in (2, 3, 5)):
+            return number  # 256 · n // n is no size that is known at run time only
+        if number < _LARGE:  # a remainder: small at every prime, it would fit by accident
+            number = next(self._primes)
+        self.dynamic[number] = str(expr)
+        return number
 
     def _prime(self, example: Any) -> int:
         if example not in self._symbols:

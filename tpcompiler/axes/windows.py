@@ -34,6 +34,14 @@ def pooled(places: int) -> Callable[[Call], Line]:
     return rule
 
 
+def im2col(call: Call) -> Line:
+    """`F.unfold`: a window's elements become the minor factor of its channel."""
+    if call.rank() != 4:
+        return None
+    c = call.shape()[1]
+    return "b c y! x! -> b (c k!) n!", {"c": c, "k": call.results[0][1] // c}
+
+
 def unfold(call: Call) -> Line:
     d, i = letters(call.rank()), call.dim("dimension")
     before = " ".join([*d[:i], d[i] + "!", *d[i + 1 :]])

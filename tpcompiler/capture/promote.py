@@ -52,7 +52,7 @@ def _makes_floats(node: fx.Node) -> bool:
     """Whether the node's own type is torch's default, since it reads integers and booleans alone."""
     tensors = _tensors(node)
     named = any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
-    floats = any(n.meta["val"].is_floating_point() for n in tensors)
+    floats = any(n.meta["val"].is_floating_point() or n.meta["val"].is_complex() for n in tensors)
     return node.op == "call_function" and _is_low(node.meta.get("val")) and bool(tensors) and not floats and not named
 
 
@@ -75,13 +75,15 @@ def _is_low(val: Any) -> bool:
 
 
 def _dtype(a: Any) -> Any:
-    return torch.float64 if a in _LOW and isinstance(a, torch.dtype) else a
+    if not isinstance(a, torch.dtype):
+        return a
+    return torch.float64 if a in _LOW else torch.complex128 if a is torch.complex64 else a
 
 
 def _promoted(val: Any) -> Any:
     if isinstance(val, (list, tuple)):
         return type(val)(map(_promoted, val))
-    return val.to(torch.float64) if _is_low(val) else val
+    return val.to(_dtype(val.dtype)) if isinstance(val, Tensor) else val
 
 
 def _parameter(p: Parameter) -> Parameter:

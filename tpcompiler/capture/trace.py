@@ -197,9 +197,13 @@ def _fixed_elsewhere(exported: ExportedProgram) -> Places:
     """Dimensions left open although another input has one of that size at that position, which the model fixed: a loop
     over the tokens fixes the sequence, and the labels have the same."""
     shapes = [val.shape for val in _inputs(exported)]
-    known = {(i, n) for shape in shapes for i, n in enumerate(shape) if isinstance(n, int)}
-    opened = ((k, i, n) for k, shape in enumerate(shapes) for i, n in enumerate(shape) if isinstance(n, torch.SymInt))
+    known = {(i, int(n)) for shape in shapes for i, n in enumerate(shape) if _fixed(n)}
+    opened = ((k, i, n) for k, shape in enumerate(shapes) for i, n in enumerate(shape) if not _fixed(n))
     return frozenset((k, i) for k, i, n in opened if (i, n.node.hint) in known)
+
+
+def _fixed(n: int | torch.SymInt) -> bool:
+    return isinstance(n, int) or bool(n.node.expr.is_number)
 
 
 def _inputs(exported: ExportedProgram) -> list[Tensor]:

@@ -12,15 +12,16 @@ from torch import Tensor
 from tpcompiler.check.calls import outputs
 from tpcompiler.check.cones import Operand
 
-NORMAL, SMALL, POSITIVE = "normal", "small", "positive"
+SCALES = (1.0, 0.1, 0.01)  # a constant like a norm's epsilon shows among small numbers, a saturated tanh hides most
 
 
-def draw(given: Sequence[Operand], probe: Callable[[list[Tensor]], Any], special: set[int], style: str, seed: int) -> list[Tensor]:
+def draw(given: Sequence[Operand], probe: Callable[[list[Tensor]], Any], special: set[int], seed: int, positive: bool = False) -> list[Tensor]:
     """Tensors of the operands' shapes, real ones in double precision, on which `probe` succeeds.
 
     Integers are taken below the longest dimension that `probe` accepts as an index, numbers among the arguments
-    (`special`: an ignored class, a padding row) often among them. Real ones are normal, a thousandth of it, or positive;
-    and positive when the result has no finite value otherwise. Raises what `probe` raises for every choice.
+    (`special`: an ignored class, a padding row) among them. Real ones are normal, of
+    a scale that the seed chooses, and positive when most of the result is no number otherwise. Raises what `probe`
+    raises for every choice.
     """
     generator = torch.Generator().manual_seed(seed)
     bounds = sorted({n for o in given for n in o.shape} | {2, 1}, reverse=True)
@@ -29,7 +30,7 @@ def draw(given: Sequence[Operand], probe: Callable[[list[Tensor]], Any], special
     error: Exception | None = None
     for bound in bounds:
         for extra in (special, {i for i in special if 0 <= i < bound}, set()):
-            tensors = [_tensor(o, bound, extra, style, generator) for o in given]
+            tensors = [_tensor(o, bound, extra, SCALES[seed % len(SCALES)], positive, generator) for o in given]
             try:
                 with torch.no_grad():
                     result = probe(tensors)
@@ -38,8 +39,8 @@ def draw(given: Sequence[Operand], probe: Callable[[list[Tensor]], Any], special
                 if not any(_integer(o.dtype) for o in given):
                     break
                 continue
-            if style != POSITIVE and _meaningless(result):
-                return draw(given, probe, special, POSITIVE, seed)
+            if not positive and _meaningless(result):
+                return draw(given, probe, special, seed, positive=True)
             return tensors
     assert error is not None
     raise error
@@ -49,21 +50,20 @@ def _integer(dtype: torch.dtype) -> bool:
     return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
 
 
-def _tensor(o: Operand, bound: int, special: set[int], style: str, generator: torch.Generator) -> Tensor:
+def _tensor(o: Operand, bound: int, special: set[int], scale: float, positive: bool, generator: torch.Generator) -> Tensor:
     if o.dtype == torch.bool:
         return torch.rand(o.shape, generator=generator) < 0.7
     if _integer(o.dtype):
         n = prod(o.shape)
         spread = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator, dtype=torch.float64)
         out = (spread * bound / n).long().clamp(max=bound - 1).reshape(o.shape)  # all over the range, however few
-        for i in sorted(special):
-            out = torch.where(torch.rand(o.shape, generator=generator) < 0.2, i, out)
+        wanted = sorted(special)[: n // 2]
+        out.view(-1)[torch.randperm(n, generator=generator)[: len(wanted)]] = torch.tensor(wanted, dtype=torch.int64)
         return out.to(o.dtype)
     wide = torch.complex128 if o.dtype.is_complex else torch.float64
-    if style == POSITIVE and not o.dtype.is_complex:
-        return torch.rand(o.shape, generator=generator, dtype=wide) + 0.5
-    out = torch.randn(o.shape, generator=generator, dtype=wide)
-    return out * 1e-3 if style == SMALL else out
+    if positive and not o.dtype.is_complex:
+        return (torch.rand(o.shape, generator=generator, dtype=wide) + 0.5) * scale
+    return torch.randn(o.shape, generator=generator, dtype=wide) * scale
 
 
 def _meaningless(result: Any) -> bool:

@@ -24,7 +24,7 @@ from tpcompiler.check.calls import Over as GroupOf
 from tpcompiler.check.claims import Claim, Geometry, Over, Rows
 from tpcompiler.check.compare import close, difference, factor
 from tpcompiler.check.cones import Cone, Operand
-from tpcompiler.check.draw import NORMAL, SMALL, draw
+from tpcompiler.check.draw import draw
 from tpcompiler.check.find import Draw, Sizes, find_claim, held
 from tpcompiler.check.shrink import Shrink, shrinks
 from tpcompiler.layout import LocalRuns, LocalSize
@@ -34,7 +34,6 @@ from tpcompiler.simulate import run_ranks
 Kind = Over | None
 Hints = tuple[tuple[Rows | None, ...] | None, ...]  # for each result, rows to try first
 
-_STYLES = (NORMAL, SMALL)
 _DRAWS = 2
 _MOST = 16
 _NEITHER = "neither the model's value, nor rows of it, nor a sum that gives it"
@@ -133,7 +132,7 @@ class Steps:
         identity = len(trial.given) == 1 and not many and moves(trial.call)
         draws: list[list[Draw]] = [[] for _ in made]
         for seed in range(trial.draws):
-            whole, local = trial.forward(_STYLES[seed % 2], seed, trial.mode(seed))
+            whole, local = trial.forward(seed, trial.mode(seed))
             identity = identity and close(whole[0], trial.tensors[0])
             for i, m in enumerate(made):
                 if m is not None:
@@ -207,7 +206,7 @@ class Steps:
                 (kind,) = distinct
                 return tuple(kind if g.operand.grad else None for g in step.given)
         for seed in range(trial.draws):
-            whole, local = trial.backward(_STYLES[seed % 2], seed, step, kinds)
+            whole, local = trial.backward(seed, step, kinds)
             for i, g in enumerate(step.given):
                 if not g.operand.grad:
                     continue
@@ -287,9 +286,9 @@ class _Trial:
         """A rank's rows of something shaped like the whole operand."""
         return held(whole, self.given[i].claim, r, self._sizes(i))
 
-    def _draw(self, style: str, seed: int, training: bool) -> None:
+    def _draw(self, seed: int, training: bool) -> None:
         special = numbers(self.call) | numbers(self.whole)
-        self.tensors = draw(self.operands, lambda ts: self.cone.run(ts, training), special, style, seed)
+        self.tensors = draw(self.operands, lambda ts: self.cone.run(ts, training), special, seed)
         self._pieces = {}
         for i, g in enumerate(self.given):
             if g.claim.partial:
@@ -315,18 +314,18 @@ class _Trial:
             self._pieces[i, r] = self.take(i, self.tensors[i], r)
         return self._pieces[i, r]
 
-    def forward(self, style: str, seed: int, training: bool) -> tuple[list[Tensor], list[list[Tensor]]]:
+    def forward(self, seed: int, training: bool) -> tuple[list[Tensor], list[list[Tensor]]]:
         """The model's results, and each rank's."""
-        self._draw(style, seed, training)
+        self._draw(seed, training)
         with torch.no_grad():
             whole = outputs(self.cone.run(self.tensors, training))
             local = self._on_ranks(lambda r, ranks: outputs(run(self.rank_call, [self.held(i, r) for i in range(len(self.given))], self._resolver(r, ranks), training)))
         return whole, local
 
-    def backward(self, style: str, seed: int, step: Step, kinds: tuple[Kind, ...]) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
+    def backward(self, seed: int, step: Step, kinds: tuple[Kind, ...]) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
         """The gradients of the operands: the model's, and each rank's."""
         training = self.mode(seed)
-        self._draw(style, seed, training)
+        self._draw(seed, training)
         leaves = [t.clone().requires_grad_() if g.operand.grad else t for t, g in zip(self.tensors, self.given, strict=True)]
         wanted = [t for t, g in zip(leaves, self.given, strict=True) if g.operand.grad]
         results = outputs(self.cone.run(leaves, training))

@@ -26,7 +26,7 @@ PARAMETER, BUFFER, INPUT, MADE = "parameter", "buffer", "input", "made"
 class Value:
     """One tensor (or a list of them) of the model, or of the program seen as one rank's."""
 
-    __slots__ = ("call", "constant", "index", "kind", "name", "node", "operands", "out", "stored", "users")
+    __slots__ = ("call", "constant", "index", "kind", "name", "opaque", "operands", "original", "out", "stored", "users")
 
     def __init__(self, index: int, name: str, kind: str, out: Operand | None, call: Call | None, operands: tuple[Value, ...]) -> None:
         self.index = index
@@ -36,28 +36,53 @@ class Value:
         self.call = call
         self.operands = operands
         self.users: list[Value] = []
-        self.node: fx.Node | None = None  # of the model
+        self.original = False  # the model's
+        self.opaque = False  # not to be computed from its operands: other ranks have a part in it
         self.stored: Tensor | None = None  # a buffer's value
-        self.constant = kind == BUFFER if call is None else all(o.constant for o in operands)
-
-    @property
-    def original(self) -> bool:
-        return self.node is not None
+        self.constant: bool = kind == BUFFER if call is None else all(o.constant for o in operands)
 
     def __repr__(self) -> str:
         return self.name
 
 
-class Table:
-    """All values. Made from a capture; programs add to it."""
+class Values:
+    """Values by the calls that make them."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[Any, Value] = {}
+        self.count = 0
+
+    def add(self, name: str, kind: str, out: Operand | None, call: Call | None, operands: tuple[Value, ...]) -> Value:
+        """A value that is not known yet."""
+        value = Value(self.count, name, kind, out, call, operands)
+        self.count += 1
+        for o in dict.fromkeys(operands):
+            o.users.append(value)
+        return value
+
+    def find(self, call: Call, operands: tuple[Value, ...], out: Operand | None) -> Value:
+        """The value of a call: the model's, if it makes that call; a new one if not."""
+        call, operands = distinct(call, operands)
+        key = ("", call.key, operands)
+        value = self.by_key.get(key)
+        if value is None:
+            value = self.by_key[key] = self.add(f"{call}", MADE, out, call, operands)
+        return value
+
+    def item(self, value: Value, i: int, out: Operand | None) -> Value:
+        """The i-th of a list."""
+        return self.find(make_call(operator.getitem, (Slot(0), i), ()), (value,), out)
+
+
+class Table(Values):
+    """The model's values. Programs add their own."""
 
     def __init__(self, capture: Capture, sizes: Sizes, sites: Mapping[int, Sequence[tuple[str, Any]]]) -> None:
+        super().__init__()
         self.sizes = sizes
         self.sites = sites
         self.drawn = 0  # dropouts so far
-        self.by_key: dict[Any, Value] = {}
         self.by_name: dict[str, Value] = {}
-        self.count = 0
         self.outputs: tuple[Any, ...] = ()
         stored = {p.node: p for p in capture.parameters}
         env: dict[fx.Node, Any] = {}
@@ -76,8 +101,8 @@ class Table:
         real = val.is_floating_point() or val.is_complex()
         grad = parameter is not None and not parameter.buffer and parameter.trainable and real
         kind = INPUT if parameter is None else BUFFER if parameter.buffer else PARAMETER
-        value = self._new(node.name, kind, Operand(self.sizes.shape(val.shape), val.dtype, grad), None, ())
-        value.node = node
+        value = self.add(node.name, kind, Operand(self.sizes.shape(val.shape), val.dtype, grad), None, ())
+        value.original = True
         if parameter is not None and parameter.value is not None:
             value.stored = parameter.value.to(WIDE.get(parameter.dtype, parameter.dtype))
         self.by_name[node.name] = value
@@ -89,15 +114,15 @@ class Table:
         call, given = read_call(node, env)
         if call.target is torch.ops.aten.dropout.default:
             call = self._counted(call)
-        call, operands = _distinct(call, tuple(env[n] for n in given))
+        call, operands = distinct(call, tuple(env[n] for n in given))
         val = node.meta.get("val")
         grad = any(o.out is None or o.out.grad for o in operands)
         out = Operand(self.sizes.shape(val.shape), val.dtype, grad) if isinstance(val, Tensor) else None
         key = (node.name if call.random else "", call.key, operands)
         value = self.by_key.get(key)
         if value is None:
-            value = self.by_key[key] = self._new(node.name, MADE, out, call, operands)
-            value.node = node
+            value = self.by_key[key] = self.add(node.name, MADE, out, call, operands)
+            value.original = True
             if call.random:
                 self.by_key.setdefault(("", call.key, operands), value)
         self.by_name[node.name] = value
@@ -110,28 +135,8 @@ class Table:
         given = {"x": x, "p": p, "training": training, "rng": Draws, "site": site, **dict(self.sites.get(site, ()))}
         return make_call(dropout, (), tuple(sorted(given.items())))
 
-    def find(self, call: Call, operands: tuple[Value, ...], out: Operand | None) -> Value:
-        """The value of a call: the model's, if it makes that call; a new one if not."""
-        call, operands = _distinct(call, operands)
-        key = ("", call.key, operands)
-        value = self.by_key.get(key)
-        if value is None:
-            value = self.by_key[key] = self._new(f"{call}", MADE, out, call, operands)
-        return value
 
-    def item(self, value: Value, i: int, out: Operand) -> Value:
-        """The i-th of a list."""
-        return self.find(make_call(operator.getitem, (Slot(0), i), ()), (value,), out)
-
-    def _new(self, name: str, kind: str, out: Operand | None, call: Call | None, operands: tuple[Value, ...]) -> Value:
-        value = Value(self.count, name, kind, out, call, operands)
-        self.count += 1
-        for o in dict.fromkeys(operands):
-            o.users.append(value)
-        return value
-
-
-def _distinct(call: Call, operands: tuple[Value, ...]) -> tuple[Call, tuple[Value, ...]]:
+def distinct(call: Call, operands: tuple[Value, ...]) -> tuple[Call, tuple[Value, ...]]:
     """The call with each value among its operands once."""
     order = {v: i for i, v in enumerate(dict.fromkeys(operands))}
     if len(order) == len(operands):

@@ -30,6 +30,9 @@ Ranks = Annotated[
         help="Ranks on this host; over the spec's tensor degree, they are data ranks. Left out: those of the spec.",
     ),
 ]
+Tensor = Annotated[
+    int | None, typer.Option("--tensor", min=1, metavar="N", help="Tensor degree; over the spec's mesh.tensor.")
+]
 Device = Annotated[str | None, typer.Option("--device", metavar="KIND", help="cuda or cpu. Left out: cuda if any.")]
 Timeout = Annotated[
     float, typer.Option("--timeout", min=1, metavar="S", help="Seconds until a rank that does not come is given up.")
@@ -50,6 +53,7 @@ def train(
         typer.Option("--data", "-d", metavar="PATH", help="Text, .jsonl or token files; over the spec's. Repeatable."),
     ] = None,
     nproc: Ranks = None,
+    tensor: Tensor = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -74,7 +78,7 @@ def train(
     Starts the ranks on this host, or joins those that torchrun started. A RUN with checkpoints is gone on with.
     """
     changes = _train_changes(train_settings, data, steps)
-    read = _spec(spec, nproc, changes)
+    read = _spec(spec, nproc, tensor, changes)
     if _starts(read):
         raise typer.Exit(_start(read))
     from tpcompiler.train.start import join, together
@@ -118,6 +122,7 @@ def evaluate(
         bool, typer.Option("--wikitext", help="The text has its words and marks apart, as WikiText's files do.")
     ] = False,
     nproc: Ranks = None,
+    tensor: Tensor = None,
     train_settings: TrainSet = None,
     settings: Set = None,
     device: Device = None,
@@ -130,7 +135,7 @@ def evaluate(
     """
     if perplexity is None and cloze is None:
         raise TpcError("tpc eval: nothing to measure; give --perplexity FILE, --cloze FILE, or both")
-    read = _spec(spec, nproc, _train_changes(train_settings, None, None))
+    read = _spec(spec, nproc, tensor, _train_changes(train_settings, None, None))
     if _starts(read):
         raise typer.Exit(_start(read))
     from tpcompiler.train.start import join, together
@@ -215,24 +220,41 @@ def _complain(screen: Screen, line: str) -> None:
         sys.stdout.flush()
 
 
-def _spec(path: Path, nproc: int | None, changes: dict[str, Any]) -> Spec:
-    """The spec with the command's settings, its data degree such that all ranks have a place."""
+def _spec(path: Path, nproc: int | None, tensor: int | None, changes: dict[str, Any]) -> Spec:
+    """The spec with the command's settings, its data degree such that all ranks have a place.
+
+    What is wrong with it is said before anything is started; of ranks that run already, by the first.
+    """
+    from tpcompiler.train.start import launched
+
+    try:
+        return _fitted(path, nproc, tensor, changes)
+    except TpcError:
+        if launched() and os.environ["RANK"] != "0":
+            raise typer.Exit(2) from None
+        raise
+
+
+def _fitted(path: Path, nproc: int | None, tensor: int | None, changes: dict[str, Any]) -> Spec:
     from tpcompiler.spec import Spec
     from tpcompiler.train.start import launched
 
     read = Spec.load(path)
     if changes:
         read = read.with_(train=_merged(read.train, changes))
-    _train(read)  # what is wrong with it is said before anything is started
+    _train(read)
+    if tensor is not None:
+        read = read.with_(mesh={"tensor": tensor, "data": read.mesh.data})
     ranks = int(os.environ["WORLD_SIZE"]) if launched() else nproc
     if ranks is None or ranks == read.ranks.size:
         return read
-    tensor = read.mesh.tensor
-    if ranks % tensor:
+    degree = read.mesh.tensor
+    if ranks % degree:
         raise TpcError(
-            f"{ranks} ranks are not a multiple of mesh.tensor = {tensor}; {-(-ranks // tensor) * tensor} would work"
+            f"{ranks} ranks are not a multiple of the tensor degree {degree}; {-(-ranks // degree) * degree} ranks or "
+            f"--tensor {ranks} would work"
         )
-    return read.with_(mesh={"tensor": tensor, "data": ranks // tensor})
+    return read.with_(mesh={"tensor": degree, "data": ranks // degree})
 
 
 def _train(spec: Spec) -> Train:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from textwrap import wrap
 from typing import Any
 
 from tpcompiler.emit.expr import quoted
@@ -54,5 +55,6 @@ def _collectives(collectives: tuple[Collective, ...]) -> Iterable[str]:
         for (block, kind, direction, over, size, reason), times in found.items()
     ]
     widths = [max(len(r[i]) for r in rows) for i in range(6)]
-    for row_ in rows:
-        yield _plain("    " + "  ".join(c.ljust(w) for c, w in zip(row_, [*widths, 0], strict=True))).rstrip()[:LIMIT]
+    for *cells, reason in rows:
+        lead = "    " + "".join(c.ljust(w + 2) for c, w in zip(cells, widths, strict=True))
+        yield from map(_plain, wrap(reason, LIMIT, initial_indent=lead, subsequent_indent=" " * len(lead)))

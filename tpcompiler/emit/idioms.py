@@ -298,7 +298,8 @@ _METHODS: dict[str, str] = dict.fromkeys(
     scatter_add index_add masked_fill masked_scatter sum mean amax amin max min var std prod any all cumsum cumprod
     argmax argmin tensor_split topk sort clamp clamp_min clamp_max tril triu roll flip t type_as repeat_interleave
     unfold movedim rsqrt diff square reciprocal logsumexp nonzero new_zeros new_ones new_full new_empty diagonal
-    count_nonzero float double half long expand_as view_as reshape_as broadcast_to logical_not swapaxes swapdims""".split(),
+    count_nonzero float double half long expand_as view_as reshape_as broadcast_to logical_not swapaxes
+    swapdims""".split(),
     "",
 )
 

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from tpcompiler.emit.hoist import Stack, hoist
 from tpcompiler.emit.sizes import dims_of, is_size, key
+from tpcompiler.emit.tidy import RANDOM, aten_name
 from tpcompiler.layout import Concat, Dim, Factor, LocalRuns, LocalSize, Product
 from tpcompiler.program import Parameter, Training
 
@@ -45,14 +47,15 @@ class Frame:
             yield from frame.walk()
 
 
-def frames(graph: fx.Graph) -> Frame:
+def frames(graph: fx.Graph, names: Names) -> Frame:
     """The tree of module calls, from the nodes' `stack`; the nodes of a call are made one run."""
     nodes = [n for n in graph.nodes if n.op == "call_function" and not is_size(n) and not is_item(n)]
-    stacks: dict[fx.Node, tuple[tuple[str, str, int], ...]] = {}
-    last: tuple[tuple[str, str, int], ...] = ()
+    stacks: dict[fx.Node, Stack] = {}
+    last: Stack = ()
     for n in nodes:
         last = tuple(s for s in n.meta.get("stack", last) if s[0])
         stacks[n] = last
+    nodes, stacks = hoist(nodes, stacks, lambda module, parameter: names.inside(parameter, module) is not None)
     return Frame("", 0, "", _group(nodes, stacks, 0))
 
 
@@ -75,10 +78,25 @@ def _group(nodes: list[fx.Node], stacks: Mapping[fx.Node, Any], depth: int) -> l
             continue
         stop = _run_end(calls, i)
         title = stacks[nodes[i]][depth][1].rsplit(".", 1)[-1]
-        inside = {n: stacks[n] if calls[j] == call else stacks[n][: depth + 1] for j, n in enumerate(nodes[i:stop], i)}
-        out.append(Frame(call[0], call[1], title, _group(nodes[i:stop], inside, depth + 1)))
+        before, run = _apart(nodes[i:stop], [c == call for c in calls[i:stop]])
+        inside = {n: stacks[n] if calls[j] == call else stacks[n][:depth] for j, n in enumerate(nodes[i:stop], i)}
+        out += before
+        out.append(Frame(call[0], call[1], title, _group(run, inside, depth + 1)))
         i = stop
     return out
+
+
+def _apart(nodes: list[fx.Node], own: list[bool]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The strangers in a call's run that can stand before it, and the rest."""
+    before: list[fx.Node] = []
+    run: dict[fx.Node, None] = {}
+    for node, mine in zip(nodes, own, strict=True):
+        needs = {n.args[0] if is_item(n) else n for n in node.all_input_nodes}
+        if mine or aten_name(node) in RANDOM or any(n in run for n in needs):
+            run[node] = None
+        else:
+            before.append(node)
+    return before, list(run)
 
 
 def _run_end(calls: list[Call | None], start: int) -> int:

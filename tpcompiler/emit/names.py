@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tpcompiler.emit.layers import is_item
+from tpcompiler.emit.layers import Names, is_item
 from tpcompiler.emit.outline import items
 from tpcompiler.emit.sizes import is_size
 from tpcompiler.emit.tidy import aten_name
@@ -49,17 +49,17 @@ def _names(target: ast.expr) -> Iterable[str]:
         yield target.id if isinstance(target, ast.Name) else ""
 
 
-def hints(nodes: Iterable[fx.Node]) -> dict[Value, str]:
+def hints(nodes: Iterable[fx.Node], names: Names) -> dict[Value, str]:
     """Names from the user's source, for the values that its assignments end in; then from what a value is or is for."""
     out: dict[Value, str] = {}
     place = {n: i for i, n in enumerate(nodes)}
     for run in _executions(place):
-        names = targets(run[0].meta["line"][2])
-        ends = _ends(run, place) if any(names) else []
-        if len(ends) == len(names):
-            out.update({v: name for v, name in zip(ends, names, strict=True) if name})
+        assigned = targets(run[0].meta["line"][2])
+        ends = _ends(run, place) if any(assigned) else []
+        if len(ends) == len(assigned):
+            out.update({v: name for v, name in zip(ends, assigned, strict=True) if name})
     for node in place:
-        said = _role(node)
+        said = _role(node, names)
         if said is not None:
             out.setdefault(node, said)
     return {v: n for v, n in out.items() if n not in RESERVED and n.isidentifier()}
@@ -73,12 +73,17 @@ def _executions(nodes: Iterable[fx.Node]) -> Iterable[list[fx.Node]]:
         if n.op == "call_function" and not is_size(n) and not is_item(n) and line is not None and line[2]:
             by_call.setdefault((line, _caller(n)), []).append(n)
     for found in by_call.values():  # in a loop, a call executes its line again and again
-        said = [(n.target, n.meta.get("stack")) for n in found]
+        said = [(n.target, n.meta.get("stack"), _tables(n)) for n in found]
         starts = [i for i, s in enumerate(said) if s == said[0]]
         period = next(p for p in (*starts[1:], len(said)) if all(a == b for a, b in zip(said, said[p:], strict=False)))
         period = len(said) if len(said) % period else period
         for i in range(0, len(found), period):
             yield found[i : i + period]
+
+
+def _tables(node: fx.Node) -> list[str]:
+    """The parameters that a node reads, those of a list (or numbered) being one."""
+    return [re.sub(r"\d+", "", n.name) for n in node.all_input_nodes if n.op == "placeholder"]
 
 
 def _caller(node: fx.Node) -> tuple[Any, ...]:
@@ -116,7 +121,7 @@ def _reaches(node: fx.Node, goal: set[fx.Node], place: Mapping[fx.Node, int], la
 _PIECES = {"slice", "select", "index_select", "index"}
 
 
-def _role(node: fx.Node) -> str | None:
+def _role(node: fx.Node, names: Names) -> str | None:
     """A name that says what a value is: a mask, a piece of a table, the queries."""
     name = aten_name(node)
     for user in node.users:
@@ -124,18 +129,17 @@ def _role(node: fx.Node) -> str | None:
         if aten_name(user) == "scaled_dot_product_attention" and node in added:
             return "mask"
     first = node.args[0] if node.args else None
-    if (
-        name == "masked_fill"
-        and isinstance(first, fx.Node)
-        and aten_name(first) in ("zeros", "zeros_like", "new_zeros")
-    ):
+    if not isinstance(first, fx.Node):
+        return None
+    if name == "masked_fill" and aten_name(first) in ("zeros", "zeros_like", "new_zeros"):
         return "mask"
-    if name in _PIECES and isinstance(first, fx.Node) and first.op == "placeholder":
-        shown = str(first.meta.get("shown", "")).rpartition(".")[2]
-        return shown if shown.isidentifier() and first.meta.get("kind") == "buffer" else None
+    if name in _PIECES and first.op == "placeholder":
+        table = names.by_node.get(first.name)
+        shown = table.name.rpartition(".")[2] if table is not None and table.buffer else ""
+        return shown if shown.isidentifier() else None
     if name == "linear" and isinstance(node.args[1], fx.Node):
-        module = str(node.args[1].meta.get("shown", "")).split(".")[-2:-1]
-        stem = module[0].removesuffix("_proj") if module else ""
+        weight = names.by_node.get(node.args[1].name)
+        stem = (weight.name if weight is not None else "").split(".")[-2:][0].removesuffix("_proj")
         return stem if stem in ("q", "k", "v", "query", "key", "value", "gate", "up") else None
     return None
 

@@ -13,12 +13,10 @@ from tpcompiler.emit.remarks import notes
 from tpcompiler.emit.roll import AnyStep, Repeat, RepeatEnd
 from tpcompiler.emit.scope import Scope, runtime_name
 from tpcompiler.emit.steps import Op
-from tpcompiler.emit.tidy import aten_name
+from tpcompiler.emit.tidy import RANDOM, aten_name
 
 _WIDTH = 100  # a call is not nested where the statement would grow beyond this
 _WITH_NOTE = 104  # nor where the statement and its note would
-
-_RANDOM = set("dropout native_dropout bernoulli rand randn rand_like randn_like randint multinomial".split())
 
 
 def step_reads(step: AnyStep, scope: Scope) -> list[Value]:
@@ -80,7 +78,7 @@ def _users(steps: list[AnyStep], outputs: list[Value], scope: Scope) -> dict[Val
 
 
 def _in_order(node: fx.Node) -> bool:
-    return bool(runtime_name(node)) or aten_name(node) in _RANDOM or aten_name(node) == "scaled_dot_product_attention"
+    return bool(runtime_name(node)) or aten_name(node) in RANDOM or aten_name(node) == "scaled_dot_product_attention"
 
 
 def _one_line(inner: fx.Node, outer: fx.Node) -> bool:

@@ -14,6 +14,10 @@ _SILENT = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async"}
 _SILENT |= {"sym_constrain_range", "sym_constrain_range_for_size"}
 
 
+# Calls that draw random numbers, ATen's and the run-time library's.
+RANDOM = set("dropout native_dropout bernoulli rand randn rand_like randn_like randint multinomial".split())
+
+
 def tidy(graph: fx.Graph) -> fx.Graph:
     """A copy of `graph` (whose nodes keep their names and meta), tidied."""
     copy = fx.Graph()

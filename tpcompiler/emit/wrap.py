@@ -16,7 +16,8 @@ def wrap(line: str, indent: int) -> list[str]:
     start, stop = found
     inside = _pieces(line[start + 1 : stop])
     head, tail = line[: start + 1], line[stop:]
-    joined = ", ".join(inside)
+    tuple_of_one = len(inside) == 1 and line[start + 1 : stop].rstrip().endswith(",")
+    joined = ", ".join(inside) + ("," if tuple_of_one else "")
     if not joined:
         return [pad + line]
     if indent + 4 + len(joined) <= LIMIT:
@@ -24,7 +25,9 @@ def wrap(line: str, indent: int) -> list[str]:
     elif (at := _comprehension(joined)) is not None:
         body = [*wrap(joined[:at], indent + 4), *wrap(joined[at + 1 :], indent + 4)]
     else:
-        body = [text for piece in inside for text in wrap(piece + ",", indent + 4)]
+        called = line[start] == "(" and start > 0 and (line[start - 1].isalnum() or line[start - 1] in "_)]")
+        comma = "," if len(inside) > 1 or called or tuple_of_one else ""  # after a value alone in its brackets it would make a tuple
+        body = [text for piece in inside for text in wrap(piece + comma, indent + 4)]
     tail_lines = wrap(tail, indent) if indent + len(tail) > LIMIT else [pad + tail]
     return [pad + head, *body, *tail_lines]
 

@@ -17,7 +17,7 @@ from tpcompiler.partition.build import Builder, Op
 from tpcompiler.partition.contraction import contraction
 from tpcompiler.partition.dropout import dropout
 from tpcompiler.partition.folded import Folded, apart, together
-from tpcompiler.partition.segments import is_mixed, take_apart
+from tpcompiler.partition.segments import is_mixed, split_in_part, take_apart
 from tpcompiler.partition.sizes import local
 from tpcompiler.partition.special import special_form
 from tpcompiler.plan import Plan
@@ -61,6 +61,9 @@ def _rewrite(b: Builder, node: fx.Node) -> fx.Node:
 def _op(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
     if is_mixed(b, relation):
         return take_apart(b, node, relation)
+    for term in (*relation.contracted, *relation.special):
+        if split_in_part(b.dim(term)):  # a sum over ranks would count the whole segments once a rank
+            raise b.refuse(node, f"{op_name(node)} over segments of which some are split", term)
     op = Op(node, relation, ChainMap(_operands(b, node, relation), b.env))
     if special := b.over(relation.special):
         return special_form(b, op, special)

@@ -65,17 +65,25 @@ class Multiplied:
 
 def uneven_segments(dim: Dim) -> Fused | None:
     """The segments of a dimension, when they are not all split alike."""
-    if isinstance(dim, Concat) and _uneven(dim):
-        return Fused((), dim.parts, ())
+    if isinstance(dim, Concat) and split_in_part(dim):
+        return Fused((), _flat(dim), ())
     if isinstance(dim, Product):
         for i, p in enumerate(dim.parts):
-            if isinstance(p, Concat) and _uneven(p):
-                return Fused(dim.parts[:i], p.parts, dim.parts[i + 1 :])
+            if isinstance(p, Concat) and split_in_part(p):
+                return Fused(dim.parts[:i], _flat(p), dim.parts[i + 1 :])
     return None
 
 
-def _uneven(segments: Concat) -> bool:
-    return len({p.over for p in segments.parts}) > 1
+def _flat(segments: Concat) -> tuple[Dim, ...]:
+    """The segments, those of segments among them."""
+    return tuple(x for p in segments.parts for x in (_flat(p) if isinstance(p, Concat) else (p,)))
+
+
+def split_in_part(dim: Dim) -> bool:
+    """Whether any segments of a dimension, however deep, are not split alike."""
+    if isinstance(dim, Concat) and len({p.over for p in dim.parts}) > 1:
+        return True
+    return isinstance(dim, Concat | Product) and any(map(split_in_part, dim.parts))
 
 
 def is_mixed(b: Builder, relation: Relation) -> bool:
@@ -98,8 +106,9 @@ def take_apart(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
     terms = relation.results[0]
     *lead, last = dims = b.dims(terms)
     found, fused = _multiplied(node), uneven_segments(last)
-    if found is None or fused is None or any(d.over for d in lead) or b.over(relation.contracted):
-        raise b.refuse(node, f"{op_name(node)} of segments of which some are split", terms[-1])
+    if found is None or fused is None or any(map(split_in_part, fused.parts)) or any(d.over for d in lead) or b.over(relation.contracted):
+        uneven = [t for t, d in zip(terms, dims, strict=True) if uneven_segments(d) is not None]
+        raise b.refuse(node, f"{op_name(node)} of segments of which some are split", *uneven)
     weights = _segments(b, found.weight, found.along, fused)
     biases = [None] * len(weights) if found.bias is None else _segments(b, found.bias, -1, fused)
     at = len(lead)

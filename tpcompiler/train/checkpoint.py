@@ -1,6 +1,6 @@
 """Checkpoints: written while the run goes on, whole or not at all, the newest and the best kept.
 
-A checkpoint is a directory in the manifest format (docs/format.md): a file for each rank, `state.json`, the manifest.
+A checkpoint is a directory in the manifest format (docs/format.md): files of each rank, `state.json`, the manifest.
 
     RUN/checkpoints/step-00000100/            complete: it has its name
     RUN/checkpoints/.step-00000200.tmp/       being written, or left by a crash
@@ -31,10 +31,10 @@ from tpcompiler.train.start import Board
 from tpcompiler.weights import FileInfo, Manifest, load_manifest, save_manifest, write_file, write_text
 from tpcompiler.weights.atomic import sync
 from tpcompiler.weights.files import disk
-from tpcompiler.weights.manifest import BUFFER_FILE
 
 STATE = "state.json"
 _PREFIX = "step-"
+_PATIENCE = 10.0  # seconds for the others to end their part of a checkpoint that has failed
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,11 @@ class State:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A rank's part of a checkpoint, in memory of its own. Rank 0's has the rest as well."""
+    """A rank's part of a checkpoint, in memory of its own: file → its tensors. Rank 0's has the manifest as well."""
 
     state: State
-    tensors: Mapping[str, Tensor]
-    manifest: Manifest | None = None  # rank 0: without files
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)  # rank 0: those that lie in one file for all
+    files: Mapping[str, Mapping[str, Tensor]]
+    manifest: Manifest | None = None  # rank 0: it lists no files yet
 
 
 class Host:
@@ -82,7 +81,7 @@ class Host:
         self._held: dict[str, Tensor] = {}
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Waits until everything is copied. The copies hold until the next call."""
+        """Waits until everything is copied. The copies hold until the next call for these names."""
         for name, t in tensors.items():
             if name not in self._held:
                 self._held[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
@@ -95,10 +94,9 @@ class Host:
 class Writer:
     """Writes a run's checkpoints, one at a time, in a thread. Every rank has one and calls it at the same steps."""
 
-    def __init__(self, directory: Path, board: Board, file: str, keep: int = 2, keep_best: bool = True) -> None:
-        """`file`: what this rank writes; "" when another rank writes the same."""
+    def __init__(self, directory: Path, board: Board, keep: int = 2, keep_best: bool = True) -> None:
         self.directory, self.keep, self.keep_best = directory, keep, keep_best
-        self._board, self._file = board.clone(), file
+        self._board = board.clone()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._done: list[Path] = []
@@ -139,14 +137,16 @@ class Writer:
         temporary = self.directory / f".{name_of(step)}.tmp"
         key = f"checkpoint/{step}"
         try:
-            info = self._own_file(temporary, snapshot)
+            infos = self._own_files(temporary, snapshot)
         except WeightsError as e:
             self._board.post(f"{key}/{self._board.rank}", json.dumps({"error": str(e)}))
             if self._board.rank:
                 return  # rank 0 says it
+            for rank in range(1, self._board.world):  # or they would write into what is being removed
+                self._board.wait(f"{key}/{rank}", min(_PATIENCE, self._board.timeout))
             self._discard(temporary)
             raise
-        self._board.post(f"{key}/{self._board.rank}", json.dumps(None if info is None else asdict(info)))
+        self._board.post(f"{key}/{self._board.rank}", json.dumps({"files": [asdict(info) for info in infos]}))
         if self._board.rank:
             return
         try:
@@ -157,12 +157,10 @@ class Writer:
         self._done.append(self.directory / name_of(step))
         self._prune()
 
-    def _own_file(self, temporary: Path, snapshot: Snapshot) -> FileInfo | None:
-        if not self._file:
-            return None
+    def _own_files(self, temporary: Path, snapshot: Snapshot) -> list[FileInfo]:
         with disk(temporary, "write"):
             temporary.mkdir(parents=True, exist_ok=True)
-        return write_file(temporary / self._file, snapshot.tensors)
+        return [write_file(temporary / name, tensors) for name, tensors in snapshot.files.items() if tensors]
 
     def _collect(self, key: str) -> list[FileInfo]:
         files = []
@@ -171,18 +169,15 @@ class Writer:
             if text is None:
                 raise TpcError(f"checkpoint: rank {rank} has not written its part within {self._board.timeout:g} s")
             value = json.loads(text)
-            if value is not None and "error" in value:
+            if "error" in value:
                 raise WeightsError(f"checkpoint: {value['error']}")
-            if value is not None:
-                files.append(FileInfo(**value))
+            files += [FileInfo(**info) for info in value["files"]]
         for rank in range(self._board.world):
             self._board.delete(f"{key}/{rank}")
         return files
 
     def _commit(self, temporary: Path, snapshot: Snapshot, files: list[FileInfo]) -> None:
         assert snapshot.manifest is not None
-        if snapshot.buffers:
-            files.append(write_file(temporary / BUFFER_FILE, snapshot.buffers))
         files.append(write_text(temporary / STATE, snapshot.state.dump()))
         save_manifest(snapshot.manifest.with_files(files), temporary)
         target = self.directory / name_of(snapshot.state.step)

@@ -17,6 +17,8 @@ from tpcompiler.weights import Entry, Held, Layout, Source, cut, slice_of, weigh
 from tpcompiler.weights.manifest import DATA
 from tpcompiler.weights.runs import Slice
 
+OPTIMIZER_FILE = "optimizer-{rank:05d}.safetensors"
+
 
 def chunk(n: int, degree: int, index: int) -> Run:
     """`torch.chunk`'s parts, which are FSDP2's: as long as ceil allows, the last ones short or empty."""
@@ -58,7 +60,7 @@ def entries(program: Program, dtype: torch.dtype) -> list[Entry]:
         stored = p.names if p.persistent else ()
         out.append(Entry(p.name, "parameter", dtype, where, aliases=p.aliases, stored=stored, trainable=p.trainable))
         if p.trainable:
-            out += [Entry(state_name(p.name, m), "state", dtype, where, like=p.name) for m in MOMENTS]
+            out += [Entry(state_name(p.name, m), "state", dtype, where, OPTIMIZER_FILE, like=p.name) for m in MOMENTS]
     return out
 
 

@@ -36,7 +36,7 @@ from tpcompiler.train.place import checkpoint_mesh, entries, from_constructor, f
 from tpcompiler.train.scaler import Scale
 from tpcompiler.train.start import Place
 from tpcompiler.weights import Manifest, Weights, open_source
-from tpcompiler.weights.manifest import BUFFER_FILE, DATA, RANK_FILE
+from tpcompiler.weights.manifest import DATA
 from tpcompiler.weights.wire import to_tree
 
 CHECKPOINTS = "checkpoints"
@@ -133,16 +133,9 @@ def set_up(
     )
     out = Run(train, spec, place, corpus, engine, directory)
     if directory is not None:
-        out.writer = Writer(
-            directory / CHECKPOINTS, place.board, own_file(engine), train.checkpoints.keep, train.checkpoints.keep_best
-        )
+        kept = train.checkpoints
+        out.writer = Writer(directory / CHECKPOINTS, place.board, kept.keep, kept.keep_best)
     return out
-
-
-def own_file(engine: Engine) -> str:
-    """The file of a checkpoint that this rank writes."""
-    mesh = engine.ranks.mesh
-    return RANK_FILE.format(rank=checkpoint_mesh(mesh).rank(engine.ranks.coords))
 
 
 @contextmanager
@@ -261,28 +254,29 @@ def save(run: Run, step: int, evaluation: float | None) -> None:
         evaluation=evaluation,
         layouts={name: [to_tree(d) for d in program.dims[name]] for name in parameters},
     )
-    tensors = run.host.copy({**engine.tensors(), **sliced_buffers(engine)})
-    if not run.speaks:
-        run.writer.start(Snapshot(state, tensors))
-        return
     listed = entries(program, engine.numbers.master)
-    manifest = Manifest(checkpoint_mesh(program.mesh), tuple(listed), spec=run.spec.dump())
-    run.writer.start(Snapshot(state, tensors, manifest, whole_buffers(engine)))
+    tensors = run.host.copy({**engine.tensors(), **buffers(engine)})
+    mesh = checkpoint_mesh(program.mesh)
+    rank = mesh.rank(engine.ranks.coords)
+    files: dict[str, dict[str, Tensor]] = {}
+    for entry in listed:
+        if entry.per_rank or run.speaks:
+            files.setdefault(entry.file_of(rank), {})[entry.name] = tensors[entry.name]
+    manifest = Manifest(mesh, tuple(listed), spec=run.spec.dump()) if run.speaks else None
+    run.writer.start(Snapshot(state, files, manifest))
 
 
-def whole_buffers(engine: Engine) -> dict[str, Tensor]:
-    """Those buffers that lie in one file for all ranks."""
-    program = engine.compiled.sharded.program
-    once = {e.name for e in entries(program, engine.numbers.master) if e.file == BUFFER_FILE}
-    return {p.name: p.value for p in program.capture.parameters if p.name in once and p.value is not None}
-
-
-def sliced_buffers(engine: Engine) -> dict[str, Tensor]:
-    """This rank's slices of the buffers that are split."""
-    program = engine.compiled.sharded.program
-    split = {e.name for e in entries(program, engine.numbers.master) if e.kind == "buffer" and e.file == RANK_FILE}
+def buffers(engine: Engine) -> dict[str, Tensor]:
+    """This rank's slices of the buffers; those that are whole are whole."""
     there = dict(engine.module.named_buffers(remove_duplicate=False))
-    return {p.name: there[n] for p in program.capture.parameters if p.name in split for n in p.names[:1] if n in there}
+    out = {}
+    for p in engine.compiled.capture.parameters:
+        if p.buffer:
+            found = [there[n] for n in p.names if n in there]
+            value = found[0] if found else p.value  # the program may have folded it away
+            assert value is not None, p.name
+            out[p.name] = value
+    return out
 
 
 Feed = Callable[[int], list[Batch]]

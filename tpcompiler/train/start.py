@@ -234,6 +234,7 @@ def together(place: Place, say: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     done = threading.Event()
+    board = place.board.clone()  # connected while whoever serves the store still lives
     watcher = threading.Thread(target=_watch, args=(place.board.clone(), done, say), name="alarm", daemon=True)
     watcher.start()
     try:
@@ -243,15 +244,15 @@ def together(place: Place, say: Callable[[str], None]) -> Iterator[None]:
             place.board.gather("finished")
     except TpcError as e:
         done.set()
-        _ring(place.board.clone(), f"2 {e}", say)
+        _ring(board, f"2 {e}", say)
     except Exception as e:
         done.set()
         if _lost_contact(e):
             time.sleep(_GRACE / 5)  # the launcher is ending us, or the rank that failed is speaking
-            _ring(place.board.clone(), f"2 rank {place.rank} lost the other ranks: {str(e).splitlines()[0][:200]}", say)
+            _ring(board, f"2 rank {place.rank} lost the other ranks: {str(e).splitlines()[0][:200]}", say)
         if os.environ.get("TPC_TRACEBACK"):
             traceback.print_exc()
-        _ring(place.board.clone(), f"70 {_bug(e)}", say)
+        _ring(board, f"70 {_bug(e)}", say)
     finally:
         done.set()
     watcher.join()

@@ -82,8 +82,8 @@ class OnePass:
         self._masters, self._parameters, self._config = masters, parameters, config
         self._moments = {n: {m: torch.zeros_like(masters[n]).detach() for m in MOMENTS} for n in trained}
         self._steps = 0
-        device = next(iter(masters.values())).device
-        self._numbers = torch.zeros(3, dtype=torch.float32, device=device)
+        some = next(iter(masters.values()))
+        self._numbers = torch.zeros(3, dtype=some.dtype, device=some.device)
         self._apply = torch.compile(adamw_, dynamic=False) if compiled else adamw_
 
     def moments(self, name: str) -> dict[str, Tensor]:
@@ -104,12 +104,13 @@ class OnePass:
             names = [n for n in unit if n in gradients]
             if not names:
                 continue
-            moments = [[self._moments[n][m] for n in names] for m in MOMENTS]
+            exp_avg, exp_avg_sq = MOMENTS
             self._apply(
                 [self._masters[n].detach() for n in names],
                 [self._parameters[n].detach() for n in names],
                 [gradients[n] for n in names],
-                *moments,
+                [self._moments[n][exp_avg] for n in names],
+                [self._moments[n][exp_avg_sq] for n in names],
                 [config.weight_decay if self._masters[n].dim() > 1 else 0.0 for n in names],
                 self._numbers,
                 factor,
