@@ -172,7 +172,10 @@ def _write(path: Path, results: Mapping[str, Result]) -> None:
 
 def table(results: Mapping[str, Result]) -> str:
     """Markdown: a row a family, and the counts."""
-    rows = ["| family | status | layers split, 2 / 4 ranks | all-reduces a layer, forward + backward | stays whole |", "|---|---|---|---|---|"]
+    rows = [
+        "| family | status | layers split, 2 / 4 ranks | all-reduces a layer, forward + backward | stays whole |",
+        "|---|---|---|---|---|",
+    ]
     for name, r in sorted(results.items()):
         degrees = [r["degrees"].get(str(d), {}) for d in DEGREES] if r.get("degrees") else []
         fractions = " / ".join(f"{100 * d['layers']:.0f} %" if "layers" in d else "–" for d in degrees)
@@ -217,7 +220,11 @@ def main() -> None:
         return
     from tests.hf import FAMILIES
 
-    chosen = [n for n, f in FAMILIES.items() if args.task in (None, f.task) and (not args.names or {n, f.kind} & {*args.names})]
+    chosen = [
+        n
+        for n, f in FAMILIES.items()
+        if args.task in (None, f.task) and (not args.names or {n, f.kind} & {*args.names})
+    ]
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if not args.names:

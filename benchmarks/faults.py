@@ -49,7 +49,9 @@ def nodes_of(program: Program, *targets: Any) -> Iterator[fx.Node]:
     return (n for n in program.graph.nodes if n.op == "call_function" and n.target in targets)
 
 
-def on_nodes(name: str, where: Callable[[Program], Iterator[fx.Node]]) -> Callable[[Callable[[Program, fx.Node], None]], None]:
+def on_nodes(
+    name: str, where: Callable[[Program], Iterator[fx.Node]]
+) -> Callable[[Callable[[Program, fx.Node], None]], None]:
     """Registers a fault that edits the graph at a node."""
 
     def register(edit: Callable[[Program, fx.Node], None]) -> None:
@@ -202,7 +204,9 @@ def _(program: Program, node: fx.Node) -> None:
 
 
 def made(node: fx.Node) -> bool:
-    return isinstance(node.args[0], fx.Node) and node.args[0].op == "call_function" and bool(node.args[0].all_input_nodes)
+    return (
+        isinstance(node.args[0], fx.Node) and node.args[0].op == "call_function" and bool(node.args[0].all_input_nodes)
+    )
 
 
 @on_nodes("enter one operation too early", lambda p: (n for n in entering(p) if made(n)))
@@ -215,7 +219,10 @@ def _(program: Program, node: fx.Node) -> None:
         op.replace_input_with(operand, op.graph.call_function(runtime.enter, (operand, over)))
 
 
-@on_nodes("enter on the other operand", lambda p: (n for n in nodes_of(p, aten.linear.default) if n.args[0].target is runtime.enter))
+@on_nodes(
+    "enter on the other operand",
+    lambda p: (n for n in nodes_of(p, aten.linear.default) if n.args[0].target is runtime.enter),
+)
 def _(program: Program, node: fx.Node) -> None:
     entered, weight = node.args[:2]
     assert isinstance(entered, fx.Node)
@@ -225,7 +232,10 @@ def _(program: Program, node: fx.Node) -> None:
     node.update_arg(1, new)
 
 
-@on_nodes("enter on a sharded value", lambda p: (n for n in nodes_of(p, aten.gelu.default, aten.silu.default, aten.relu.default)))
+@on_nodes(
+    "enter on a sharded value",
+    lambda p: (n for n in nodes_of(p, aten.gelu.default, aten.silu.default, aten.relu.default)),
+)
 def _(program: Program, node: fx.Node) -> None:
     after(node, runtime.enter, node, tuple(n for n, d in program.mesh.dims if d > 1))
 
@@ -235,7 +245,9 @@ def _(program: Program, node: fx.Node) -> None:
     skip(node)
 
 
-@on_nodes("gather along the wrong dimension", lambda p: (n for n in nodes_of(p, runtime.gather) if n.meta["val"].dim() > 1))
+@on_nodes(
+    "gather along the wrong dimension", lambda p: (n for n in nodes_of(p, runtime.gather) if n.meta["val"].dim() > 1)
+)
 def _(program: Program, node: fx.Node) -> None:
     node.update_arg(2, (node.args[2] + 1) % node.meta["val"].dim())  # type: ignore[operator]
 
@@ -368,7 +380,11 @@ def _(program: Program, node: fx.Node) -> None:
 
 
 def lists(node: fx.Node) -> list[int]:
-    return [i for i, a in enumerate(node.args) if isinstance(a, (tuple, list)) and len(a) > 1 and not isinstance(a[0], fx.Node)]
+    return [
+        i
+        for i, a in enumerate(node.args)
+        if isinstance(a, (tuple, list)) and len(a) > 1 and not isinstance(a[0], fx.Node)
+    ]
 
 
 shaping = calls(aten.view.default, aten.reshape.default, aten.unflatten.int, aten.expand.default)
@@ -402,7 +418,9 @@ def whole(a: Any) -> Any:
     return [whole(b) for b in a] if isinstance(a, (tuple, list)) else a
 
 
-@on_nodes("global size for a local one", lambda p: (n for n in p.graph.nodes if n.op == "call_function" and has_local(n.args)))
+@on_nodes(
+    "global size for a local one", lambda p: (n for n in p.graph.nodes if n.op == "call_function" and has_local(n.args))
+)
 def _(program: Program, node: fx.Node) -> None:
     node.args = tuple(map(whole, node.args))
 
@@ -411,19 +429,36 @@ def split_sizes(node: fx.Node) -> list[Any]:
     return list(node.args[1])  # type: ignore[arg-type]
 
 
-@on_nodes("sizes of a split exchanged", lambda p: (n for n in nodes_of(p, aten.split_with_sizes.default) if len(set(map(str, split_sizes(n)))) > 1))
+@on_nodes(
+    "sizes of a split exchanged",
+    lambda p: (n for n in nodes_of(p, aten.split_with_sizes.default) if len(set(map(str, split_sizes(n)))) > 1),
+)
 def _(program: Program, node: fx.Node) -> None:
     node.update_arg(1, split_sizes(node)[::-1])
 
 
-@on_nodes("items of a split exchanged", lambda p: (n for n in nodes_of(p, getitem) if isinstance(n.args[1], int) and n.args[1] > 0))
+@on_nodes(
+    "items of a split exchanged",
+    lambda p: (n for n in nodes_of(p, getitem) if isinstance(n.args[1], int) and n.args[1] > 0),
+)
 def _(program: Program, node: fx.Node) -> None:
     node.update_arg(1, node.args[1] - 1)  # type: ignore[operator]
 
 
-@on_nodes("slice moved by one", lambda p: (n for n in nodes_of(p, aten.slice.Tensor) if floating(n) and any(type(a) is int and 0 < a < 1 << 40 for a in n.args[2:4])))
+@on_nodes(
+    "slice moved by one",
+    lambda p: (
+        n
+        for n in nodes_of(p, aten.slice.Tensor)
+        if floating(n) and any(type(a) is int and 0 < a < 1 << 40 for a in n.args[2:4])
+    ),
+)
 def _(program: Program, node: fx.Node) -> None:
-    node.args = (*node.args[:2], *(a - 1 if type(a) is int and 0 < a < 1 << 40 else a for a in node.args[2:4]), *node.args[4:])
+    node.args = (
+        *node.args[:2],
+        *(a - 1 if type(a) is int and 0 < a < 1 << 40 else a for a in node.args[2:4]),
+        *node.args[4:],
+    )
 
 
 # -- vocabulary -------------------------------------------------------------------------------------------------------
@@ -435,7 +470,9 @@ def degree(program: Program) -> int:
     return program.mesh.size
 
 
-@on_nodes("mean instead of sum of looked-up rows", lambda p: (n for n in collective(p) if n.args[0].target is runtime.lookup))
+@on_nodes(
+    "mean instead of sum of looked-up rows", lambda p: (n for n in collective(p) if n.args[0].target is runtime.lookup)
+)
 def _(program: Program, node: fx.Node) -> None:
     after(node, aten.div.Tensor, node, degree(program))
 
@@ -520,7 +557,14 @@ def _(program: Program, node: fx.Node) -> None:
     "operands exchanged",
     lambda p: (
         n
-        for n in nodes_of(p, aten.sub.Tensor, aten.div.Tensor, aten.matmul.default, aten.bmm.default, aten.scaled_dot_product_attention.default)
+        for n in nodes_of(
+            p,
+            aten.sub.Tensor,
+            aten.div.Tensor,
+            aten.matmul.default,
+            aten.bmm.default,
+            aten.scaled_dot_product_attention.default,
+        )
         if all(isinstance(a, fx.Node) for a in n.args[:2]) and n.args[0] is not n.args[1]
     ),
 )
@@ -528,13 +572,22 @@ def _(program: Program, node: fx.Node) -> None:
     node.args = (node.args[1], node.args[0], *node.args[2:])
 
 
-@on_nodes("constant changed", lambda p: (n for n in computed(p) if any(type(a) is float and a not in (0.0,) for a in n.args)))
+@on_nodes(
+    "constant changed", lambda p: (n for n in computed(p) if any(type(a) is float and a not in (0.0,) for a in n.args))
+)
 def _(program: Program, node: fx.Node) -> None:
     if node.target is not runtime.dropout:
         node.args = tuple(a * 1.5 if type(a) is float else a for a in node.args)
 
 
-@on_nodes("residual missing", lambda p: (n for n in nodes_of(p, aten.add.Tensor) if floating(n) and all(isinstance(a, fx.Node) and a.op != "placeholder" for a in n.args[:2])))
+@on_nodes(
+    "residual missing",
+    lambda p: (
+        n
+        for n in nodes_of(p, aten.add.Tensor)
+        if floating(n) and all(isinstance(a, fx.Node) and a.op != "placeholder" for a in n.args[:2])
+    ),
+)
 def _(program: Program, node: fx.Node) -> None:
     skip(node, node.args[1])  # type: ignore[arg-type]
 
@@ -572,7 +625,10 @@ def _(program: Program, node: fx.Node) -> None:
             user.replace_input_with(other, node)
 
 
-@on_nodes("tied weights untied", lambda p: (n for n in p.graph.nodes if n.op == "placeholder" and floating(n) and len(n.users) > 1))
+@on_nodes(
+    "tied weights untied",
+    lambda p: (n for n in p.graph.nodes if n.op == "placeholder" and floating(n) and len(n.users) > 1),
+)
 def _(program: Program, node: fx.Node) -> None:
     user = list(node.users)[-1]
     with node.graph.inserting_before(user):
@@ -609,7 +665,12 @@ def _(program: Program, node: fx.Node) -> None:
     node.update_arg(2, Training(True, True))
 
 
-@on_nodes("dropout of a partial value", lambda p: (n for n in dropouts(p) if n.args[0].target is aten.add.Tensor and n.args[0].args[0].target is runtime.reduce))
+@on_nodes(
+    "dropout of a partial value",
+    lambda p: (
+        n for n in dropouts(p) if n.args[0].target is aten.add.Tensor and n.args[0].args[0].target is runtime.reduce
+    ),
+)
 def _(program: Program, node: fx.Node) -> None:
     added = node.args[0]
     assert isinstance(added, fx.Node)

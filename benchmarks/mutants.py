@@ -67,12 +67,37 @@ def cases() -> Iterator[Case]:
     """The bundled models, odd shapes of them, and the zoo."""
     gpt2, bert, llama = (import_module(f"models.{n}") for n in ("gpt2", "bert", "llama"))
     encoder, seq2seq = (import_module(f"models.{n}") for n in ("encoder", "seq2seq"))
-    yield Case("gpt2", lambda: gpt2.Model(vocab=101, hidden=32, layers=2, positions=32), lambda: gpt2.example_inputs(vocab=101), (2, 4))
-    yield Case("gpt2, 5 heads", lambda: gpt2.Model(vocab=97, hidden=40, heads=5, layers=2, positions=32), lambda: gpt2.example_inputs(vocab=97), (2, 3))
+    yield Case(
+        "gpt2",
+        lambda: gpt2.Model(vocab=101, hidden=32, layers=2, positions=32),
+        lambda: gpt2.example_inputs(vocab=101),
+        (2, 4),
+    )
+    yield Case(
+        "gpt2, 5 heads",
+        lambda: gpt2.Model(vocab=97, hidden=40, heads=5, layers=2, positions=32),
+        lambda: gpt2.example_inputs(vocab=97),
+        (2, 3),
+    )
     yield Case("bert", lambda: bert.Model(vocab=101, hidden=32, layers=2), lambda: bert.example_inputs(vocab=101))
-    yield Case("llama", lambda: llama.Model(vocab=101, hidden=32, layers=2, intermediate=48), lambda: llama.example_inputs(vocab=101), (2, 4))
-    yield Case("llama, 2 kv heads", lambda: llama.Model(vocab=97, hidden=48, heads=6, kv_heads=2, layers=2, intermediate=50), lambda: llama.example_inputs(vocab=97), (2, 3, 4))
-    yield Case("llama, 1 kv head", lambda: llama.Model(vocab=90, hidden=40, heads=5, kv_heads=1, layers=2, intermediate=33), lambda: llama.example_inputs(vocab=90), (2, 3))
+    yield Case(
+        "llama",
+        lambda: llama.Model(vocab=101, hidden=32, layers=2, intermediate=48),
+        lambda: llama.example_inputs(vocab=101),
+        (2, 4),
+    )
+    yield Case(
+        "llama, 2 kv heads",
+        lambda: llama.Model(vocab=97, hidden=48, heads=6, kv_heads=2, layers=2, intermediate=50),
+        lambda: llama.example_inputs(vocab=97),
+        (2, 3, 4),
+    )
+    yield Case(
+        "llama, 1 kv head",
+        lambda: llama.Model(vocab=90, hidden=40, heads=5, kv_heads=1, layers=2, intermediate=33),
+        lambda: llama.example_inputs(vocab=90),
+        (2, 3),
+    )
     yield Case("encoder", encoder.Model, encoder.example_inputs)
     yield Case("seq2seq", seq2seq.Model, seq2seq.example_inputs)
     for path in sorted((Path(__file__).parent.parent / "tests" / "zoo").glob("[!_]*.py")):
@@ -109,13 +134,17 @@ class Reference:
         self.state = {p.name: _weight(p, generator) for p in program.capture.parameters}
         leaves = [x for x in torch.utils._pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
         self.inputs = [x.double() if x.is_floating_point() else x for x in leaves]
-        self.results = {t: run_ranks(program.mesh, lambda ranks, t=t: self._run(program, ranks, t))[0] for t in (False, True)}
+        self.results = {
+            t: run_ranks(program.mesh, lambda ranks, t=t: self._run(program, ranks, t))[0] for t in (False, True)
+        }
 
     def changes(self, mutant: Program) -> bool:
         """Whether any rank's outputs or gradients are others than they should be, or it does not run."""
         try:
             for training, (outputs, grads) in self.results.items():
-                for r, (mine, local) in enumerate(run_ranks(mutant.mesh, lambda ranks: self._run(mutant, ranks, training))):
+                for r, (mine, local) in enumerate(
+                    run_ranks(mutant.mesh, lambda ranks: self._run(mutant, ranks, training))
+                ):
                     if not all(_close(a, b, outputs) for a, b in zip(mine, outputs, strict=True)):
                         return True
                     largest = list(grads.values())
@@ -159,7 +188,12 @@ def _weight(p: Any, generator: torch.Generator) -> Tensor:
 
 def _calm(program: Program) -> Program:
     """Without the dropout inside of attention kernels, which no two runs draw alike."""
-    random = [n.name for n in program.graph.nodes if n.target is torch.ops.aten.scaled_dot_product_attention.default and any(isinstance(a, Training) for a in n.args)]
+    random = [
+        n.name
+        for n in program.graph.nodes
+        if n.target is torch.ops.aten.scaled_dot_product_attention.default
+        and any(isinstance(a, Training) for a in n.args)
+    ]
     if not random:
         return program
     calm = copied(program)
@@ -238,7 +272,10 @@ def main() -> None:
                     verdicts.append(v)
                     if v.changes and not v.refused:
                         print("MISSED", v, flush=True)
-            print(f"{case.name} over {degree}: {len(verdicts)} mutants so far, {report.seconds:.1f} s to check", flush=True)
+            print(
+                f"{case.name} over {degree}: {len(verdicts)} mutants so far, {report.seconds:.1f} s to check",
+                flush=True,
+            )
             if given.output:
                 given.output.write_text(json.dumps(summary(verdicts, alarms, checked), indent=1))
     print(json.dumps({k: v for k, v in summary(verdicts, alarms, checked).items() if k != "missed"}, indent=1))

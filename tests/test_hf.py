@@ -53,10 +53,18 @@ def test_a_family_is_equal_and_split_with_the_least_reductions(case: Case) -> No
 
 def test_a_directory_and_a_type_give_the_same_plan(tmp_path: Path) -> None:
     """`hf:DIR` and `hf:TYPE --set …` are two ways to say one model."""
-    settings = "hidden_size=48 num_attention_heads=6 num_key_value_heads=2 head_dim=8 intermediate_size=80 vocab_size=130"
+    settings = (
+        "hidden_size=48 num_attention_heads=6 num_key_value_heads=2 head_dim=8 intermediate_size=80 vocab_size=130"
+    )
     values = parse_settings([*settings.split(), "num_hidden_layers=2"])
     spec = Spec.load({"mesh": {"tensor": 2}})
-    written: dict[str, Any] = {"model_type": "qwen3", **values, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+    written: dict[str, Any] = {
+        "model_type": "qwen3",
+        **values,
+        "pad_token_id": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     (tmp_path / "config.json").write_text(json.dumps(written))
     plans = []
     for ref, given in (("hf:qwen3", values), (f"hf:{tmp_path}", {})):

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Resolved at first use: emitted programs import `tpcompiler.runtime` and must not pay for, or need, the compiler.
-_HOME = {"shard": "api", "parallelize": "api", "verify": "verification", "Spec": "spec", "rule": "axes.rules", "TpcError": "errors"}
+_HOME = {
+    "shard": "api",
+    "parallelize": "api",
+    "verify": "verification",
+    "Spec": "spec",
+    "rule": "axes.rules",
+    "TpcError": "errors",
+}
 __all__ = ["Spec", "TpcError", "parallelize", "rule", "shard", "verify"]
 
 

@@ -57,9 +57,13 @@ class _Writer:
         a = bind(self.like)
         q, k, v, mask, p = a["query"], a["key"], a["value"], a["attn_mask"], a["dropout_p"]
         scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(q.meta["val"].shape[-1])
-        scores = self.call(aten.matmul.default, self.call(aten.mul.Tensor, q, scale), self.call(aten.transpose.int, k, -2, -1))
+        scores = self.call(
+            aten.matmul.default, self.call(aten.mul.Tensor, q, scale), self.call(aten.transpose.int, k, -2, -1)
+        )
         if a["is_causal"]:
-            scores = self.call(aten.masked_fill.Scalar, scores, self.call(aten.logical_not.default, self.causal(q, k)), -math.inf)
+            scores = self.call(
+                aten.masked_fill.Scalar, scores, self.call(aten.logical_not.default, self.causal(q, k)), -math.inf
+            )
         if mask is not None and mask.meta["val"].dtype == torch.bool:
             scores = self.call(aten.masked_fill.Scalar, scores, self.call(aten.logical_not.default, mask), -math.inf)
         elif mask is not None:

@@ -23,7 +23,10 @@ TASKS = {
 # Sizes of one family that do not follow from their names.
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "codegen": {"n_head": 8, "rotary_dim": 2},
-    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2},
+        "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "esmc": {"num_key_value_heads": 6},
     "falcon_h1": {"mamba_d_ssm": 96, "mamba_d_head": 16, "mamba_n_groups": 1},
     "gemma3n_text": {"intermediate_size": [80, 80]},
@@ -33,7 +36,12 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "longcat_flash": {"zero_expert_num": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "mamba2": {"head_dim": 16, "n_groups": 2},
-    "roc_bert": {"pronunciation_embed_dim": 48, "pronunciation_vocab_size": 30, "shape_embed_dim": 40, "shape_vocab_size": 30},
+    "roc_bert": {
+        "pronunciation_embed_dim": 48,
+        "pronunciation_vocab_size": 30,
+        "shape_embed_dim": 40,
+        "shape_vocab_size": 30,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 

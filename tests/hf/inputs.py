@@ -26,7 +26,10 @@ def inputs(family: Family, config: object | None = None) -> dict[str, Tensor]:
     if family.task == "speech":
         frames = 2 * config.max_source_positions  # type: ignore[attr-defined]
         mel = torch.randn(BATCH, config.num_mel_bins, frames, generator=generator)  # type: ignore[attr-defined]
-        return {"input_features": mel, "labels": torch.randint(4, config.vocab_size, (BATCH, SEQUENCE), generator=generator)}  # type: ignore[attr-defined]
+        return {
+            "input_features": mel,
+            "labels": torch.randint(4, config.vocab_size, (BATCH, SEQUENCE), generator=generator),
+        }  # type: ignore[attr-defined]
     vocabulary = config.get_text_config().vocab_size  # type: ignore[attr-defined]
 
     def ids() -> Tensor:

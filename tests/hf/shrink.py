@@ -19,7 +19,9 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("num_attention_heads n_head num_heads n_heads encoder_attention_heads".split(), HEADS),
     **dict.fromkeys("decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads".split(), HEADS),
     **dict.fromkeys("num_key_value_heads kv_n_heads num_kv_heads num_global_key_value_heads".split(), KV),
-    **dict.fromkeys("head_dim d_kv d_head attention_head_size v_head_dim qk_nope_head_dim qk_rope_head_dim".split(), HEAD),
+    **dict.fromkeys(
+        "head_dim d_kv d_head attention_head_size v_head_dim qk_nope_head_dim qk_rope_head_dim".split(), HEAD
+    ),
     **dict.fromkeys("global_head_dim swa_head_dim swa_v_head_dim attention_head_dim index_head_dim".split(), HEAD),
     **dict.fromkeys("linear_key_head_dim linear_value_head_dim projection_dim".split(), HEAD),
     "qk_head_dim": 2 * HEAD,
@@ -27,16 +29,22 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("encoder_ffn_dim decoder_ffn_dim feed_forward_size intermediate_size_mlp ff_dim".split(), FF),
     **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size".split(), 56),
     **dict.fromkeys("dense_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size ffn_hidden_size".split(), FF),
-    **dict.fromkeys("vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input decoder_vocab_size".split(), VOCAB),
+    **dict.fromkeys(
+        "vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input decoder_vocab_size".split(), VOCAB
+    ),
     **dict.fromkeys("unpadded_vocab_size audio_vocab_size entity_vocab_size".split(), VOCAB),
     **dict.fromkeys("num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers".split(), LAYERS),
     **dict.fromkeys("num_decoder_layers num_encoder_layers num_layers_per_stack".split(), LAYERS),
-    **dict.fromkeys("max_position_embeddings n_positions n_ctx max_source_positions max_target_positions".split(), LONGEST),
+    **dict.fromkeys(
+        "max_position_embeddings n_positions n_ctx max_source_positions max_target_positions".split(), LONGEST
+    ),
     **dict.fromkeys("max_seq_len context_length sliding_window local_attention attention_window_size".split(), LONGEST),
     **dict.fromkeys("max_encoder_position_embeddings max_decoder_position_embeddings window_size".split(), LONGEST),
     **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), EXPERTS),
     **dict.fromkeys("num_experts_per_tok moe_k moe_top_k moe_topk top_k_experts".split(), 2),
-    **dict.fromkeys("n_group topk_group num_expert_groups n_shared_experts num_shared_experts moe_num_shared_experts".split(), 1),
+    **dict.fromkeys(
+        "n_group topk_group num_expert_groups n_shared_experts num_shared_experts moe_num_shared_experts".split(), 1
+    ),
     **dict.fromkeys("q_lora_rank kv_lora_rank o_lora_rank hidden_size_per_layer_input embedding_rank".split(), 20),
     **dict.fromkeys("mamba_n_heads linear_num_value_heads mamba_num_heads n_mamba_heads".split(), 6),
     **dict.fromkeys("linear_num_key_heads index_n_heads".split(), 2),

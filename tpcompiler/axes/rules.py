@@ -125,7 +125,9 @@ RULES: dict[str, Rule] = {
     "aten::constant_pad_nd": padded,
     "aten::pad": padded,
     # over a neighbourhood
-    **dict.fromkeys((f"aten::{name}" for name in "conv1d conv2d conv3d conv1d.padding conv2d.padding".split()), convolution),
+    **dict.fromkeys(
+        (f"aten::{name}" for name in "conv1d conv2d conv3d conv1d.padding conv2d.padding".split()), convolution
+    ),
     **dict.fromkeys((f"aten::{x}_pool1d" for x in "max avg adaptive_avg adaptive_max".split()), pooled(1)),
     **dict.fromkeys((f"aten::{x}_pool2d" for x in "max avg adaptive_avg adaptive_max".split()), pooled(2)),
     "aten::unfold": unfold,
@@ -179,7 +181,9 @@ RULES: dict[str, Rule] = {
     # values written into a part of another
     "aten::slice_scatter": slice_scatter,
     "aten::select_scatter": select_scatter,
-    **dict.fromkeys((f"aten::{x}" for x in "scatter.src scatter.value scatter_add scatter_reduce.two".split()), scatter),
+    **dict.fromkeys(
+        (f"aten::{x}" for x in "scatter.src scatter.value scatter_add scatter_reduce.two".split()), scatter
+    ),
     "aten::index_put": index_put,
     "aten::index_add": index_add,
     "aten::index_copy": index_add,

@@ -12,7 +12,6 @@ from torch.utils._sympy import functions as symbolic
 from tpcompiler.axes.views import Shape
 from tpcompiler.graphs import examples
 
-
 _LARGE = 2**24  # no size of a model is as large a number
 
 

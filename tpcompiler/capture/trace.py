@@ -144,7 +144,9 @@ def candidate_shapes(shapes: Shapes) -> Iterator[Shapes]:
         yield shapes
 
 
-def _export(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes, fixed: Places) -> ExportedProgram:
+def _export(
+    model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes, fixed: Places
+) -> ExportedProgram:
     dynamic = ShapesCollection()
     sizes = iter(enumerate(shapes))
     inputs = []

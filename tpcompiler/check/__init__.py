@@ -72,4 +72,3 @@ def _integers(graph: torch.fx.Graph) -> set[int]:
         if isinstance(val, torch.Tensor):
             found.update(n for n in val.shape if type(n) is int)
     return found
-

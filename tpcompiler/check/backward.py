@@ -39,7 +39,9 @@ def sweep_backward(program: Program, geometry: Geometry, steps: Steps, forward: 
             found = steps.backward(step, mine)
             if isinstance(found, Wrong):
                 given = ", ".join(_say(k) for k in mine if k is not None)
-                raise Refused(Refusal(node.name, line_of(node), f"its own gradient is {given}", found.true, found.example))
+                raise Refused(
+                    Refusal(node.name, line_of(node), f"its own gradient is {given}", found.true, found.example)
+                )
             for operand, kind in zip(operands, found, strict=True):
                 give(operand, 0, kind, node.name)
     _parameters(program, forward, kinds)
@@ -52,7 +54,11 @@ def _parameters(program: Program, forward: Sweep, kinds: dict[Place, tuple[Kind,
         kind, by = kinds.get((node, 0), (None, "")) if node is not None else (None, "")
         if kind and p.trainable:
             assert node is not None
-            raise Refused(Refusal(p.name, line_of(node), "each rank's gradient is whole for its slice", f"{by} gives {_say(kind)}"))
+            raise Refused(
+                Refusal(
+                    p.name, line_of(node), "each rank's gradient is whole for its slice", f"{by} gives {_say(kind)}"
+                )
+            )
 
 
 def _source(node: fx.Node, i: int) -> Place:

@@ -118,7 +118,9 @@ def globalise(call: Call) -> Call:
 
     pairs = tuple((k, whole(v)) for k, v in call.kwargs)
     if call.target is runtime.gather:
-        pairs = tuple((k, (v,) if k == "rows" and isinstance(dict(call.kwargs)["rows"], LocalRuns) else v) for k, v in pairs)
+        pairs = tuple(
+            (k, (v,) if k == "rows" and isinstance(dict(call.kwargs)["rows"], LocalRuns) else v) for k, v in pairs
+        )
     if call.target is runtime.dropout:
         pairs = tuple((k, v) for k, v in pairs if k != "rows")
     return make_call(call.target, whole(call.args), pairs)
@@ -128,7 +130,15 @@ def _has_rows(call: Call) -> bool:
     return call.target is runtime.dropout and any(k == "rows" for k, _ in call.kwargs)
 
 
-def run(call: Call, tensors: Sequence[Any], resolve: Resolve, training: bool = False, *, wide: bool = True, device: str = "cpu") -> Any:
+def run(
+    call: Call,
+    tensors: Sequence[Any],
+    resolve: Resolve,
+    training: bool = False,
+    *,
+    wide: bool = True,
+    device: str = "cpu",
+) -> Any:
     """Call it. `resolve` turns what depends on the rank into this rank's; `wide` real dtypes become double precision."""
 
     def fill(a: Any) -> Any:
@@ -202,7 +212,9 @@ def renumber(call: Call, order: Sequence[int]) -> Call:
 
 def dims_of(call: Call) -> list[Dim]:
     """The dimensions whose sizes and rows it asks for."""
-    return [a.dim for a in _leaves((call.args, tuple(v for _, v in call.kwargs))) if isinstance(a, (LocalSize, LocalRuns))]
+    return [
+        a.dim for a in _leaves((call.args, tuple(v for _, v in call.kwargs))) if isinstance(a, (LocalSize, LocalRuns))
+    ]
 
 
 @cache

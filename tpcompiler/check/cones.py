@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tpcompiler.check.calls import Call, alone, run, substitute
 
-
 _SMALL = 1 << 18  # elements that are sooner computed than reasoned about
 
 
@@ -48,7 +47,9 @@ class Cone:
         """Its result, for whole operands. What draws from torch's own generator is left off in training too."""
         values: list[Any] = []
         for call, given in self.steps:
-            taken = [tensors[g] if isinstance(g, int) else values[g.i] if isinstance(g, At) else g.to(device) for g in given]
+            taken = [
+                tensors[g] if isinstance(g, int) else values[g.i] if isinstance(g, At) else g.to(device) for g in given
+            ]
             values.append(run(call, taken, alone, training and not call.random, wide=wide, device=device))
         return tensors[self.result] if isinstance(self.result, int) else values[self.result.i]
 

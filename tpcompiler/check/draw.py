@@ -15,7 +15,9 @@ from tpcompiler.check.cones import Operand
 SCALES = (1.0, 0.1, 0.01)  # a constant like a norm's epsilon shows among small numbers, a saturated tanh hides most
 
 
-def draw(given: Sequence[Operand], probe: Callable[[list[Tensor]], Any], special: set[int], seed: int, positive: bool = False) -> list[Tensor]:
+def draw(
+    given: Sequence[Operand], probe: Callable[[list[Tensor]], Any], special: set[int], seed: int, positive: bool = False
+) -> list[Tensor]:
     """Tensors of the operands' shapes, real ones in double precision, on which `probe` succeeds.
 
     Integers are taken below the longest dimension that `probe` accepts as an index, numbers among the arguments
@@ -50,7 +52,9 @@ def _integer(dtype: torch.dtype) -> bool:
     return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
 
 
-def _tensor(o: Operand, bound: int, special: set[int], scale: float, positive: bool, generator: torch.Generator) -> Tensor:
+def _tensor(
+    o: Operand, bound: int, special: set[int], scale: float, positive: bool, generator: torch.Generator
+) -> Tensor:
     if o.dtype == torch.bool:
         return torch.rand(o.shape, generator=generator) < 0.7
     if _integer(o.dtype):

@@ -81,7 +81,9 @@ class Equal:
         for shrink in shrinks([a, b], operands, ()):
             small = shrink.operands(operands)
             x, y = (a.substituted(shrink.arguments), b.substituted(shrink.arguments)) if shrink.arguments else (a, b)
-            runs = [(training, seed) for training in ((False, True) if moded else (False,)) for seed in range(len(SCALES))]
+            runs = [
+                (training, seed) for training in ((False, True) if moded else (False,)) for seed in range(len(SCALES))
+            ]
             return all(_agree(x, y, small, seed, training) for training, seed in runs)
         return False
 
@@ -91,7 +93,9 @@ def _agree(a: Cone, b: Cone, operands: list[Operand], seed: int, training: bool)
     special = {n for cone in (a, b) for c, _ in cone.steps for n in numbers(c)}
     tensors = draw(operands, lambda ts: b.run(ts, training), special, seed)
     generator = torch.Generator().manual_seed(seed)
-    moved = [t * (1 + _NUDGE * torch.randn(t.shape, generator=generator, dtype=t.dtype)) if _real(t) else t for t in tensors]
+    moved = [
+        t * (1 + _NUDGE * torch.randn(t.shape, generator=generator, dtype=t.dtype)) if _real(t) else t for t in tensors
+    ]
     expected, live = _results(b, tensors, operands, seed, training)
     nudged, _ = _results(b, moved, operands, seed, training)
     found, alive = _results(a, tensors, operands, seed, training)

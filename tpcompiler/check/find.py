@@ -150,7 +150,9 @@ def _in_order(geometry: Geometry, d: int, lengths: list[int], sizes: Sizes) -> I
                 yield rows
 
 
-def _read_off(geometry: Geometry, whole: Tensor, local: Sequence[Tensor], sizes: Sizes) -> tuple[Rows | None, ...] | None:
+def _read_off(
+    geometry: Geometry, whole: Tensor, local: Sequence[Tensor], sizes: Sizes
+) -> tuple[Rows | None, ...] | None:
     """Rows found by looking up the ranks' elements among the whole value's."""
     if not whole.is_floating_point() or whole.dim() == 0 or whole.numel() == 0:
         return None
@@ -166,9 +168,7 @@ def _read_off(geometry: Geometry, whole: Tensor, local: Sequence[Tensor], sizes:
         for d, runs in enumerate(mine):
             found[d].append(runs)
     try:
-        return tuple(
-            geometry.rows(sizes.old[d], [sizes.grow(d, r) for r in runs]) for d, runs in enumerate(found)
-        )
+        return tuple(geometry.rows(sizes.old[d], [sizes.grow(d, r) for r in runs]) for d, runs in enumerate(found))
     except KeyError:
         return None
 
@@ -190,4 +190,3 @@ def _rows_of(whole: Tensor, values: Tensor, order: Tensor, t: Tensor) -> list[Ru
             return None
         out.append(join(iter([(i, i + 1) for i in index])))
     return out
-

@@ -27,7 +27,9 @@ def uncovered(program: Program) -> Iterator[Refusal]:
             twice = [n for n in dim.over if n in seen]
             seen.update(dim.over)
             if unknown or twice:
-                what = f"split over {unknown[0]!r}, which the mesh lacks" if unknown else f"split twice over {twice[0]!r}"
+                what = (
+                    f"split over {unknown[0]!r}, which the mesh lacks" if unknown else f"split twice over {twice[0]!r}"
+                )
                 yield Refusal(p.name, "", "every element is held", what)
             elif (wrong := _holes(program.mesh, dim)) is not None:
                 yield Refusal(p.name, "", f"every row of dimension {i} is held: {dim}", wrong)

@@ -87,7 +87,11 @@ def _shapes(cone: Cone, given: Sequence[Operand]) -> list[tuple[int, ...]]:
 
 
 def _search(
-    cones: Sequence[Cone], given: Sequence[Operand], before: list[list[tuple[int, ...]]], marks: dict[int, set[int]], in_arguments: bool
+    cones: Sequence[Cone],
+    given: Sequence[Operand],
+    before: list[list[tuple[int, ...]]],
+    marks: dict[int, set[int]],
+    in_arguments: bool,
 ) -> Shrink:
     best = Shrink(in_arguments=in_arguments)
     sizes = sorted({n for o in given for n in o.shape if n > LONG}, reverse=True)

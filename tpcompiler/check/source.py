@@ -17,7 +17,18 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from tpcompiler.check.calls import Call, Draws, Over, Slot, dims_of, make_call, outputs, read_call, run, runtime_signature
+from tpcompiler.check.calls import (
+    Call,
+    Draws,
+    Over,
+    Slot,
+    dims_of,
+    make_call,
+    outputs,
+    read_call,
+    run,
+    runtime_signature,
+)
 from tpcompiler.check.claims import Geometry
 from tpcompiler.check.cones import Operand
 from tpcompiler.check.equal import Equal
@@ -27,7 +38,8 @@ from tpcompiler.check.sizes import Sizes
 from tpcompiler.check.steps import Steps
 from tpcompiler.check.values import INPUT, PARAMETER, Value, Values
 from tpcompiler.layout import LocalRuns, LocalSize
-from tpcompiler.program import Program, Slot as Leaf, Training
+from tpcompiler.program import Program, Training
+from tpcompiler.program import Slot as Leaf
 from tpcompiler.runtime import Group, Ranks, Rng, gather
 
 _FULL = 4  # ranks of a mesh that are all looked at
@@ -89,7 +101,14 @@ class _Reading:
     """One rank's graph as values, and the source run against them."""
 
     def __init__(
-        self, program: Program, names: dict[str, Any], geometry: Geometry, sizes: Sizes, rank: int, training: bool, equal: Equal
+        self,
+        program: Program,
+        names: dict[str, Any],
+        geometry: Geometry,
+        sizes: Sizes,
+        rank: int,
+        training: bool,
+        equal: Equal,
     ) -> None:
         self.program = program
         self.names = names
@@ -127,7 +146,9 @@ class _Reading:
             dims = self.program.dims[parameter.name]
             shape = tuple(d.local_size(self.geometry.mesh, self.geometry.coords[self.rank]) for d in dims)
         grad = parameter is not None and not parameter.buffer and parameter.trainable and val.is_floating_point()
-        value = self.values.add(node.name, INPUT if parameter is None else PARAMETER, Operand(shape, val.dtype, grad), None, ())
+        value = self.values.add(
+            node.name, INPUT if parameter is None else PARAMETER, Operand(shape, val.dtype, grad), None, ()
+        )
         value.original = True
         if parameter is None:
             self.inputs[node.name] = value
@@ -189,7 +210,9 @@ class _Reading:
             small = sum(torch.Size(o.shape).numel() for o in outs if o is not None) < 1 << 18
             device = "cpu" if small else "meta"
             made = [
-                torch.zeros(o.shape, dtype=o.dtype, device=device, requires_grad=o.grad) if o is not None else self.listed(v, device)
+                torch.zeros(o.shape, dtype=o.dtype, device=device, requires_grad=o.grad)
+                if o is not None
+                else self.listed(v, device)
                 for o, v in zip(outs, operands, strict=True)
             ]
             result = run(call, made, self.group, False, wide=False, device=device)
@@ -225,7 +248,9 @@ class _Reading:
             raise Refused(Refusal("the source", "", "a forward that runs", f"{type(e).__name__}: {e}")) from None
         finally:
             self.names.update(hidden)
-        self.finish([recorder.known(t) if isinstance(t, Tensor) else t for t in pytree.tree_leaves(result)], recorder.sent)
+        self.finish(
+            [recorder.known(t) if isinstance(t, Tensor) else t for t in pytree.tree_leaves(result)], recorder.sent
+        )
 
     def arguments(self, recorder: _Recorder) -> tuple[Any, Any]:
         leaves = []
@@ -297,7 +322,14 @@ class _Recorder(TorchFunctionMode):
             if isinstance(a, Tensor) or (isinstance(a, (list, tuple)) and id(a) in self.seen):
                 value = self.known(a)
                 if value is None:
-                    raise Refused(Refusal("the source", "", f"{target} of known values", f"a tensor of shape {tuple(a.shape)} from nowhere"))
+                    raise Refused(
+                        Refusal(
+                            "the source",
+                            "",
+                            f"{target} of known values",
+                            f"a tensor of shape {tuple(a.shape)} from nowhere",
+                        )
+                    )
                 return operands.setdefault(value, Slot(len(operands)))
             if isinstance(a, Group):
                 return Over(a.over)
@@ -318,7 +350,11 @@ class _Recorder(TorchFunctionMode):
         if _sends(call):
             if not value.original:
                 what = ", ".join(o.name for o in operands)
-                raise Refused(Refusal(f"the source's {call}", "", "a communication of the graph", f"the graph has no {call} of {what}"))
+                raise Refused(
+                    Refusal(
+                        f"the source's {call}", "", "a communication of the graph", f"the graph has no {call} of {what}"
+                    )
+                )
             self.sent[value] += 1
         value = self.original(value)
         made = [torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outs]

@@ -118,7 +118,8 @@ class Steps:
             result = cone.outline(operands)
             many = not isinstance(result, Tensor)
             made = tuple(
-                Operand(tuple(t.shape), t.dtype, t.requires_grad) if isinstance(t, Tensor) else None for t in outputs(result)
+                Operand(tuple(t.shape), t.dtype, t.requires_grad) if isinstance(t, Tensor) else None
+                for t in outputs(result)
             )
             self.shapes[key] = made, many
         return self.shapes[key]
@@ -168,7 +169,9 @@ class Steps:
         names |= {n for d in dims_of(trial.call) for n in d.over}
         return [s for s in self.geometry.subsets if set(s) <= names]
 
-    def _explain(self, trial: _Trial, m: Operand, draws: list[Draw], sizes: Sizes, hint: tuple[Rows | None, ...] | None) -> Wrong:
+    def _explain(
+        self, trial: _Trial, m: Operand, draws: list[Draw], sizes: Sizes, hint: tuple[Rows | None, ...] | None
+    ) -> Wrong:
         """The first difference from what was claimed."""
         claim = Claim(hint if hint is not None and len(hint) == len(m.shape) else (None,) * len(m.shape))
         operands = ", ".join(str(list(t.shape)) for t in trial.tensors)
@@ -181,7 +184,9 @@ class Steps:
                 text = difference(draw.local[r], expected)
                 if text:
                     k = factor(draw.local[r], expected)
-                    return Wrong(_NEITHER if k is None else f"{k:.4g} times that", f"rank {r}, operands {operands}: {text}")
+                    return Wrong(
+                        _NEITHER if k is None else f"{k:.4g} times that", f"rank {r}, operands {operands}: {text}"
+                    )
         return Wrong(_NEITHER, f"operands {operands}")
 
     # -- backward ---------------------------------------------------------------------------------------------------
@@ -241,7 +246,10 @@ class Steps:
             expected = trial.take(i, whole, r)
             k = factor(mine[r], expected)
             if k is not None and abs(k - 1) > 1e-6:
-                return Wrong(f"the gradient of operand {i} is {k:.4g} times the model's", f"rank {r}, operand {shape}: " + difference(mine[r], expected))
+                return Wrong(
+                    f"the gradient of operand {i} is {k:.4g} times the model's",
+                    f"rank {r}, operand {shape}: " + difference(mine[r], expected),
+                )
             text = difference(mine[r], expected)
             if text:
                 return Wrong(
@@ -301,7 +309,9 @@ class _Trial:
             value = self.take(i, self.tensors[i], group[0])
             left = value
             for r in group[1:]:
-                part = torch.randn(value.shape, generator=generator, dtype=value.dtype) * float(value.abs().mean() if value.numel() else 1)
+                part = torch.randn(value.shape, generator=generator, dtype=value.dtype) * float(
+                    value.abs().mean() if value.numel() else 1
+                )
                 self._pieces[i, r] = part
                 left = left - part
             self._pieces[i, group[0]] = left
@@ -319,20 +329,39 @@ class _Trial:
         self._draw(seed, training)
         with torch.no_grad():
             whole = outputs(self.cone.run(self.tensors, training))
-            local = self._on_ranks(lambda r, ranks: outputs(run(self.rank_call, [self.held(i, r) for i in range(len(self.given))], self._resolver(r, ranks), training)))
+            local = self._on_ranks(
+                lambda r, ranks: outputs(
+                    run(
+                        self.rank_call,
+                        [self.held(i, r) for i in range(len(self.given))],
+                        self._resolver(r, ranks),
+                        training,
+                    )
+                )
+            )
         return whole, local
 
-    def backward(self, seed: int, step: Step, kinds: tuple[Kind, ...]) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
+    def backward(
+        self, seed: int, step: Step, kinds: tuple[Kind, ...]
+    ) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
         """The gradients of the operands: the model's, and each rank's."""
         training = self.mode(seed)
         self._draw(seed, training)
-        leaves = [t.clone().requires_grad_() if g.operand.grad else t for t, g in zip(self.tensors, self.given, strict=True)]
+        leaves = [
+            t.clone().requires_grad_() if g.operand.grad else t for t, g in zip(self.tensors, self.given, strict=True)
+        ]
         wanted = [t for t, g in zip(leaves, self.given, strict=True) if g.operand.grad]
         results = outputs(self.cone.run(leaves, training))
         generator = torch.Generator().manual_seed(2000 + seed)
-        upstream = [torch.randn(t.shape, generator=generator, dtype=t.dtype) if k is not None else None for t, k in zip(results, kinds, strict=True)]
+        upstream = [
+            torch.randn(t.shape, generator=generator, dtype=t.dtype) if k is not None else None
+            for t, k in zip(results, kinds, strict=True)
+        ]
         whole = _vjp(results, upstream, wanted)
-        shares = [None if u is None else self._share(u, step.outs[i], kinds[i] or (), generator) for i, u in enumerate(upstream)]
+        shares = [
+            None if u is None else self._share(u, step.outs[i], kinds[i] or (), generator)
+            for i, u in enumerate(upstream)
+        ]
 
         def one(r: int, ranks: Ranks | None) -> list[Tensor | None]:
             mine = [self.held(i, r).detach().clone() for i in range(len(self.given))]
@@ -418,7 +447,13 @@ def _add_rows(total_: Tensor, claim: Claim, r: int, sizes: Sizes, part: Tensor) 
         at = _positions(claim.rows[d], r, d, sizes)
         total_.index_add_(d, at, part)
         return
-    grid = torch.meshgrid(*[_positions(rows, r, d, sizes) if rows is not None else torch.arange(total_.shape[d]) for d, rows in enumerate(claim.rows)], indexing="ij")
+    grid = torch.meshgrid(
+        *[
+            _positions(rows, r, d, sizes) if rows is not None else torch.arange(total_.shape[d])
+            for d, rows in enumerate(claim.rows)
+        ],
+        indexing="ij",
+    )
     total_.index_put_(tuple(grid), part, accumulate=True)
 
 
@@ -437,5 +472,3 @@ def _vjp(made: list[Tensor], upstream: Sequence[Tensor | None], wanted: list[Ten
 
 def _one_line(e: Exception) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
-
-

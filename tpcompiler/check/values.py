@@ -26,9 +26,23 @@ PARAMETER, BUFFER, INPUT, MADE = "parameter", "buffer", "input", "made"
 class Value:
     """One tensor (or a list of them) of the model, or of the program seen as one rank's."""
 
-    __slots__ = ("call", "constant", "index", "kind", "name", "opaque", "operands", "original", "out", "stored", "users")
+    __slots__ = (
+        "call",
+        "constant",
+        "index",
+        "kind",
+        "name",
+        "opaque",
+        "operands",
+        "original",
+        "out",
+        "stored",
+        "users",
+    )
 
-    def __init__(self, index: int, name: str, kind: str, out: Operand | None, call: Call | None, operands: tuple[Value, ...]) -> None:
+    def __init__(
+        self, index: int, name: str, kind: str, out: Operand | None, call: Call | None, operands: tuple[Value, ...]
+    ) -> None:
         self.index = index
         self.name = name
         self.kind = kind

@@ -26,7 +26,9 @@ def wrap(line: str, indent: int) -> list[str]:
         body = [*wrap(joined[:at], indent + 4), *wrap(joined[at + 1 :], indent + 4)]
     else:
         called = line[start] == "(" and start > 0 and (line[start - 1].isalnum() or line[start - 1] in "_)]")
-        comma = "," if len(inside) > 1 or called or tuple_of_one else ""  # after a value alone in its brackets it would make a tuple
+        comma = (
+            "," if len(inside) > 1 or called or tuple_of_one else ""
+        )  # after a value alone in its brackets it would make a tuple
         body = [text for piece in inside for text in wrap(piece + comma, indent + 4)]
     tail_lines = wrap(tail, indent) if indent + len(tail) > LIMIT else [pad + tail]
     return [pad + head, *body, *tail_lines]

@@ -106,7 +106,13 @@ def take_apart(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
     terms = relation.results[0]
     *lead, last = dims = b.dims(terms)
     found, fused = _multiplied(node), uneven_segments(last)
-    if found is None or fused is None or any(map(split_in_part, fused.parts)) or any(d.over for d in lead) or b.over(relation.contracted):
+    if (
+        found is None
+        or fused is None
+        or any(map(split_in_part, fused.parts))
+        or any(d.over for d in lead)
+        or b.over(relation.contracted)
+    ):
         uneven = [t for t, d in zip(terms, dims, strict=True) if uneven_segments(d) is not None]
         raise b.refuse(node, f"{op_name(node)} of segments of which some are split", *uneven)
     weights = _segments(b, found.weight, found.along, fused)

@@ -9,34 +9,65 @@ from typing import Any
 import torch
 from torch import fx
 
-from tpcompiler.graphs import copy_graph, erase_dead
-from tpcompiler.layout import size_argument
+from tpcompiler.graphs import call, copy_graph, erase_dead, value_meta
+from tpcompiler.layout import Concat, Dim, LocalSize
 from tpcompiler.program import Program
 
 aten = torch.ops.aten
 
 
 def drop_joined_segments(program: Program) -> Program:
-    """Where a `cat`'s operands are what its `split` gives back, use them directly."""
+    """Where a `split` gives back a `cat`'s operands, or several that stand together, use those directly."""
     graph = copy_graph(program.graph)
     for node in list(graph.nodes):
-        if node.target is aten.split_with_sizes.default and (parts := _joined_alike(node)) is not None:
+        if node.target is aten.split_with_sizes.default and (pieces := _pieces(node)) is not None:
             for use in list(node.users):
                 assert use.target is operator.getitem
-                use.replace_all_uses_with(parts[use.args[1]])
+                index: Any = use.args[1]
+                use.replace_all_uses_with(_joined(graph, pieces[index], use))
     erase_dead(graph)
     return replace(program, graph=graph)
 
 
-def _joined_alike(node: fx.Node) -> list[fx.Node] | None:
-    """What a split's operand was joined from, when the split takes it apart at the same places."""
+def _pieces(node: fx.Node) -> list[list[fx.Node]] | None:
+    """For each result of a split, which of the joined values it is made of; None when a cut falls inside of one."""
     cat: Any = node.args[0]
     sizes: Any = node.args[1]
     dim: Any = node.args[2]
     if cat.target is not aten.cat.default or len(cat.args) < 2:
         return None
-    parts, along = cat.args[0], cat.args[1] % cat.meta["val"].dim()
-    alike = along == dim % cat.meta["val"].dim() and [size_argument(p.meta["dims"][along]) for p in parts] == list(
-        sizes
-    )
-    return list(parts) if alike else None
+    rank = cat.meta["val"].dim()
+    along = cat.args[1] % rank
+    if along != dim % rank:
+        return None
+    left = list(cat.args[0])
+    out: list[list[fx.Node]] = []
+    for size in sizes:
+        taken: list[fx.Node] = []
+        while left and not _same(taken, along, size):
+            taken.append(left.pop(0))
+        if not _same(taken, along, size):
+            return None
+        out.append(taken)
+    return None if left else out
+
+
+def _same(parts: list[fx.Node], along: int, size: LocalSize | int) -> bool:
+    """Whether values laid end to end are what a size, of this rank, says."""
+    dims = [x for p in parts for x in _segments(p.meta["dims"][along])]
+    if isinstance(size, LocalSize):
+        return dims == _segments(size.dim)
+    return not any(d.over for d in dims) and sum(d.size for d in dims) == size
+
+
+def _segments(dim: Dim) -> list[Dim]:
+    return [x for p in dim.parts for x in _segments(p)] if isinstance(dim, Concat) else [dim]
+
+
+def _joined(graph: fx.Graph, parts: list[fx.Node], use: fx.Node) -> fx.Node:
+    if len(parts) == 1:
+        return parts[0]
+    with graph.inserting_before(use):
+        new = call(graph, aten.cat.default, (parts, use.args[0].args[2]))  # type: ignore[union-attr]
+    new.meta = value_meta(use)
+    return new

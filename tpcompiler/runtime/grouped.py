@@ -42,7 +42,13 @@ def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 
 def _fast(x: Tensor, *widths: int) -> bool:
     aligned = all(n and n * x.element_size() % ALIGNMENT == 0 for n in widths)
-    return x.is_cuda and x.dtype == torch.bfloat16 and bool(len(x)) and aligned and hasattr(torch.nn.functional, "grouped_mm")
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and bool(len(x))
+        and aligned
+        and hasattr(torch.nn.functional, "grouped_mm")
+    )
 
 
 def _runs(ends: Tensor) -> list[tuple[int, int]]:
