@@ -82,9 +82,9 @@ def main() -> None:
         if done.returncode:
             sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
         rows.append(json.loads(done.stdout))
-        print(
-            f"{name:28} {rows[-1]['total_seconds']:7.1f} s  check {rows[-1]['seconds']['check']:5.1f} s  {rows[-1]['peak_mib']:6} MiB"
-        )
+        row = rows[-1]
+        check = row["seconds"]["check"]
+        print(f"{name:28} {row['total_seconds']:7.1f} s  check {check:5.1f} s  {row['peak_mib']:6} MiB")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"torch": torch.__version__, "python": platform.python_version(), "cpu": platform.machine()}
     arguments.out.write_text(json.dumps({**about, "cases": rows}, indent=1))

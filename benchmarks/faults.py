@@ -503,7 +503,7 @@ def _(program: Program, node: fx.Node) -> None:
     node.args = (*node.args[:3], *((1,) if len(node.args) == 3 else ()))
 
 
-# -- values and gradients -----------------------------------------------------------------------------------------------
+# -- values and gradients ----------------------------------------------------------------------------------------------
 
 
 @on_nodes("value scaled", computed)

@@ -1,4 +1,4 @@
-"""Hugging Face's families, unedited and tiny: split in every layer, equal to the plain model, two reductions a layer."""
+"""Hugging Face's families, unedited and tiny: split in every layer, equal to the plain model, two sums a layer."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
 """Attention with dropout written out, so that its masks are counter-based like all others (design: randomness).
 
-A fused kernel draws its own random numbers: masks then depend on how heads lie on ranks. With `attention_dropout: exact`
-in the spec, attention that drops is computed from its parts instead, and the run is the same at every degree.
+A fused kernel draws its own random numbers: masks then depend on how heads lie on ranks. With
+`attention_dropout: exact` in the spec, attention that drops is computed from its parts instead, and the run is the same
+at every degree.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -44,7 +46,7 @@ class _Writer:
         new = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
         new.meta = {k: v for k, v in self.like.meta.items() if k != "val"}
         mode = next(n for n in self.like.all_input_nodes).meta["val"].fake_mode
-        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        values: Any = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])  # type: ignore[type-var]
         with mode:
             if target is aten.dropout.default:
                 new.meta["val"] = values[0][0]

@@ -1,4 +1,4 @@
-"""Hugging Face's families as models of a few thousand weights: `tiny(family)` builds one, `inputs(family)` its inputs."""
+"""Hugging Face's families as models of a few thousand weights: `tiny(family)` is one, `inputs(family)` its inputs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A family's configuration, every size in it made small.
 
-Sizes that mean the same thing have many names; what a name means is said here once. Heads, their size and the widths are
+Sizes that mean the same have many names; what a name means is said here once. Heads, their size and the widths are
 distinct numbers, so that nothing fits by accident; 6 heads and 2 of keys and values are uneven over 4 ranks.
 """
 
@@ -73,7 +73,7 @@ def _small(cls: Any, default: Mapping[str, Any]) -> dict[str, Any]:
         if key in parts and isinstance(value, dict):
             part = parts[key]
             kind = value.get("model_type")
-            known = transformers.CONFIG_MAPPING[kind] if kind in transformers.CONFIG_MAPPING else part
+            known = transformers.CONFIG_MAPPING[kind] if kind in transformers.CONFIG_MAPPING else part  # noqa: SIM401
             out[key] = ({"model_type": kind} if kind else {}) | _small(known, value)
         elif key in _SIZES and isinstance(value, int) and not isinstance(value, bool):
             out[key] = _SIZES[key] if value else 0

@@ -1,4 +1,4 @@
-"""Lines of ops that look at a neighbourhood: convolutions, pooling, unfolding. Places are needed whole, channels not."""
+"""Lines of ops that look at a neighbourhood: convolutions, pooling, unfolding. Places stay whole, channels need not."""
 
 from __future__ import annotations
 

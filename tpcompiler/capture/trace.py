@@ -201,7 +201,7 @@ def _fixed_elsewhere(exported: ExportedProgram) -> Places:
     shapes = [val.shape for val in _inputs(exported)]
     known = {(i, int(n)) for shape in shapes for i, n in enumerate(shape) if _fixed(n)}
     opened = ((k, i, n) for k, shape in enumerate(shapes) for i, n in enumerate(shape) if not _fixed(n))
-    return frozenset((k, i) for k, i, n in opened if (i, n.node.hint) in known)
+    return frozenset((k, i) for k, i, n in opened if (i, n.node.hint) in known)  # type: ignore[attr-defined]
 
 
 def _fixed(n: int | torch.SymInt) -> bool:

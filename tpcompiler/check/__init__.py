@@ -67,7 +67,7 @@ def _integers(graph: torch.fx.Graph) -> set[int]:
         return a
 
     for node in graph.nodes:
-        torch.fx.node.map_aggregate(node.args, visit)
+        torch.fx.node.map_aggregate(node.args, visit)  # type: ignore[arg-type]
         val = node.meta.get("val")
         if isinstance(val, torch.Tensor):
             found.update(n for n in val.shape if type(n) is int)

@@ -1,4 +1,4 @@
-"""One operation with its arguments, apart from the graph it stands in: as each rank calls it, and as the model would."""
+"""One operation with its arguments, apart from the graph it stands in: as each rank calls it, as the model would."""
 
 from __future__ import annotations
 
@@ -90,10 +90,12 @@ def read_call(node: fx.Node, env: Mapping[fx.Node, Any]) -> tuple[Call, tuple[fx
         return a
 
     signature = runtime_signature(node.target)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = dict(node.kwargs)
     if signature is None:
-        args, kwargs = read(tuple(node.args)), node.kwargs
+        args = read(tuple(node.args))
     else:
-        args, kwargs = (), dict(signature.bind(*node.args, **node.kwargs).arguments)
+        kwargs = dict(signature.bind(*node.args, **node.kwargs).arguments)
         if "group" in kwargs:
             kwargs["group"] = Over(tuple(kwargs["group"]))
         if "rng" in signature.parameters:
@@ -139,7 +141,7 @@ def run(
     wide: bool = True,
     device: str = "cpu",
 ) -> Any:
-    """Call it. `resolve` turns what depends on the rank into this rank's; `wide` real dtypes become double precision."""
+    """Call it. `resolve` turns what depends on the rank into this rank's; `wide`: real dtypes become float64."""
 
     def fill(a: Any) -> Any:
         if isinstance(a, Slot):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from tpcompiler.layout import Dim, Mesh
 from tpcompiler.runtime.mesh import Run
@@ -20,7 +20,7 @@ Over = tuple[str, ...]
 
 
 class Rows:
-    """The rows of a dimension that each rank holds, in local order. Interned by `Geometry`: equal ones are one object."""
+    """The rows of a dimension that each rank holds, in local order. Interned by `Geometry`: equal ones are one."""
 
     __slots__ = ("runs", "size")
 
@@ -130,4 +130,4 @@ class Geometry:
 
 def _apart(held: Sequence[Runs]) -> bool:
     runs = sorted(run for runs in held for run in runs)
-    return all(a[1] <= b[0] for a, b in zip(runs, runs[1:], strict=False))
+    return all(a[1] <= b[0] for a, b in pairwise(runs))

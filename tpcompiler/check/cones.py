@@ -54,7 +54,7 @@ class Cone:
         return tensors[self.result] if isinstance(self.result, int) else values[self.result.i]
 
     def outline(self, operands: Sequence[Operand]) -> Any:
-        """Its result in the dtypes it has, without meaning. Raises whatever the operations do when shapes do not fit."""
+        """Its result in the dtypes it has, without meaning. Raises what the operations do when shapes do not fit."""
         device = "cpu" if sum(prod(o.shape) for o in operands) <= _SMALL else "meta"
         made = [torch.zeros(o.shape, dtype=o.dtype, device=device, requires_grad=o.grad) for o in operands]
         return self.run(made, wide=False, device=device)

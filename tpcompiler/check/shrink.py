@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import prod
 
 from torch import Tensor
@@ -118,7 +118,7 @@ def _subsets(places: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], .
 
 def _cut(n: int, marks: set[int], width: int) -> Cut:
     old = sorted({0, n} | {m for m in marks if 0 < m < n})
-    lengths = [b - a for a, b in zip(old, old[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(old)]
     if len(lengths) == 1:
         return Cut((0, n), (0, min(width, n)))
     order = {length: min(length, i + 2) for i, length in enumerate(sorted(set(lengths)))}

@@ -34,7 +34,7 @@ class Sizes:
 
 
 def choices(capture: Capture, taken: Iterable[int], degree: int) -> Iterator[Sizes]:
-    """Sizes to run at, smallest first: primes that are not among `taken`, then multiples of the degree, then the example's."""
+    """Sizes to run at, smallest first: primes not among `taken`, then multiples of the degree, then the example's."""
     hints: dict[Any, int] = {}
     for node in capture.graph.nodes:
         val = node.meta.get("val")

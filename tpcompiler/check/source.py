@@ -327,7 +327,7 @@ class _Recorder(TorchFunctionMode):
                             "the source",
                             "",
                             f"{target} of known values",
-                            f"a tensor of shape {tuple(a.shape)} from nowhere",
+                            f"a tensor of shape {tuple(getattr(a, 'shape', ()))} from nowhere",
                         )
                     )
                 return operands.setdefault(value, Slot(len(operands)))

@@ -175,15 +175,15 @@ class Steps:
         """The first difference from what was claimed."""
         claim = Claim(hint if hint is not None and len(hint) == len(m.shape) else (None,) * len(m.shape))
         operands = ", ".join(str(list(t.shape)) for t in trial.tensors)
-        for draw in draws:
+        for drawn in draws:
             for r in range(self.geometry.size):
                 try:
-                    expected = held(draw.whole, claim, r, sizes)
+                    expected = held(drawn.whole, claim, r, sizes)
                 except (KeyError, RuntimeError):
                     break
-                text = difference(draw.local[r], expected)
+                text = difference(drawn.local[r], expected)
                 if text:
-                    k = factor(draw.local[r], expected)
+                    k = factor(drawn.local[r], expected)
                     return Wrong(
                         _NEITHER if k is None else f"{k:.4g} times that", f"rank {r}, operands {operands}: {text}"
                     )
@@ -215,14 +215,14 @@ class Steps:
             for i, g in enumerate(step.given):
                 if not g.operand.grad:
                     continue
-                kind = self._kind(trial, i, whole[i], [x[i] for x in local])
-                if isinstance(kind, Wrong):
-                    return kind
+                seen = self._kind(trial, i, whole[i], [x[i] for x in local])
+                if isinstance(seen, Wrong):
+                    return seen
                 if found is None:
                     found = [None] * len(step.given)
-                if seed and found[i] is not None and kind is not None and found[i] != kind:
+                if seed and found[i] is not None and seen is not None and found[i] != seen:
                     return Wrong("its gradient is of no one kind")
-                found[i] = kind if kind is not None else found[i]
+                found[i] = seen if seen is not None else found[i]
         return tuple(found) if found is not None else (None,) * len(step.given)
 
     def _kind(self, trial: _Trial, i: int, whole: Tensor | None, local: list[Tensor | None]) -> Kind | Wrong:

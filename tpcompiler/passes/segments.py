@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tpcompiler.graphs import call, copy_graph, erase_dead, value_meta
+from tpcompiler.graphs import call, copy_graph, erase_dead, operand, value_meta
 from tpcompiler.layout import Concat, Dim, LocalSize
 from tpcompiler.program import Program
 
@@ -68,6 +68,6 @@ def _joined(graph: fx.Graph, parts: list[fx.Node], use: fx.Node) -> fx.Node:
     if len(parts) == 1:
         return parts[0]
     with graph.inserting_before(use):
-        new = call(graph, aten.cat.default, (parts, use.args[0].args[2]))  # type: ignore[union-attr]
+        new = call(graph, aten.cat.default, (parts, operand(use).args[2]))
     new.meta = value_meta(use)
     return new
