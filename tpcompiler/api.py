@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,9 +79,7 @@ class Sharded:
             coords = mesh.coords(rank)
             held, gradients, moments = 0, 0, 0
             for p in self.capture.parameters:
-                n = 1
-                for dim in self.program.dims[p.name]:
-                    n *= dim.local_size(mesh, coords)
+                n = prod(dim.local_size(mesh, coords) for dim in self.program.dims[p.name])
                 held += n * p.dtype.itemsize
                 if p.trainable and not p.buffer:
                     gradients += n * p.dtype.itemsize
@@ -252,7 +251,7 @@ def parallelize(
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Any:
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Attention with dropout written out, so that its masks are counter-based like all others (design: randomness).
+"""Attention with dropout written out, so that its masks are counter-based like all others.
 
 A fused kernel draws its own random numbers: masks then depend on how heads lie on ranks. With
 `attention_dropout: exact` in the spec, attention that drops is computed from its parts instead, and the run is the same

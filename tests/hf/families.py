@@ -35,13 +35,16 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"zero_expert_num": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "mamba2": {"head_dim": 16, "n_groups": 2},
+    "nemotron_h": {"n_groups": 2, "mamba_head_dim": 16},
     "roc_bert": {
         "pronunciation_embed_dim": 48,
         "pronunciation_vocab_size": 30,
         "shape_embed_dim": 40,
         "shape_vocab_size": 30,
     },
+    "xlnet": {"use_mems_eval": False},
     "zaya": {"num_experts_per_tok": 1},
 }
 

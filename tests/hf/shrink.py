@@ -23,11 +23,14 @@ _SIZES: dict[str, int] = {
         "head_dim d_kv d_head attention_head_size v_head_dim qk_nope_head_dim qk_rope_head_dim".split(), HEAD
     ),
     **dict.fromkeys("global_head_dim swa_head_dim swa_v_head_dim attention_head_dim index_head_dim".split(), HEAD),
-    **dict.fromkeys("linear_key_head_dim linear_value_head_dim projection_dim".split(), HEAD),
+    **dict.fromkeys("linear_key_head_dim linear_value_head_dim linear_head_dim projection_dim".split(), HEAD),
     "qk_head_dim": 2 * HEAD,
     **dict.fromkeys("intermediate_size n_inner ffn_dim d_ff d_inner dim_ff dff dim_feedforward hidden_dim".split(), FF),
     **dict.fromkeys("encoder_ffn_dim decoder_ffn_dim feed_forward_size intermediate_size_mlp ff_dim".split(), FF),
-    **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size".split(), 56),
+    **dict.fromkeys(
+        "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size moe_shared_expert_intermediate_size".split(),
+        56,
+    ),
     **dict.fromkeys("dense_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size ffn_hidden_size".split(), FF),
     **dict.fromkeys(
         "vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input decoder_vocab_size".split(), VOCAB
@@ -41,12 +44,13 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("max_seq_len context_length sliding_window local_attention attention_window_size".split(), LONGEST),
     **dict.fromkeys("max_encoder_position_embeddings max_decoder_position_embeddings window_size".split(), LONGEST),
     **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), EXPERTS),
-    **dict.fromkeys("num_experts_per_tok moe_k moe_top_k moe_topk top_k_experts".split(), 2),
+    **dict.fromkeys("num_experts_per_tok moe_k moe_top_k moe_topk top_k_experts num_experts_per_token".split(), 2),
     **dict.fromkeys(
-        "n_group topk_group num_expert_groups n_shared_experts num_shared_experts moe_num_shared_experts".split(), 1
+        "n_group topk_group num_expert_group num_expert_groups n_shared_experts num_shared_experts moe_num_shared_experts".split(),
+        1,
     ),
     **dict.fromkeys("q_lora_rank kv_lora_rank o_lora_rank hidden_size_per_layer_input embedding_rank".split(), 20),
-    **dict.fromkeys("mamba_n_heads linear_num_value_heads mamba_num_heads n_mamba_heads".split(), 6),
+    **dict.fromkeys("mamba_n_heads linear_num_value_heads mamba_num_heads n_mamba_heads linear_num_heads".split(), 6),
     **dict.fromkeys("linear_num_key_heads index_n_heads".split(), 2),
     **dict.fromkeys("mamba_d_state state_size ssm_state_size".split(), 10),
     **dict.fromkeys("first_k_dense_replace num_kv_shared_layers num_nextn_predict_layers".split(), 0),

@@ -1,4 +1,4 @@
-"""Unification of tensor dimensions: which are one axis, and what each is made of (design: axes).
+"""Unification of tensor dimensions: which are one axis, and what each is made of.
 
 A *term* is an integer handle. Terms are unknowns of a fixed size that unification joins (union-find) and takes apart:
 a term may be bound to an ordered product or to a concatenation of other terms. Taken apart in one place, a term is

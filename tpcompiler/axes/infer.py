@@ -1,4 +1,4 @@
-"""Axes of a captured graph: every rule applied once, dimensions unified (design: axes).
+"""Axes of a captured graph: every rule applied once, dimensions unified (docs/architecture.md).
 
 Only values that depend on a parameter take part (*live* values). Masks, positions and rotary tables do not: any rank
 can slice a constant for nothing, so they must not glue the axes of different layers together.

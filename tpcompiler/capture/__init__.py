@@ -14,6 +14,7 @@ from tpcompiler.capture.empty import drop_empty, set_unset
 from tpcompiler.capture.grouped import portable_experts
 from tpcompiler.capture.init import Recorded, record
 from tpcompiler.capture.masks import recover_causal
+from tpcompiler.capture.names import at, draws_apart
 from tpcompiler.capture.normalise import inline, normalise
 from tpcompiler.capture.promote import float64
 from tpcompiler.capture.sizes import sizes_from_inputs
@@ -46,6 +47,7 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
     drop_empty(graph)
     set_unset(graph)
     normalise(graph, traced.held)
+    _no_noise(graph)
     sizes_from_inputs(graph, inputs)
     constants = {p.node: p.value for p in parameters if p.value is not None}
     recover_causal(graph, constants)
@@ -63,6 +65,15 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
         arg_names=names,
         held=traced.held,
     )
+
+
+def _no_noise(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if draws_apart(node):
+            raise ModelError(
+                f"{at(node)}: draws random numbers, in evaluation too, and no two ranks would draw the same; "
+                "take them as an input"
+            )
 
 
 def _placeholders(graph: fx.Graph, exported: ExportedProgram, recorded: Recorded, source: str) -> tuple[Parameter, ...]:

@@ -23,6 +23,12 @@ def stack_of(node: fx.Node) -> tuple[tuple[str, str, int], ...]:
     return tuple(out)
 
 
+def draws_apart(node: fx.Node) -> bool:
+    """Whether a node draws random numbers that ranks would not agree on: any but dropout's."""
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return random and not any(name in str(node.target) for name in ("dropout", "scaled_dot_product"))
+
+
 def line_of(node: fx.Node) -> tuple[str, int, str] | None:
     """The innermost line of the node's stack trace that is not torch's own."""
     found: dict[str, Any] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,12 @@ from torch.utils import _pytree as pytree
 from tpcompiler.capture.explain import chain, explain
 from tpcompiler.capture.init import Recorded
 from tpcompiler.capture.lean import lean_tracing, whole_operators
+from tpcompiler.capture.names import draws_apart, stack_of
 from tpcompiler.capture.recording import Literals
 from tpcompiler.errors import ModelError
 
+# Random operators that have a form in which all ranks agree.
+DRAWN_ALIKE = re.compile(r"dropout|scaled_dot_product_attention")
 Shapes = tuple[tuple[int, ...], ...]
 Places = frozenset[tuple[int, int]]  # dimensions: (which of the inputs, which of its dimensions)
 
@@ -35,7 +39,7 @@ class Traced:
     leaves: tuple[Any, ...]  # the example, flattened
     in_spec: pytree.TreeSpec
     arg_names: tuple[str, ...]  # of the leaves
-    held: tuple[str, ...]  # modules traced in eval mode, since they branch on random numbers in training
+    held: tuple[str, ...]  # modules traced in eval mode, since in training they branch on random numbers or draw some
 
 
 def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
@@ -65,6 +69,11 @@ def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
                     break
                 held.append(name)
                 model.get_submodule(name).training = False
+                continue
+            noisy = next((name for name in _noisy_modules(exported) if name not in held), None)
+            if noisy is not None and model.get_submodule(noisy).training:
+                held.append(noisy)
+                model.get_submodule(noisy).training = False
                 continue
             also = _fixed_elsewhere(exported)
             if also and not fixed:
@@ -206,6 +215,15 @@ def _fixed_elsewhere(exported: ExportedProgram) -> Places:
 
 def _fixed(n: int | torch.SymInt) -> bool:
     return isinstance(n, int) or bool(n.node.expr.is_number)
+
+
+def _noisy_modules(exported: ExportedProgram) -> Iterator[str]:
+    """Modules that draw random numbers other than dropout's: ranks would draw different ones."""
+    for part in exported.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            tags = getattr(node.target, "tags", ())
+            if draws_apart(node):
+                yield stack_of(node)[-1][0] if stack_of(node) else ""
 
 
 def _inputs(exported: ExportedProgram) -> list[Tensor]:

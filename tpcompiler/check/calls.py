@@ -180,6 +180,11 @@ def numbers(call: Call) -> set[int]:
     return {a for a in (*call.args, *(v for _, v in call.kwargs)) if type(a) is int}
 
 
+def integers(call: Call) -> set[int]:
+    """The integers among its arguments, those in lists too."""
+    return {a for a in _leaves((call.args, tuple(v for _, v in call.kwargs))) if type(a) is int}
+
+
 def modes(call: Call) -> list[Training]:
     """What depends on the mode."""
     return [a for a in _leaves((call.args, tuple(v for _, v in call.kwargs))) if isinstance(a, Training)]

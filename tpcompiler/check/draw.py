@@ -16,14 +16,20 @@ SCALES = (1.0, 0.1, 0.01)  # a constant like a norm's epsilon shows among small 
 
 
 def draw(
-    given: Sequence[Operand], probe: Callable[[list[Tensor]], Any], special: set[int], seed: int, positive: bool = False
+    given: Sequence[Operand],
+    probe: Callable[[list[Tensor]], Any],
+    special: set[int],
+    seed: int,
+    *,
+    positive: bool = False,
+    mask: int | None = None,
 ) -> list[Tensor]:
     """Tensors of the operands' shapes, real ones in double precision, on which `probe` succeeds.
 
     Integers are taken below the longest dimension that `probe` accepts as an index, numbers among the arguments
-    (`special`: an ignored class, a padding row) among them. Real ones are normal, of
-    a scale that the seed chooses, and positive when most of the result is no number otherwise. Raises what `probe`
-    raises for every choice.
+    (`special`: an ignored class, a padding row) among them. Real ones are normal, of a scale that the seed chooses, and
+    positive when most of the result is no number otherwise; the operand `mask` is given
+    some -inf. Raises what `probe` raises for every choice.
     """
     generator = torch.Generator().manual_seed(seed)
     bounds = sorted({n for o in given for n in o.shape} | {2, 1}, reverse=True)
@@ -33,6 +39,9 @@ def draw(
     for bound in bounds:
         for extra in (special, {i for i in special if 0 <= i < bound}, set()):
             tensors = [_tensor(o, bound, extra, SCALES[seed % len(SCALES)], positive, generator) for o in given]
+            if mask is not None:
+                hidden = torch.rand(tensors[mask].shape, generator=generator) < 0.2
+                tensors[mask] = tensors[mask].masked_fill(hidden, float("-inf"))
             try:
                 with torch.no_grad():
                     result = probe(tensors)
@@ -42,10 +51,15 @@ def draw(
                     break
                 continue
             if not positive and _meaningless(result):
-                return draw(given, probe, special, seed, positive=True)
+                return draw(given, probe, special, seed, positive=True, mask=mask)
             return tensors
     assert error is not None
     raise error
+
+
+def maskable(o: Operand) -> bool:
+    """Whether it may be what masks scores."""
+    return o.dtype.is_floating_point and not o.grad
 
 
 def _integer(dtype: torch.dtype) -> bool:

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tpcompiler.check.calls import Call, modes, numbers, outputs
+from tpcompiler.check.calls import Call, integers, modes, numbers, outputs
 from tpcompiler.check.cones import At, Cone, Operand
-from tpcompiler.check.draw import SCALES, draw
+from tpcompiler.check.draw import SCALES, draw, maskable
 from tpcompiler.check.shrink import shrinks
 from tpcompiler.check.steps import Steps
-from tpcompiler.check.values import BUFFER, Value, leaves
+from tpcompiler.check.values import BUFFER, Value, Values, leaves
 
 _LONGEST = 16  # steps of a cone: longer ones are compared too bluntly
 _REACH = 48  # of the model's values looked at
 _NUDGE, _LEEWAY, _RELATIVE = 1e-14, 100.0, 1e-10
+_NO_LENGTH = 1 << 31  # an open end of a slice
 _DEEP = 10  # steps from the given values to one of those
 
 
 class Equal:
-    """Pairs of cones compared so far."""
+    """Pairs of cones compared so far. `values` has all there are, `sizes` the numbers that batch and sequence stand at."""
 
-    def __init__(self, steps: Steps) -> None:
+    def __init__(
+        self, steps: Steps, values: Values, sizes: Iterable[int], known: dict[Any, bool] | None = None
+    ) -> None:
         self.steps = steps
-        self.known: dict[Any, bool] = {}
+        self.values = values
+        self.sizes = frozenset(sizes)
+        self.known: dict[Any, bool] = {} if known is None else known
 
     def original(self, value: Value) -> Value | None:
         """The model's value that a program's own one is; None if none is found."""
         given = leaves(value)
         cone = _cone(value, given)
-        if cone is None or not given:
+        if cone is None:
             return None
-        for other in (*given, *self._reachable(given)):
+        for other in (*given, *self._reachable(given)) if given else self.values.constants:
             if other.original and _same_kind(value, other) and self.same(value, other, given):
                 return other
         return None
@@ -71,7 +77,7 @@ class Equal:
 
     def _compare(self, a: Cone, b: Cone, operands: tuple[Operand, ...]) -> bool:
         calls_a, calls_b = [c for c, _ in a.steps], [c for c, _ in b.steps]
-        if _drawn(calls_a) != _drawn(calls_b):
+        if _drawn(calls_a) != _drawn(calls_b) or self._beyond(a, b):
             return False
         moded = any(modes(c) for c in calls_a + calls_b if not c.random)
         made_a, many_a = self.steps.describe(a, operands)
@@ -82,16 +88,24 @@ class Equal:
             small = shrink.operands(operands)
             x, y = (a.substituted(shrink.arguments), b.substituted(shrink.arguments)) if shrink.arguments else (a, b)
             runs = [
-                (training, seed) for training in ((False, True) if moded else (False,)) for seed in range(len(SCALES))
+                (seed, training) for training in ((False, True) if moded else (False,)) for seed in range(len(SCALES))
             ]
-            return all(_agree(x, y, small, seed, training) for training, seed in runs)
+            masks = [i for i, o in enumerate(small) if maskable(o)]
+            return all(_agree(x, y, small, seed, training) for seed, training in runs) and all(
+                _agree(x, y, small, 0, False, mask=i) for i in masks
+            )
         return False
 
+    def _beyond(self, a: Cone, b: Cone) -> bool:
+        """Whether the constants (masks) of just one speak of a length that the sizes of the run do not reach."""
+        only = _lengths(a) ^ _lengths(b)
+        return bool(self.sizes) and any(n > min(self.sizes) and n not in self.sizes for n in only)
 
-def _agree(a: Cone, b: Cone, operands: list[Operand], seed: int, training: bool) -> bool:
+
+def _agree(a: Cone, b: Cone, operands: list[Operand], seed: int, training: bool, *, mask: int | None = None) -> bool:
     """Whether two cones give the same results and gradients on random operands, up to what rounding does to them."""
     special = {n for cone in (a, b) for c, _ in cone.steps for n in numbers(c)}
-    tensors = draw(operands, lambda ts: b.run(ts, training), special, seed)
+    tensors = draw(operands, lambda ts: b.run(ts, training), special, seed, mask=mask)
     generator = torch.Generator().manual_seed(seed)
     moved = [
         t * (1 + _NUDGE * torch.randn(t.shape, generator=generator, dtype=t.dtype)) if _real(t) else t for t in tensors
@@ -102,6 +116,17 @@ def _agree(a: Cone, b: Cone, operands: list[Operand], seed: int, training: bool)
     if live != alive:
         return False
     return all(_near(x, y, z) for x, y, z in zip(found, expected, nudged, strict=True))
+
+
+def _lengths(cone: Cone) -> set[int]:
+    """The integers in what is computed from no operand."""
+    constant: list[bool] = []
+    found: set[int] = set()
+    for call, given in cone.steps:
+        constant.append(all(constant[g.i] if isinstance(g, At) else isinstance(g, Tensor) for g in given))
+        if constant[-1]:
+            found |= {abs(n) for n in integers(call) if abs(n) < _NO_LENGTH}
+    return found
 
 
 def _near(x: Tensor, y: Tensor, nudged: Tensor) -> bool:
@@ -163,10 +188,12 @@ def _cone(value: Value, given: tuple[Value, ...]) -> Cone | None:
     """The steps from the given values to one; None when there are too many, or it needs others."""
     place: dict[Value, Any] = {v: i for i, v in enumerate(given)}
     steps: list[tuple[Call, tuple[Any, ...]]] = []
+    entered: set[Value] = set()
 
     def visit(v: Value) -> bool:
         if v in place:
             return True
+        entered.add(v)
         if v.opaque:
             return False
         if v.call is None:
@@ -174,7 +201,7 @@ def _cone(value: Value, given: tuple[Value, ...]) -> Cone | None:
                 return False
             place[v] = v.stored
             return True
-        if len(steps) >= _LONGEST:
+        if len(entered) > _LONGEST:
             return False
         if not all(visit(o) for o in v.operands):
             return False

@@ -66,7 +66,7 @@ class _Forward:
         self.table = table
         self.geometry = geometry
         self.steps = steps
-        self.equal = Equal(steps)
+        self.equal = Equal(steps, table, table.sizes.numbers.values())
         self.parameters = {p.node: p for p in program.capture.parameters}
         self.same: dict[Value, Value | None] = {}
         self.out = Sweep()

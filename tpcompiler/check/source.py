@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 
 from tpcompiler.check.calls import (
@@ -53,10 +53,13 @@ def compare_source(program: Program, text: str, geometry: Geometry, sizes: Sizes
     except Exception as e:
         raise Refused(Refusal("the source", "", "a module", f"{type(e).__name__}: {e}")) from None
     ranks = range(geometry.size) if geometry.size <= _FULL else (0, geometry.size - 1)
-    equal = Equal(Steps(geometry))
+    steps = Steps(geometry)
+    known: dict[Any, bool] = {}
     for rank in ranks:
         for training in (False, True) if rank == 0 else (False,):
-            _Reading(program, names, geometry, sizes, rank, training, equal).compare()
+            _Reading(
+                program, names, geometry, sizes, rank, training, Equal(steps, Values(), sizes.numbers.values(), known)
+            ).compare()
     for rank in range(geometry.size):
         _shapes(program, names, geometry, rank)
 
@@ -118,7 +121,7 @@ class _Reading:
         self.training = training
         self.equal = equal
         self.ranks = _alone(geometry, rank)
-        self.values = Values()
+        self.values = equal.values
         self.outlines: dict[Any, Any] = {}
         self.parameters: dict[str, Value] = {}
         self.inputs: dict[str, Value] = {}
@@ -240,7 +243,7 @@ class _Reading:
         hidden = {k: v for k, v in self.names.items() if callable(v) and runtime_signature(v) is not None}
         try:
             self.names.update({k: recorder.operator(v) for k, v in hidden.items()})
-            with torch.device("meta"), recorder:
+            with recorder:
                 result = model(*args, **kwargs)
         except Refused:
             raise
@@ -311,7 +314,8 @@ class _Recorder(TorchFunctionMode):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
-            return self.record(target, (), tuple(sorted(bound.arguments.items())))
+            with _pop_mode_temporarily():
+                return self.record(target, (), tuple(sorted(bound.arguments.items())))
 
         return call
 

@@ -64,6 +64,7 @@ class Values:
 
     def __init__(self) -> None:
         self.by_key: dict[Any, Value] = {}
+        self.constants: list[Value] = []
         self.count = 0
 
     def add(self, name: str, kind: str, out: Operand | None, call: Call | None, operands: tuple[Value, ...]) -> Value:
@@ -72,6 +73,8 @@ class Values:
         self.count += 1
         for o in dict.fromkeys(operands):
             o.users.append(value)
+        if value.constant and call is not None:
+            self.constants.append(value)
         return value
 
     def find(self, call: Call, operands: tuple[Value, ...], out: Operand | None) -> Value:

@@ -38,7 +38,7 @@ def dropout(b: Builder, node: fx.Node) -> fx.Node:
     new = call(b.graph, runtime.dropout, args, _samples(b, node, [a.at for a in undo]))
     for opened in reversed(undo):
         new = b.describe(together(b.graph, new, opened), node, layout)
-    return b.describe(new, node, layout)
+    return b.describe(new, node, layout or None)  # a constant has none
 
 
 def _samples(b: Builder, node: fx.Node, moved: Sequence[int]) -> dict[str, Any]:

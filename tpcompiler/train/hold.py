@@ -163,6 +163,7 @@ class Chunks:
         self._parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
         for m in self._parts:
             m.set_gradient_divide_factor(1.0)  # the batches' weights have divided already
+            m.set_force_sum_reduction_for_comms(True)  # and a plain sum is what every back end has
         module.to_empty(device=device)
         self._module = module
         self.masters: dict[str, Tensor] = dict(by_name(module, names))

@@ -32,6 +32,7 @@ Returned = TypeVar("Returned")
 _POLL = 0.05  # seconds between two looks at the store
 _WATCH = 0.3  # seconds between two looks for an alarm
 _GRACE = 10.0  # seconds that a failed rank gives rank 0 to say so, or the launcher to end it
+_CONNECT = timedelta(seconds=60)  # until a store that served a moment ago is given up
 _FAILED = "failed"
 TIMEOUT = 600.0  # seconds until a rank that does not arrive, or does not come to a collective, is given up
 
@@ -96,7 +97,7 @@ class Board:
         """For another thread: a store's connection serves one call at a time."""
         if self._store is None:
             return self
-        return Board(self.rank, self.world, _connect(self._store.host, self._store.port, self.timeout), self.timeout)
+        return Board(self.rank, self.world, _connect(self._store.host, self._store.port), self.timeout)
 
     def post(self, key: str, text: str) -> None:
         if self._store is None:
@@ -219,8 +220,8 @@ def _store(rank: int, timeout: float) -> dist.TCPStore:
         raise TpcError(f"rank {rank} cannot reach the others at {address}:{port}: {str(e).splitlines()[0]}") from None
 
 
-def _connect(address: str, port: int, timeout: float) -> dist.TCPStore:
-    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+def _connect(address: str, port: int) -> dist.TCPStore:
+    return dist.TCPStore(address, port, is_master=False, timeout=_CONNECT, wait_for_workers=False)
 
 
 @contextmanager
