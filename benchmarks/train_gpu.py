@@ -1,8 +1,10 @@
-"""Speed of the trainer on one device: the paper's GPT-2 sizes through the very engine of `tpc train`.
+"""Speed of the trainer: the paper's GPT-2 sizes through the very engine of `tpc train`.
 
     python benchmarks/train_gpu.py --spec specs/gpt2-1.2b.yaml --dropout 0 0.1 --compile whole --steps 30
 
-Each variant (dropout × compile) trains on the embedded text and prints one JSON object a line: milliseconds a step
+    torchrun --nproc-per-node 2 benchmarks/train_gpu.py --spec specs/gpt2-2.5b.yaml --dropout 0
+
+Under torchrun the processes are the ranks of the spec's mesh (`--tensor N` for another degree). Each variant (dropout × compile) trains on the embedded text and prints one JSON object a line: milliseconds a step
 (median), model TFLOP/s a device, share of the device's peak, memory, losses, seconds of set-up and of the first step.
 Small sizes run anywhere: --device cpu --set layers=2 --set hidden=64 --set heads=4 --batch 2 --sequence 64.
 """
@@ -29,12 +31,13 @@ from tpcompiler.train.config import Train
 from tpcompiler.train.flops import flops_per_token, peak_tflops
 from tpcompiler.train.place import from_constructor
 from tpcompiler.train.run import Run, peak_memory, set_up
-from tpcompiler.train.start import join
+from tpcompiler.train.start import Place, join
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="models/gpt2.py")
+    p.add_argument("--tensor", type=int, default=None, help="over the spec's tensor degree")
     p.add_argument("--spec", default="specs/gpt2-1.2b.yaml")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the model's constructor")
     p.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
@@ -54,8 +57,10 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def build(a: argparse.Namespace, dropout: float, compile: str) -> Run:
+def build(a: argparse.Namespace, place: Place, dropout: float, compile: str) -> Run:
     spec = Spec.load(a.spec)
+    if a.tensor is not None:
+        spec = spec.with_(mesh={"tensor": a.tensor})
     total = a.warm_up + a.steps + 4
     spec = spec.with_(
         model={**spec.model, "dropout": dropout},
@@ -72,7 +77,6 @@ def build(a: argparse.Namespace, dropout: float, compile: str) -> Run:
         },
     )
     loaded = load_model(a.model, spec, parse_settings(a.set))
-    place = join(1, a.device)
     run = set_up(loaded, spec, spec.section(Train), place, None, lambda line: print(line, file=sys.stderr, flush=True))
     engine = run.engine
     if a.initial == "constructor":
@@ -87,9 +91,9 @@ def build(a: argparse.Namespace, dropout: float, compile: str) -> Run:
     return run
 
 
-def measure(a: argparse.Namespace, dropout: float, compile: str) -> dict[str, Any]:
+def measure(a: argparse.Namespace, place: Place, dropout: float, compile: str) -> dict[str, Any]:
     start = time.perf_counter()
-    run = build(a, dropout, compile)
+    run = build(a, place, dropout, compile)
     engine, device = run.engine, run.place.device
     cuda = device.type == "cuda"
     set_up_seconds = time.perf_counter() - start
@@ -132,7 +136,8 @@ def measure(a: argparse.Namespace, dropout: float, compile: str) -> dict[str, An
         "torch": torch.__version__,
         "spec": a.spec,
         "settings": a.set,
-        "parameters": sum(p.numel() for p in engine.held.masters.values()),
+        "tensor": run.place.world,
+        "parameters_a_rank": sum(p.numel() for p in engine.held.masters.values()),
         "dropout": dropout,
         "compile": compile,
         "recompute": a.recompute,
@@ -143,9 +148,9 @@ def measure(a: argparse.Namespace, dropout: float, compile: str) -> dict[str, An
         "ms_step": round(seconds * 1e3, 3),
         "ms_step_unwaited": round(together * 1e3, 3),
         "ms_step_min_max": [round(min(times) * 1e3, 3), round(max(times) * 1e3, 3)],
-        "tflops": round(flops / seconds / 1e12, 2),
-        "tflops_unwaited": round(flops / together / 1e12, 2),
-        "peak_fraction": None if peak is None else round(flops / seconds / 1e12 / peak, 4),
+        "tflops": round(flops / seconds / place.world / 1e12, 2),
+        "tflops_unwaited": round(flops / together / place.world / 1e12, 2),
+        "peak_fraction": None if peak is None else round(flops / seconds / place.world / 1e12 / peak, 4),
         "flops_a_step": flops,
         "memory_gib": round(peak_memory(device) / 2**30, 2),
         "loss_first": losses[0],
@@ -171,11 +176,14 @@ def profile(run: Run, batches: list[Any], step: int) -> None:
 
 def main() -> None:
     a = arguments()
+    place = join(a.tensor or Spec.load(a.spec).ranks.size, a.device)
     for compile in a.compile:
         for dropout in a.dropout:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            print(json.dumps(measure(a, dropout, compile)), flush=True)
+            row = json.dumps(measure(a, place, dropout, compile))
+            if place.rank == 0:
+                print(row, flush=True)
             torch._dynamo.reset()
             gc.collect()
             if torch.cuda.is_available():

@@ -147,7 +147,7 @@ def run(
         if isinstance(a, Slot):
             return tensors[a.i]
         if isinstance(a, tuple):
-            return [fill(b) for b in a]
+            return tuple(map(fill, a))
         if isinstance(a, torch.dtype):
             return WIDE.get(a, a) if wide else a
         if isinstance(a, Training):

@@ -304,7 +304,9 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "__get__" or func in _ASKING:
-            return func(*args, **kwargs)
+            asked = func(*args, **kwargs)
+            if not isinstance(asked, Tensor):  # x.shape, but not x.T
+                return asked
         return self.record(func, tuple(args), tuple(sorted(kwargs.items())))
 
     def operator(self, target: Callable[..., Any]) -> Callable[..., Any]:

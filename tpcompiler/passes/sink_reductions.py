@@ -1,0 +1,140 @@
+"""A partial value is summed where it is small: sum(gather(reduce(p) · w)) → reduce(sum(gather(p · w))).
+
+A mixture of experts makes a row for each expert of a token, weighs the rows, and adds them up. All of that is linear,
+so the all-reduce may come after it, of one row a token. What weighs the rows then meets a partial value, and enters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from tpcompiler import runtime
+from tpcompiler.graphs import copy_graph, erase_dead, example_size, operand, over, value_meta
+from tpcompiler.layout import Over
+from tpcompiler.program import Program
+
+aten = torch.ops.aten
+
+# Linear in the first operand, the others being no values that a gradient is taken of.
+_LINEAR = frozenset(
+    {
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.contiguous.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.index.Tensor,
+        aten.index_select.default,
+        aten.neg.default,
+        aten.sum.dim_IntList,
+    }
+)
+
+
+def sink_reductions(program: Program) -> Program:
+    """Move every all-reduce to the smallest of the values that it may be taken of, or to where it meets another."""
+    graph = copy_graph(program.graph)
+    trainable = {p.node for p in program.capture.parameters if p.trainable and not p.buffer}
+    for to_meet in (False, True):
+        for node in list(graph.nodes):
+            if node.target is runtime.reduce:
+                _sink(graph, node, trainable, to_meet)
+    erase_dead(graph)
+    return replace(program, graph=graph)
+
+
+@dataclass(frozen=True)
+class Step:
+    """An op that is linear in the value before it, and what it scales that by, if anything."""
+
+    node: fx.Node
+    weight: fx.Node | None
+
+
+def _sink(graph: fx.Graph, node: fx.Node, trainable: set[str], to_meet: bool) -> None:
+    path: list[Step] = []
+    while (step := _next(path[-1].node if path else node)) is not None:
+        path.append(step)
+    if not path:
+        return
+    best = path[-1] if to_meet else min(reversed(path), key=lambda step: _elements(step.node))
+    if to_meet and not _meets(best.node, over(node)):
+        return
+    path = path[: path.index(best) + 1]
+    weighed = [(s.node, s.weight) for s in path if s.weight is not None and _carries(s.weight, trainable)]
+    saved = _elements(node) - (0 if to_meet else _elements(best.node))
+    if sum(_elements(w) for _, w in weighed) >= saved:
+        return
+    path[0].node.replace_input_with(node, operand(node))
+    for step in path:
+        step.node.meta = {**step.node.meta, "note": f"partial over {'·'.join(over(node))}"}
+    for at, weight in weighed:
+        at.replace_input_with(weight, _entered(graph, weight, node, at))
+    with graph.inserting_after(best.node):
+        total = graph.call_function(runtime.reduce, (best.node, over(node)))
+    total.meta = {**value_meta(best.node), "note": "all-reduce", "because": node.meta.get("because")}
+    best.node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    graph.erase_node(node)
+
+
+def _meets(value: fx.Node, names: Over) -> bool:
+    """Whether a value is added to one that is reduced over the same ranks: one all-reduce then does for both."""
+    (user,) = value.users if len(value.users) == 1 else (None,)
+    if user is None or user.target is not aten.add.Tensor or user.kwargs:
+        return False
+    other = next((x for x in user.args if x is not value), None)
+    reduced = isinstance(other, fx.Node) and other.target is runtime.reduce and len(other.users) == 1
+    return reduced and over(other) == names  # type: ignore[arg-type]
+
+
+def _next(value: fx.Node) -> Step | None:
+    """The op that a value goes to, when it is linear in it, keeps its dtype, and nobody else uses the value."""
+    if len(value.users) != 1:
+        return None
+    (node,) = value.users
+    made, used = node.meta.get("val"), list[fx.Node]()
+    fx.map_arg((node.args, node.kwargs), used.append)
+    if not isinstance(made, torch.Tensor) or made.dtype != value.meta["val"].dtype or used.count(value) != 1:
+        return None
+    others = [n for n in used if n is not value]
+    if node.target in _LINEAR and node.args[0] is value:
+        return Step(node, None)
+    if node.target is aten.mul.Tensor or (node.target is aten.div.Tensor and node.args[0] is value):
+        return Step(node, others[0] if others else None)
+    return None
+
+
+def _entered(graph: fx.Graph, w: fx.Node, reduction: fx.Node, step: fx.Node) -> fx.Node:
+    with graph.inserting_before(step):
+        new = graph.call_function(runtime.enter, (w, over(reduction)))
+    new.meta = {**value_meta(w), "note": "backward: all-reduce", "because": reduction.meta.get("because")}
+    return new
+
+
+def _carries(node: fx.Node, trainable: set[str]) -> bool:
+    """Whether a trainable parameter stands behind a value."""
+    seen, stack = set[fx.Node](), [node]
+    while stack:
+        n = stack.pop()
+        if n.op == "placeholder" and n.name in trainable:
+            return True
+        if n not in seen:
+            seen.add(n)
+            stack.extend(n.all_input_nodes)
+    return False
+
+
+def _elements(node: fx.Node) -> int:
+    shape: Any = node.meta["val"].shape
+    return prod(map(example_size, shape))
