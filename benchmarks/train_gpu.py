@@ -1,12 +1,12 @@
 """Speed of the trainer: the paper's GPT-2 sizes through the very engine of `tpc train`.
 
     python benchmarks/train_gpu.py --spec specs/gpt2-1.2b.yaml --dropout 0 0.1 --compile whole --steps 30
-
     torchrun --nproc-per-node 2 benchmarks/train_gpu.py --spec specs/gpt2-2.5b.yaml --dropout 0
 
-Under torchrun the processes are the ranks of the spec's mesh (`--tensor N` for another degree). Each variant (dropout × compile) trains on the embedded text and prints one JSON object a line: milliseconds a step
-(median), model TFLOP/s a device, share of the device's peak, memory, losses, seconds of set-up and of the first step.
-Small sizes run anywhere: --device cpu --set layers=2 --set hidden=64 --set heads=4 --batch 2 --sequence 64.
+Under torchrun the processes are the ranks of the spec's mesh (`--tensor N` for another degree). Each variant
+(dropout × compile) trains on the embedded text and prints one JSON object a line: milliseconds a step (median), model
+TFLOP/s a device, share of the device's peak, memory, losses, seconds of set-up and of the first step. Small sizes run
+anywhere: --device cpu --set layers=2 --set hidden=64 --set heads=4 --batch 2 --sequence 64.
 """
 
 from __future__ import annotations

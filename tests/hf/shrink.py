@@ -28,7 +28,10 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("intermediate_size n_inner ffn_dim d_ff d_inner dim_ff dff dim_feedforward hidden_dim".split(), FF),
     **dict.fromkeys("encoder_ffn_dim decoder_ffn_dim feed_forward_size intermediate_size_mlp ff_dim".split(), FF),
     **dict.fromkeys(
-        "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size moe_shared_expert_intermediate_size".split(),
+        (
+            "moe_intermediate_size shared_expert_intermediate_size "
+            "shared_intermediate_size moe_shared_expert_intermediate_size"
+        ).split(),
         56,
     ),
     **dict.fromkeys("dense_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size ffn_hidden_size".split(), FF),
@@ -46,7 +49,10 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), EXPERTS),
     **dict.fromkeys("num_experts_per_tok moe_k moe_top_k moe_topk top_k_experts num_experts_per_token".split(), 2),
     **dict.fromkeys(
-        "n_group topk_group num_expert_group num_expert_groups n_shared_experts num_shared_experts moe_num_shared_experts".split(),
+        (
+            "n_group topk_group num_expert_group "
+            "num_expert_groups n_shared_experts num_shared_experts moe_num_shared_experts"
+        ).split(),
         1,
     ),
     **dict.fromkeys("q_lora_rank kv_lora_rank o_lora_rank hidden_size_per_layer_input embedding_rank".split(), 20),

@@ -221,7 +221,6 @@ def _noisy_modules(exported: ExportedProgram) -> Iterator[str]:
     """Modules that draw random numbers other than dropout's: ranks would draw different ones."""
     for part in exported.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
-            tags = getattr(node.target, "tags", ())
             if draws_apart(node):
                 yield stack_of(node)[-1][0] if stack_of(node) else ""
 

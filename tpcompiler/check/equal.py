@@ -24,7 +24,7 @@ _DEEP = 10  # steps from the given values to one of those
 
 
 class Equal:
-    """Pairs of cones compared so far. `values` has all there are, `sizes` the numbers that batch and sequence stand at."""
+    """Pairs of cones compared so far. `values` has all there are, `sizes` those of batch and sequence."""
 
     def __init__(
         self, steps: Steps, values: Values, sizes: Iterable[int], known: dict[Any, bool] | None = None
