@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tests.sample import sampled
 from tests.zoo import ZOO
 from tpcompiler.capture import capture, float64, record
 from tpcompiler.errors import ModelError
@@ -78,7 +79,7 @@ def assert_same(
             assert float((a - b).abs().max()) <= bound * scale
 
 
-@pytest.mark.parametrize("name", [*ZOO, *MODELS])
+@pytest.mark.parametrize("name", [*sampled(ZOO, 6), *MODELS])
 def test_captured_graph_equals_the_model_at_other_sizes(name: str) -> None:
     module = import_module(f"tests.zoo.{name}" if name in ZOO else f"models.{name}")
     model = module.Model() if hasattr(module, "Model") else small(module)
@@ -95,7 +96,7 @@ def small(module: Any) -> nn.Module:
     return build(vocab=64, hidden=32, heads=4)
 
 
-@pytest.mark.parametrize("name", HUGGING_FACE)
+@pytest.mark.parametrize("name", sampled(HUGGING_FACE, 3))
 def test_captured_graph_equals_the_hugging_face_model(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     cls, sizes = HUGGING_FACE[name]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tests.sample import sampled
 from tests.zoo import ZOO
 from tpcompiler.axes.infer import infer_axes
 from tpcompiler.capture import capture
@@ -113,7 +114,7 @@ def assert_readable(text: str) -> None:
 # --- one rank is the plain model --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", sampled(MAKERS, 3))
 def test_one_rank_is_the_plain_model(name: str) -> None:
     """Outputs and gradients, dropout on (drawn in the same order) and off, at the traced sizes and at others.
 
@@ -317,7 +318,7 @@ def test_all_ranks_together_are_the_plain_model(name: str, degree: int) -> None:
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "separate_heads", "matmul"])
+@pytest.mark.parametrize("name", sampled(["gpt2", "llama", "separate_heads", "matmul"], 4))
 def test_each_layer_compiles_as_one_graph(name: str) -> None:
     model, example = MAKERS[name]()
     emitted = built(plain_program(model, example), model).eval()
@@ -347,7 +348,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES, 3))
 def test_hugging_face_models_are_what_they_were(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     name, sizes, layers = FAMILIES[family]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.sample import sampled
 from tests.zoo import ZOO
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -74,7 +75,7 @@ def test_model_learns_and_every_parameter_takes_part(name: str) -> None:
     assert not idle
 
 
-@pytest.mark.parametrize("name", NAMES + sorted(ZOO))
+@pytest.mark.parametrize("name", NAMES + sampled(ZOO, 6))
 def test_model_is_built_and_runs_on_meta(name: str) -> None:
     with torch.device("meta"):
         model, inputs = build(name)
@@ -89,7 +90,7 @@ def test_model_is_traced_without_weights(name: str) -> None:
     assert all(isinstance(size, torch.SymInt) for size in input_sizes(export(model.train(), inputs), inputs))
 
 
-@pytest.mark.parametrize("name", NAMES + sorted(ZOO))
+@pytest.mark.parametrize("name", NAMES + sampled(ZOO, 6))
 def test_traced_model_computes_what_the_model_does_at_other_sizes(name: str) -> None:
     model, inputs = build(name)
     silence_dropout(model)

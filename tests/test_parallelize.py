@@ -111,6 +111,7 @@ def four() -> list[list[float]]:
     return [(both / 2).tolist(), train(parallel(llama(), 4, tensors))]
 
 
+@pytest.mark.nightly
 def test_four_ranks_of_a_device_mesh_train_as_the_plain_model(tmp_path: Path) -> None:
     """Two copies of two ranks on halves of each batch; and four ranks for two kv heads."""
     expected = [train(gpt2(seed=4)), train(llama())]
