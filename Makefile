@@ -24,14 +24,32 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY) ## the virtual environment, with everything in it
 
-demo: $(READY) ## shard the paper's 8.3 B GPT-2 over 8 ranks, and prove a small one on 2
+demo: $(READY) ## shard the paper's 8.3 B GPT-2 over 8 ranks, prove a small one on 2, and train it there
 	rm -rf out/gpt2-8.3b
 	$(BIN)/tpc shard models/gpt2.py --spec specs/gpt2-8.3b.yaml -o out/gpt2-8.3b
 	$(BIN)/tpc verify models/gpt2.py --spec specs/2way.yaml
+	rm -rf out/demo
+	$(BIN)/tpc train models/gpt2.py --spec specs/demo.yaml -o out/demo
 
 test: export OMP_NUM_THREADS = 1
 test: lint ## style, types and all tests
 	$(BIN)/pytest -n 2 -m 'not nightly and not gpu'
+
+nightly: export OMP_NUM_THREADS = 1
+nightly: $(READY) ## what takes hours: hundreds of cases, kills, all zoo models in every test
+	$(BIN)/pytest -n 2 -m nightly
+
+mutants: $(READY) ## faults planted in correct programs, and what the checker lets through
+	$(BIN)/python -m benchmarks.mutants --sites 1 -o out/mutants.json
+
+families: $(READY) ## every family of transformers that traces, split and compared
+	$(BIN)/python -m benchmarks.families --out out/families.json
+
+bench: $(READY) ## seconds and memory of compilations up to 405 B parameters
+	$(BIN)/python benchmarks/compile.py
+
+pictures: $(READY) ## the documentation's pictures of the command line
+	$(BIN)/python docs/pictures.py
 
 lint: $(READY) ## style and types alone
 	$(BIN)/ruff check .
@@ -44,4 +62,4 @@ docs: $(READY) ## the documentation's pages, in site/
 clean: ## what the other targets made, the virtual environment included
 	rm -rf .venv out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo test lint docs clean
+.PHONY: help setup demo test nightly mutants families bench pictures lint docs clean
