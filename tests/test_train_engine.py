@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train_runs import CASES, DROPPING, in_processes, in_threads
+from tests.train_runs import CASES, DROPPING, dropping, in_processes, in_threads
 from tpcompiler.train.checkpoint import checkpoints
 from tpcompiler.train.engine import Outcome
 from tpcompiler.weights import Weights
@@ -69,6 +69,16 @@ def test_what_is_computed_again_is_the_same_among_processes(how: str, tensor: in
 
 def test_dropout_is_the_same_at_every_degree() -> None:
     close(in_threads(DROPPING, 3, 5), in_threads(DROPPING, 1, 5))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", CASES)
+def test_fifty_steps_with_dropout_are_the_same_at_every_degree(name: str, tmp_path: Path) -> None:
+    case = dropping(CASES[name])
+    alone = in_processes(case, 1, 1, tmp_path / "alone", steps=50)
+    for tensor, data in [(2, 1), (3, 1), (4, 1), (2, 2)]:
+        close(in_processes(case, tensor, data, tmp_path / f"{tensor}x{data}", steps=50), alone)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

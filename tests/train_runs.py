@@ -76,9 +76,14 @@ CASES = {
     "bert": Case("bert", BERT, {**TRAIN, "data": {"task": "mlm+sop"}}),
 }
 
-DROPPING = Case(
-    "gpt2", {**GPT2, "model": {**GPT2["model"], "dropout": 0.1}, "attention_dropout": "exact"}, TRAIN
-)  # the same mask at every degree, in attention too
+
+def dropping(case: Case) -> Case:
+    """The same with dropout everywhere, in attention too."""
+    model = {**case.sizes["model"], "dropout": 0.1}
+    return Case(case.model, {**case.sizes, "model": model, "attention_dropout": "exact"}, case.train)
+
+
+DROPPING = dropping(CASES["gpt2"])
 
 
 @cache
