@@ -34,7 +34,7 @@ CASES = (
     Case("bloom:causal-lm", 4, 2 * 2 + 3, 2 * 2 + 1),  # heads folded into the batch, ALiBi, baddbmm
     Case("falcon:causal-lm", 2, 2 * 1 + 3, 2 * 3 + 1),  # one key and value head, a constant index; two enter apart
     Case("gemma2:causal-lm", 2, 2 * 2 + 3, 2 * 2 + 1),  # soft-capped scores, norms on both sides
-    Case("mixtral:causal-lm", 2, 2 * 2 + 3, 2 * 2 + 1, 0.99),  # grouped queries; experts, the router stays whole
+    Case("mixtral:causal-lm", 2, 2 * 2 + 3, 2 * 3 + 1, 0.99),  # experts; what the router weighs by enters too
     Case("deberta-v2:masked-lm", 4, 2 * 2 + 3, 2 * 2 + 1, 0.94),  # disentangled attention; the head's own layer
     Case("t5:seq2seq", 2, 2 * (2 + 3) + 4, 2 * (2 + 3) + 2),  # relative bias; both ends embed, keys of the encoder
     Case("vit:image", 2, 2 * 2, 2 * 2, 0.9),  # a fixed number of patches instead of a sequence

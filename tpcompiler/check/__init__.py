@@ -16,6 +16,7 @@ from tpcompiler.check.forward import Refused, live_nodes, sites, sweep_forward
 from tpcompiler.check.parameters import uncovered
 from tpcompiler.check.report import CheckReport, Refusal
 from tpcompiler.check.sizes import Sizes, choices
+from tpcompiler.check.source import compare_source
 from tpcompiler.check.steps import Steps
 from tpcompiler.check.values import Table
 from tpcompiler.program import Program
@@ -34,25 +35,29 @@ def check(program: Program, *, source: str | None = None) -> CheckReport:
     refused = tuple(uncovered(program))
     nodes = live_nodes(program.graph)
     if not refused:
-        refused = _first_that_runs(program, geometry, steps)
+        refused = _first_that_runs(program, source, geometry, steps)
     return CheckReport(len(nodes), len(steps.known), time.perf_counter() - start, refused)
 
 
-def _first_that_runs(program: Program, geometry: Geometry, steps: Steps) -> tuple[Refusal, ...]:
+def _first_that_runs(program: Program, source: str | None, geometry: Geometry, steps: Steps) -> tuple[Refusal, ...]:
     """Small sizes may be too small for a model: then larger ones."""
     taken = {n for graph in (program.graph, program.capture.graph) for n in _integers(graph)}
     refused: tuple[Refusal, ...] = ()
     for sizes in choices(program.capture, taken, program.mesh.size):
-        refused = _sweeps(program, geometry, steps, sizes)
+        refused = _sweeps(program, source, geometry, steps, sizes)
         if not any(r.true.startswith("it cannot be run") for r in refused):
             break
     return refused
 
 
-def _sweeps(program: Program, geometry: Geometry, steps: Steps, sizes: Sizes) -> tuple[Refusal, ...]:
+def _sweeps(
+    program: Program, source: str | None, geometry: Geometry, steps: Steps, sizes: Sizes
+) -> tuple[Refusal, ...]:
     try:
         forward = sweep_forward(program, Table(program.capture, sizes, sites(program)), geometry, steps)
         sweep_backward(program, geometry, steps, forward)
+        if source is not None:
+            compare_source(program, source, geometry, sizes)
     except Refused as e:
         return (e.refusal,)
     return ()

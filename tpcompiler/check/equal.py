@@ -201,7 +201,7 @@ def _cone(value: Value, given: tuple[Value, ...]) -> Cone | None:
                 return False
             place[v] = v.stored
             return True
-        if len(entered) > _LONGEST:
+        if len(steps) >= _LONGEST or len(entered) > 4 * _LONGEST:
             return False
         if not all(visit(o) for o in v.operands):
             return False
