@@ -14,6 +14,7 @@ from tpcompiler.check.backward import sweep_backward
 from tpcompiler.check.claims import Geometry
 from tpcompiler.check.forward import Refused, live_nodes, sites, sweep_forward
 from tpcompiler.check.parameters import uncovered
+from tpcompiler.check.ran import runs_alike
 from tpcompiler.check.report import CheckReport, Refusal
 from tpcompiler.check.sizes import Sizes, choices
 from tpcompiler.check.source import compare_source
@@ -56,10 +57,19 @@ def _sweeps(
     try:
         forward = sweep_forward(program, Table(program.capture, sizes, sites(program)), geometry, steps)
         sweep_backward(program, geometry, steps, forward)
-        if source is not None:
-            compare_source(program, source, geometry, sizes)
     except Refused as e:
         return (e.refusal,)
+    return () if source is None else _source_differs(program, source, geometry, sizes)
+
+
+def _source_differs(program: Program, source: str, geometry: Geometry, sizes: Sizes) -> tuple[Refusal, ...]:
+    try:
+        compare_source(program, source, geometry, sizes)
+    except Refused as e:
+        try:
+            return () if runs_alike(program, source, sizes) else (e.refusal,)
+        except Exception:  # it does not run
+            return (e.refusal,)
     return ()
 
 

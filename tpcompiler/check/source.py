@@ -354,6 +354,7 @@ class _Recorder(TorchFunctionMode):
         outs, many = reading.outline(call, operands)
         value = reading.make(call, operands)
         if _sends(call):
+            value = value if value.original else self.communication(call, operands) or value
             if not value.original:
                 what = ", ".join(o.name for o in operands)
                 raise Refused(
@@ -370,6 +371,15 @@ class _Recorder(TorchFunctionMode):
         for i, t in enumerate(made):
             self.learn(t, self.original(reading.values.item(value, i, outs[i])))
         return tuple(made)
+
+    def communication(self, call: Call, operands: tuple[Value, ...]) -> Value | None:
+        """The graph's communication of the same values, however they are written: without a view that changes nothing."""
+        for value in self.reading.sent:
+            if value.call is not None and value.call.key == call.key and len(value.operands) == len(operands):
+                same = self.reading.equal.same
+                if all(a is b or same(b, a) or same(a, b) for a, b in zip(operands, value.operands, strict=True)):
+                    return value
+        return None
 
     def original(self, value: Value) -> Value:
         if value.original:
