@@ -6,6 +6,7 @@ memory once a rank, so it is for models that are small enough.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -25,7 +26,7 @@ _RELATIVE = 1e-4  # float32, the sums of a graph and of a module that are one
 
 
 def runs_alike(program: Program, text: str, sizes: Sizes) -> bool:
-    """Whether outputs and gradients of the emitted module are the graph's, on every rank; False when too large to run."""
+    """Whether outputs and gradients of the emitted module are the graph's on all ranks; False when too large to run."""
     held = sum(prod(p.shape) for p in program.capture.parameters) * program.mesh.size
     if held > LARGEST:
         return False
@@ -55,7 +56,7 @@ def runs_alike(program: Program, text: str, sizes: Sizes) -> bool:
 
 def _value(p: Any, generator: torch.Generator) -> Tensor:
     if p.buffer:
-        return p.value  # type: ignore[no-any-return]
+        return p.value
     return torch.randn(p.shape, generator=generator).to(p.dtype) * (0.1 if len(p.shape) > 1 else 0.5)
 
 
@@ -89,10 +90,10 @@ def _weighed(outputs: list[Tensor]) -> Tensor:
 
 def _call(program: Program, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
     leaves = [inputs[x.node] if isinstance(x, Slot) else x for x in program.capture.input_leaves]
-    return pytree.tree_unflatten(leaves, program.capture.in_spec)  # type: ignore[no-any-return]
+    return pytree.tree_unflatten(leaves, program.capture.in_spec)
 
 
-def _same(found: list[Tensor | None], expected: list[Any]) -> bool:
+def _same(found: Sequence[Tensor | None], expected: Sequence[Any]) -> bool:
     if len(found) != len(expected):
         return False
     largest = max((float(b.detach().abs().max()) for b in expected if b is not None and b.numel()), default=1.0)

@@ -373,7 +373,7 @@ class _Recorder(TorchFunctionMode):
         return tuple(made)
 
     def communication(self, call: Call, operands: tuple[Value, ...]) -> Value | None:
-        """The graph's communication of the same values, however they are written: without a view that changes nothing."""
+        """The graph's communication of the same values, however written: without a view that changes nothing."""
         for value in self.reading.sent:
             if value.call is not None and value.call.key == call.key and len(value.operands) == len(operands):
                 same = self.reading.equal.same
