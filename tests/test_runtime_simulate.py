@@ -116,17 +116,17 @@ def test_what_is_done_is_recorded() -> None:
 
 
 def test_backward_runs_in_the_thread_of_its_rank() -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, str]] = []
 
     class Look(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.thread = threading.get_ident()
+            ctx.thread = threading.current_thread().name
             return x.clone()
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Tensor:
-            seen.append((ctx.thread, threading.get_ident()))
+            seen.append((ctx.thread, threading.current_thread().name))
             return grad
 
     run_ranks(PAIR, lambda ranks: Look.apply(torch.ones(1, requires_grad=True)).backward())
