@@ -40,7 +40,7 @@ from tpcompiler.check.values import INPUT, PARAMETER, Value, Values
 from tpcompiler.layout import LocalRuns, LocalSize
 from tpcompiler.program import Program, Training
 from tpcompiler.program import Slot as Leaf
-from tpcompiler.runtime import Group, Ranks, Rng, gather
+from tpcompiler.runtime import Group, Ranks, Rng, dropout, gather
 
 _FULL = 4  # ranks of a mesh that are all looked at
 
@@ -207,6 +207,11 @@ class _Reading:
         return value
 
     def outline(self, call: Call, operands: tuple[Value, ...]) -> tuple[list[Operand], bool]:
+        if call.target is dropout:  # every site is another call; what comes out is like what goes in
+            x = dict(call.kwargs)["x"]
+            out = operands[x.i].out
+            assert isinstance(x, Slot) and out is not None
+            return [out], False
         outs = tuple(o.out for o in operands)
         key = (call.key, outs)
         if key not in self.outlines:
