@@ -7,6 +7,10 @@ Under torchrun the processes are the ranks of the spec's mesh (`--tensor N` for 
 (dropout × compile) trains on the embedded text and prints one JSON object a line: milliseconds a step (median), model
 TFLOP/s a device, share of the device's peak, memory, losses, seconds of set-up and of the first step. Small sizes run
 anywhere: --device cpu --set layers=2 --set hidden=64 --set heads=4 --batch 2 --sequence 64.
+
+--alone N plays the first of N ranks by itself: its arithmetic and its host's work are a rank's, its collectives are
+real calls over a group of one, and take no time on the wire. Losses mean nothing then; what a step takes is the bound
+that communication is added to.
 """
 
 from __future__ import annotations
@@ -21,27 +25,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tpcompiler.load import load_model, parse_settings
+from tpcompiler.runtime import Mesh, Ranks
+from tpcompiler.runtime.groups import ProcessGroup
 from tpcompiler.spec import Spec
 from tpcompiler.train.clip import local
 from tpcompiler.train.config import Train
 from tpcompiler.train.flops import flops_per_token, peak_tflops
 from tpcompiler.train.place import from_constructor
 from tpcompiler.train.run import Run, peak_memory, set_up
-from tpcompiler.train.start import Place, join
+from tpcompiler.train.start import Board, Place, join
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="models/gpt2.py")
     p.add_argument("--tensor", type=int, default=None, help="over the spec's tensor degree")
+    p.add_argument("--alone", type=int, default=None, metavar="N", help="the first of N ranks, without the others")
     p.add_argument("--spec", default="specs/gpt2-1.2b.yaml")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the model's constructor")
     p.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     p.add_argument("--compile", nargs="+", default=["layers"], choices=["none", "layers", "whole"])
+    p.add_argument("--graphs", default=True, action=argparse.BooleanOptionalAction, help="a step as CUDA graphs")
     p.add_argument("--recompute", default="none", choices=["none", "layer", "attention"])
     p.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32"])
     p.add_argument("--batch", type=int, default=8)
@@ -53,8 +62,24 @@ def arguments() -> argparse.Namespace:
     p.add_argument(
         "--initial", default="device", choices=["device", "constructor"], help="N(0, 0.02) at once, or the model's own"
     )
-    p.add_argument("--profile", action="store_true", help="the kernels that take longest, over 3 steps, on stderr")
+    p.add_argument("--profile", action="store_true", help="what takes longest over 3 steps, host and device, on stderr")
     return p.parse_args()
+
+
+def alone(size: int, device: str | None) -> Place:
+    """The first of `size` ranks of one tensor group, whose collectives reach nobody."""
+    cuda = device == "cuda" or (device is None and torch.cuda.is_available())
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    name = dist.group.WORLD.group_name
+
+    def from_env(mesh: Mesh, *_: Any, **__: Any) -> Ranks:
+        def connect(over: tuple[str, ...]) -> ProcessGroup:
+            return ProcessGroup(name, mesh.degree(over), 0, over, tuple(range(mesh.degree(over))))
+
+        return Ranks(mesh, 0, connect)
+
+    Ranks.from_env = from_env  # type: ignore[method-assign, assignment]
+    return Place(0, size, 0, torch.device("cuda", 0) if cuda else torch.device("cpu"), Board())
 
 
 def build(a: argparse.Namespace, place: Place, dropout: float, compile: str) -> Run:
@@ -71,6 +96,7 @@ def build(a: argparse.Namespace, place: Place, dropout: float, compile: str) -> 
             "sequence": a.sequence,
             "precision": a.precision,
             "compile": compile,
+            "cuda_graphs": a.graphs,
             "activation_checkpointing": a.recompute,
             "schedule": {"warmup": 2},
             "evaluation": {"every": 0},
@@ -103,11 +129,12 @@ def measure(a: argparse.Namespace, place: Place, dropout: float, compile: str) -
             torch.cuda.synchronize()
 
     batches = [[run.batches.batch_at(s, m).to(device) for m in range(run.batches.micro_batches(1))] for s in range(8)]
-    losses, times, first = [], [], 0.0
+    losses, times, host, first = [], [], [], 0.0
     for step in range(a.warm_up + a.steps):
         wait()
         begin = time.perf_counter()
         outcome = engine.step(step, batches[step % len(batches)])
+        issued = time.perf_counter() - begin
         wait()
         seconds = time.perf_counter() - begin
         losses.append(float(outcome.loss))
@@ -115,6 +142,7 @@ def measure(a: argparse.Namespace, place: Place, dropout: float, compile: str) -
             first = seconds
         if step >= a.warm_up:
             times.append(seconds)
+            host.append(issued)
     begin = time.perf_counter()  # without waiting between steps, as in a run
     for step in range(a.warm_up + a.steps, a.warm_up + a.steps + 4):
         engine.step(step, batches[step % len(batches)])
@@ -137,9 +165,11 @@ def measure(a: argparse.Namespace, place: Place, dropout: float, compile: str) -
         "spec": a.spec,
         "settings": a.set,
         "tensor": run.place.world,
+        "alone": a.alone is not None,
         "parameters_a_rank": sum(p.numel() for p in engine.held.masters.values()),
         "dropout": dropout,
         "compile": compile,
+        "graphs": engine.recorded > 0,
         "recompute": a.recompute,
         "precision": a.precision,
         "batch": a.batch,
@@ -147,6 +177,7 @@ def measure(a: argparse.Namespace, place: Place, dropout: float, compile: str) -
         "sequence": a.sequence,
         "ms_step": round(seconds * 1e3, 3),
         "ms_step_unwaited": round(together * 1e3, 3),
+        "ms_host": round(statistics.median(host) * 1e3, 3),  # until all of a step was issued
         "ms_step_min_max": [round(min(times) * 1e3, 3), round(max(times) * 1e3, 3)],
         "tflops": round(flops / seconds / place.world / 1e12, 2),
         "tflops_unwaited": round(flops / together / place.world / 1e12, 2),
@@ -170,13 +201,16 @@ def profile(run: Run, batches: list[Any], step: int) -> None:
             run.engine.step(step + i, batches[i % len(batches)])
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(p.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70), file=sys.stderr, flush=True)
+    keys = ["self_cpu_time_total", *(["self_device_time_total"] if torch.cuda.is_available() else [])]
+    for key in keys:
+        print(p.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70), file=sys.stderr, flush=True)
 
 
 def main() -> None:
     a = arguments()
-    place = join(a.tensor or Spec.load(a.spec).ranks.size, a.device)
+    if a.alone is not None:
+        a.tensor = a.alone
+    place = alone(a.alone, a.device) if a.alone else join(a.tensor or Spec.load(a.spec).ranks.size, a.device)
     for compile in a.compile:
         for dropout in a.dropout:
             if torch.cuda.is_available():
@@ -188,6 +222,8 @@ def main() -> None:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def stepped(
         for n, g in scaled.items():
             if isinstance(update, Torch):
                 masters[n].grad = g
-        norms.append(update.step(scaled, norm, 0.1 / (i + 1), scale))
+        update.prepare(0.1 / (i + 1))
+        norms.append(update.step(scaled, norm, scale))
     return norms
 
 
@@ -65,7 +66,8 @@ def test_frozen_parameters_and_those_without_a_gradient_stay() -> None:
     before = {n: t.clone() for n, t in masters.items()}
     update = OnePass(masters, parameters, UNITS, Optimizer(), compiled=False)
     assert update.moments("b.weight") == {}
-    update.step({"a.weight": torch.ones(4, 3)}, torch.ones(()), 0.1, 1.0)
+    update.prepare(0.1)
+    update.step({"a.weight": torch.ones(4, 3)}, torch.ones(()), 1.0)
     assert {n for n in masters if not torch.equal(masters[n], before[n])} == {"a.weight"}
 
 

@@ -180,6 +180,11 @@ class Train(Section):
         description="What goes through torch.compile. layers (true): each distinct layer, once. whole: the program and "
         "its loss as one graph, which is faster and takes minutes to compile for a deep model. none (false): nothing.",
     )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="Whether the host issues a step's work once and the device then repeats it: with one data rank, in "
+        "16 bits, where nothing is computed again and no size depends on a value. Elsewhere it changes nothing.",
+    )
     tokenizer: str = Field(
         default="bytes", min_length=1, description="`bytes`, or the path of a tokenizer.json or of its directory."
     )

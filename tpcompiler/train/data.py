@@ -7,7 +7,7 @@ is (epoch, place), the epoch's permutation gives the sample, and (seed, epoch, s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,18 +29,25 @@ class Batch:
     tensors: dict[str, Tensor]  # int64, [rows, sequence], or [rows] (pair_labels)
     first_sample: int
     weight: float  # rows over the global batch: the step's loss is the weighted sum of the micro-batches' mean losses
+    mark: int | None = None  # the fingerprint, once it is known
 
     @property
     def rows(self) -> int:
         return len(next(iter(self.tensors.values())))
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            {k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}, self.first_sample, self.weight
-        )
+        """There, with its fingerprint: to read what is on a GPU would wait for all that was issued before."""
+        there = {k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}
+        return replace(self, tensors=there, mark=self.fingerprint())
+
+    def pinned(self) -> Batch:
+        """In memory that a GPU reads by itself."""
+        return replace(self, tensors={k: v.pin_memory() for k, v in self.tensors.items()}, mark=self.fingerprint())
 
     def fingerprint(self) -> int:
         """A 63-bit hash of the content, for ranks to compare: equal batches have equal ones."""
+        if self.mark is not None:
+            return self.mark
         h = mix(self.first_sample)
         for name, x in sorted(self.tensors.items()):
             flat = x.flatten().cpu()

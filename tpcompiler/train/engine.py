@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from tpcompiler.train.hold import Numbers, hold
 from tpcompiler.train.layers import prepare
 from tpcompiler.train.order import mix
 from tpcompiler.train.place import fill, fill_buffers, held, state_name
+from tpcompiler.train.replay import Device, Recorder, on_stream, steady
 from tpcompiler.train.scaler import Scale, all_finite
 from tpcompiler.train.schedule import learning_rate
 from tpcompiler.weights.manifest import DATA
@@ -61,6 +63,20 @@ class Engine:
         self._shares = {n: share(program.dims[n], mesh, ranks.coords) for n in names}
         self.scale = Scale.start(train.loss_scale) if train.precision == "fp16" else None
         self._weights = ranks.group(tuple(n for n in mesh.names if n != DATA))
+        self._recording = Device(device) if device.type == "cuda" and self._repeats() else None
+        self._micro_batch, self._optimizer_step = Recorder(self._recording), Recorder(self._recording)
+        self._loss_type = torch.float64 if train.precision == "fp64" else torch.float32
+
+    @property
+    def recorded(self) -> int:
+        """How many shapes of micro-batches the device repeats by itself."""
+        return self._micro_batch.recorded
+
+    def _repeats(self) -> bool:
+        """Whether all steps are the same work for the device, which is then recorded."""
+        train = self.train
+        wanted = train.cuda_graphs and train.activation_checkpointing == "none"
+        return wanted and self.held.steady and steady(self.compiled.capture.graph)
 
     def fill(self, read: Read) -> None:
         """Gives the parameters their values, this rank's slices of them."""
@@ -88,24 +104,43 @@ class Engine:
         """The `number`-th step, counted from 0, over this rank's micro-batches. Does not wait for the device."""
         self.module.train()
         lr = learning_rate(self.train, number)
+        with on_stream(self._recording):
+            return self._step(number, batches, lr)
+
+    def _step(self, number: int, batches: Sequence[Batch], lr: float) -> Outcome:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         factor = self.scale.value if self.scale is not None else 1.0
+        gradients, recorded = None, None
         for i, batch in enumerate(batches):
             self.held.before(i, last=i == len(batches) - 1)
-            loss = self._loss(number, batch)
-            (loss * (batch.weight * factor)).backward()
-            total += loss.detach().double() * batch.weight
+            self._draw_for(number, batch)
+            share = torch.full((), batch.weight * factor, dtype=self._loss_type, device=self.device)
+            inputs = select(batch.tensors, self.compiled.takes).values()
+            (loss, gradients), recorded = self._micro_batch(self._forward_backward, share, *inputs)
+            total += loss.double() * batch.weight
         total = self.ranks.group(DATA).all_reduce(total)
-        norm, applied = self._update(lr, factor)
+        if recorded is None:
+            gradients = self.held.gradients()
+        assert gradients is not None
+        norm, applied = self._update(gradients, recorded, lr, factor)
         return Outcome(number + 1, total, norm, self._alike(batches), lr, self.scale, applied)
 
-    def _loss(self, number: int, batch: Batch) -> Tensor:
+    def _forward_backward(self, share: Tensor, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """A micro-batch's loss, and the gradients of the step so far where they are plain tensors."""
+        loss = self._loss(inputs)
+        (loss * share).backward()
+        return loss.detach(), self.held.gradients() if self.held.steady else None
+
+    def _draw_for(self, number: int, batch: Batch) -> None:
+        """What is random in a micro-batch follows from its place in the run."""
         _move(self.rng, number, batch.first_sample)
         # Dropout inside of a fused attention kernel draws from torch's generator: fix it too, so that a run that was
         # stopped goes on as if it had not been.
         torch.manual_seed(mix(self._seed, number, batch.first_sample, self._weights.index) >> 1)
+
+    def _loss(self, inputs: Sequence[Tensor]) -> Tensor:
         with self._precision():
-            loss: Tensor = self.module(**select(batch.tensors, self.compiled.takes))
+            loss: Tensor = self.module(**dict(zip(self.compiled.takes, inputs, strict=True)))
         return loss
 
     def _precision(self) -> AbstractContextManager[object]:
@@ -114,15 +149,25 @@ class Engine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.numbers.compute, cache_enabled=False)
 
-    def _update(self, lr: float, factor: float) -> tuple[Tensor, bool]:
-        gradients = self.held.gradients()
-        norm = grad_norm(gradients, self._shares, self.ranks)
+    def _update(self, gradients: dict[str, Tensor], recorded: Any, lr: float, factor: float) -> tuple[Tensor, bool]:
+        """`recorded`: which recording the gradients are of."""
         if self.scale is not None:
+            norm = grad_norm(gradients, self._shares, self.ranks)
             finite = bool(all_finite(gradients.values(), self.ranks))
             self.scale = self.scale.after(finite, self.train.loss_scale)
             if not finite:
                 return norm / factor, False
-        return self.held.update.step(gradients, norm, lr, factor), True
+            self.held.update.prepare(lr)
+            return self.held.update.step(gradients, norm, factor), True
+        self.held.update.prepare(lr)
+        if recorded is None:
+            return self._clip_and_step(gradients), True
+        norm, _ = self._optimizer_step(lambda: self._clip_and_step(gradients), key=recorded)
+        return norm.clone(), True
+
+    def _clip_and_step(self, gradients: dict[str, Tensor]) -> Tensor:
+        norm = grad_norm(gradients, self._shares, self.ranks)
+        return self.held.update.step(gradients, norm, 1.0)
 
     def _alike(self, batches: Sequence[Batch]) -> Tensor:
         if self._weights.size == 1:
@@ -142,7 +187,9 @@ class Engine:
             for step in range(count):
                 for micro in range(batches.micro_batches(group.size)):
                     batch = batches.batch_at(step, micro, group.index, group.size).to(self.device)
-                    total += self._loss(step, batch).double() * batch.weight
+                    self._draw_for(step, batch)
+                    inputs = select(batch.tensors, self.compiled.takes).values()
+                    total += self._loss(tuple(inputs)).double() * batch.weight
         return float(group.all_reduce(total)) / count
 
 

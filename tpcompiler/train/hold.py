@@ -56,6 +56,7 @@ class Held(Protocol):
 
     masters: dict[str, Tensor]  # by name, tied ones once
     update: Update
+    steady: bool  # whether every micro-batch of a shape, and every update, is the same work on the same tensors
 
     def before(self, micro: int, last: bool) -> None:
         """Called before the forward of a step's `micro`-th micro-batch."""
@@ -86,8 +87,9 @@ class Copies:
         allocate(module, device, numbers.compute)
         self._parameters = by_name(module, names)
         self.masters: dict[str, Tensor] = dict(self._parameters)
-        self._mixed = numbers.mixed
-        self._sums: dict[str, Tensor] = {}
+        self._mixed = self.steady = numbers.mixed
+        self._sums: dict[str, Tensor] = {}  # of those that had a gradient
+        self._totals: list[Tensor] = []
         self.update: Update
         if not self._mixed:
             self.update = Torch(self.masters, train.optimizer, self.publish)
@@ -104,20 +106,19 @@ class Copies:
 
     def _sum(self, name: str, p: nn.Parameter, total: Tensor) -> None:
         """Adds the gradient to `total` as soon as it is there, and lets go of it."""
+        self._totals.append(total)
 
         def add(p: Tensor) -> None:
             assert p.grad is not None
-            if name in self._sums:
-                total.add_(p.grad)
-            else:
-                self._sums[name] = total.copy_(p.grad)
+            self._sums[name] = total.add_(p.grad)
             p.grad = None
 
         p.register_post_accumulate_grad_hook(add)
 
     def before(self, micro: int, last: bool) -> None:
         if micro == 0:
-            self._sums.clear()
+            if self._totals:
+                torch._foreach_zero_(self._totals)
             for p in self._parameters.values():
                 p.grad = None
 
@@ -145,6 +146,7 @@ class Chunks:
         device: torch.device,
     ) -> None:
         numbers = Numbers.of(train.precision)
+        self.steady = False
         self._group = ranks.group(DATA)
         for m in module.modules():  # so that shards have the master's precision
             for p in m._parameters.values():

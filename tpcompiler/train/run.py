@@ -291,7 +291,7 @@ def feeding(run: Run) -> Iterator[Feed]:
 
     def read(step: int) -> list[Batch]:
         batches = [run.batches.batch_at(step, m, group.index, group.size) for m in range(count)]
-        return [_pinned(b) for b in batches] if device.type == "cuda" else batches
+        return [b.pinned() for b in batches] if device.type == "cuda" else batches
 
     with ThreadPoolExecutor(1, "data") as pool:
         ahead: dict[int, Future[list[Batch]]] = {}
@@ -303,10 +303,6 @@ def feeding(run: Run) -> Iterator[Feed]:
             return [b.to(device) for b in now.result()]
 
         yield feed
-
-
-def _pinned(batch: Batch) -> Batch:
-    return replace(batch, tensors={k: v.pin_memory() for k, v in batch.tensors.items()})
 
 
 class Pending:

@@ -31,7 +31,10 @@ class Update(Protocol):
     def restore(self, steps: int) -> None:
         """So many steps have been made; the moments are filled by whoever calls."""
 
-    def step(self, gradients: Mapping[str, Tensor], norm: Tensor, lr: float, scale: float) -> Tensor:
+    def prepare(self, lr: float) -> None:
+        """Counts a step, and says its learning rate."""
+
+    def step(self, gradients: Mapping[str, Tensor], norm: Tensor, scale: float) -> Tensor:
         """One step on `gradients`, whose norm is `norm`, both times `scale`. Returns the norm without the scale."""
 
 
@@ -54,9 +57,11 @@ class Torch:
         for state in self._optimizer.state.values():
             state["step"].fill_(steps)
 
-    def step(self, gradients: Mapping[str, Tensor], norm: Tensor, lr: float, scale: float) -> Tensor:
-        norm = clip_(gradients.values(), norm, self._largest, scale)
+    def prepare(self, lr: float) -> None:
         set_learning_rate(self._optimizer, lr)
+
+    def step(self, gradients: Mapping[str, Tensor], norm: Tensor, scale: float) -> Tensor:
+        norm = clip_(gradients.values(), norm, self._largest, scale)
         self._optimizer.step()
         self._publish()
         return norm
@@ -92,14 +97,17 @@ class OnePass:
     def restore(self, steps: int) -> None:
         self._steps = steps
 
-    @torch.no_grad()
-    def step(self, gradients: Mapping[str, Tensor], norm: Tensor, lr: float, scale: float) -> Tensor:
-        config = self._config
+    def prepare(self, lr: float) -> None:
         self._steps += 1
-        norm, factor = factor_of(norm, config.clip, scale)
-        first, second = (1 - beta**self._steps for beta in config.betas)
+        first, second = (1 - beta**self._steps for beta in self._config.betas)
         for place, number in enumerate((lr, lr / first, second**-0.5)):
             self._numbers[place].fill_(number)  # a tensor of new numbers would make the host wait for the device
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor], norm: Tensor, scale: float) -> Tensor:
+        """The same calls for the same tensors, always: what changes from step to step is on the device."""
+        config = self._config
+        norm, factor = factor_of(norm, config.clip, scale)
         for unit in self._units:
             names = [n for n in unit if n in gradients]
             if not names:

@@ -1,0 +1,158 @@
+"""CUDA graphs: what the host issues for a micro-batch and for an update, recorded once and then replayed as one call.
+
+A rank's share of a layer is short work for the device and the same thousands of calls for the host as the whole layer
+would be, so that at some degree the host is what a step waits for. A recorded step leaves it next to nothing to do.
+Collectives are recorded with the rest.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from tpcompiler.errors import TpcError
+
+_WARM_UP = 2  # calls before the recorded one: compilation, NCCL's connections, the libraries' choice of kernels
+_MOST = 4  # shapes that are recorded; others run as they are
+
+
+class Graph(Protocol):
+    """What can be replayed."""
+
+    def replay(self) -> None: ...
+
+
+class Records(Protocol):
+    """What can record."""
+
+    def record(self, fn: Callable[[], Any]) -> tuple[Graph, Any]:
+        """Records what `fn` issues, without doing it; and its result, which replaying fills."""
+
+    def watch(self, fn: Callable[[], Any]) -> tuple[Any, bool]:
+        """Runs `fn`. Its result, and whether the host waited for the device on the way."""
+
+
+@dataclass
+class _Shape:
+    """What is known of one signature of a function."""
+
+    calls: int = 0
+    waits: bool = False
+    graph: Graph | None = None
+    inputs: tuple[Tensor, ...] = ()
+    result: Any = None
+
+
+class Recorder:
+    """Runs a function of tensors as it is at first, then replays it, which overwrites the result of the call before.
+
+    The function must issue the same work on every call with these shapes, and leave behind no tensor but those of its
+    result. One that waits for the device cannot be recorded, and without `on` none is: it always runs as it is.
+    """
+
+    def __init__(self, on: Records | None) -> None:
+        self._on = on
+        self._shapes: dict[Any, _Shape] = {}
+
+    def __call__(self, fn: Callable[..., Any], *inputs: Tensor, key: Any = None) -> tuple[Any, Any]:
+        """The result, and what names the recording that gave it: None when the function itself ran.
+
+        `key`: what else than the inputs' shapes makes a recording another.
+        """
+        signature = (key, *((x.shape, x.dtype) for x in inputs))
+        if self._on is None or (signature not in self._shapes and len(self._shapes) >= _MOST):
+            return fn(*inputs), None
+        shape = self._shapes.setdefault(signature, _Shape())
+        shape.calls += 1
+        if shape.calls == _WARM_UP:
+            result, shape.waits = self._on.watch(lambda: fn(*inputs))
+            return result, None
+        if shape.calls < _WARM_UP or shape.waits:
+            return fn(*inputs), None
+        if shape.graph is None:
+            shape.inputs = tuple(x.clone() for x in inputs)
+            shape.graph, shape.result = self._on.record(lambda: fn(*shape.inputs))
+        for mine, given in zip(shape.inputs, inputs, strict=True):
+            mine.copy_(given, non_blocking=True)
+        shape.graph.replay()
+        return shape.result, signature
+
+    @property
+    def recorded(self) -> int:
+        """How many recordings there are."""
+        return sum(s.graph is not None for s in self._shapes.values())
+
+
+class Device:
+    """Records on one GPU. All recordings share one pool of memory: they are replayed in the order they were made in."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    def record(self, fn: Callable[[], Any]) -> tuple[Graph, Any]:
+        """Raises `TpcError` when it cannot be; nothing more can be computed then."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # NCCL's watchdog asks about its events meanwhile, from a thread of its own.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = fn()
+        except RuntimeError as e:
+            why = str(_first(e)).strip().splitlines()[0]
+            raise TpcError(
+                f"a step cannot be recorded as a CUDA graph: {why}; train.cuda_graphs: false would work"
+            ) from e
+        self._pool = graph.pool()
+        return graph, result
+
+    def watch(self, fn: Callable[[], Any]) -> tuple[Any, bool]:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                result = fn()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return result, any("synchronizing CUDA operation" in str(w.message) for w in said)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A block on the stream that is recorded on; what comes before and after it is ordered with it.
+
+        The runs before the recording must be there too: autograd adds up a gradient on the stream it first did so on.
+        """
+        outside = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(outside)
+        with torch.cuda.stream(self._stream):
+            yield
+        outside.wait_stream(self._stream)
+
+
+def _first(e: BaseException) -> BaseException:
+    """What went wrong first: that the recording ended badly is said last."""
+    while e.__context__ is not None:
+        e = e.__context__
+    return e
+
+
+def steady(graph: fx.Graph) -> bool:
+    """Whether a program issues the same work whatever its inputs hold: no size depends on a value."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.data_dependent_output in node.target.tags:
+            return False
+        val = node.meta.get("val")
+        if val is not None and free_unbacked_symbols(val):
+            return False
+    return True
+
+
+def on_stream(device: Device | None) -> AbstractContextManager[None]:
+    return nullcontext() if device is None else device.running()
