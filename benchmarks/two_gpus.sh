@@ -31,6 +31,7 @@ peer() { # variant, size, ranks
   note "peer: $1 $2 on $3"
   ranks 100 "$3" "$PEERS" "$1" "$2" compile 2>"$OUT/peer-$1-$2-$3.err" | grep RESULT | tee -a "$OUT/peers.txt"
 }
+later() { [ $SECONDS -gt 460 ] && note "no time left for: $*" || "$@"; } # each takes up to 40 s; 540 s are the limit
 train() { # run, ranks, steps
   note "train: $1 to step $3 on $2"
   timeout 110 "$PYTHON" -m tpcompiler.cli.main train models/gpt2.py --spec specs/gpt2-355m.yaml --tensor "$2" --nproc "$2" \
@@ -43,7 +44,12 @@ train() { # run, ranks, steps
 speed 1.2B-1 1 specs/gpt2-1.2b.yaml
 speed 2.5B-2 2 specs/gpt2-2.5b.yaml
 peer hand 2.5B 2
+peer dtensor 2.5B 2
+speed 2.5B-2 2 specs/gpt2-2.5b.yaml # again: one machine differs from minute to minute
+peer dtensor_sp 2.5B 2
 speed 1.2B-2 2 specs/gpt2-1.2b.yaml
+peer hand 1.2B 2
+peer mcore 2.5B 2
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -67,8 +73,7 @@ found = json.loads(text) if text else {"error": "nothing was printed"}
 print(sys.argv[1], found.get("passed"), found.get("max_rel_error"), [c["what"] for c in found.get("cases", [])][-1:], found.get("error", ""))
 P
 done
-peer dtensor_sp 2.5B 2
-peer mcore 2.5B 2
-peer hand 1.2B 2
-peer plain 1.2B 1
+later peer plain 1.2B 1
+later speed 1.2B-1 1 specs/gpt2-1.2b.yaml
+later peer hand 2.5B 2
 note done
