@@ -114,13 +114,13 @@ class Device:
 
     def watch(self, fn: Callable[[], Any]) -> tuple[Any, bool]:
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
                 result = fn()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
         return result, any("synchronizing CUDA operation" in str(w.message) for w in said)
 
     @contextmanager
