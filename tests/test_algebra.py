@@ -67,3 +67,19 @@ def test_taken_apart_in_one_place_is_taken_apart_everywhere() -> None:
     heads, width = terms.new(4), terms.new(3)
     terms.unify(activation, terms.product([heads, width], "view"), "view")
     assert list(terms.leaves(weight)) == [terms.find(heads), terms.find(width)]
+
+
+@given(st.integers(1, 3))
+def test_a_sequence_laid_over_a_shift_of_itself_stays_whole(shift: int) -> None:
+    terms = Terms()
+    middle, first, last = terms.new(2**36), terms.new(shift), terms.new(shift)
+    terms.unify(terms.concat([middle, last], "left"), terms.concat([first, middle], "right"), "add")
+    assert {terms.find(t) for t in (middle, first, last)} <= set(terms.leaf_marks())
+
+
+def test_segments_that_change_places_share_their_axis() -> None:
+    terms = Terms()
+    short, long = terms.new(3), terms.new(6)
+    terms.unify(terms.concat([short, long], "left"), terms.concat([long, short], "right"), "add")
+    assert list(terms.leaves(long)) == [terms.find(short)] * 2
+    assert not terms.leaf_marks()

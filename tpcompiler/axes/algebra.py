@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 PRODUCT, CONCAT = "product", "concat"
+_PIECES = 64  # that a shift may take a term apart into
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,29 @@ class Terms:
             if kind == PRODUCT and self._size[a] % self._size[b]:
                 self._give_up([a, b, *left, *right], node, "factors do not line up")
                 return
+            if kind == CONCAT and self._shifted(a, self._size[b], right):
+                self._give_up([a, b, *left, *right], node, "it is laid over a shift of itself")
+                return
             tail = self.new(rest)
             self._bind(a, Binding(kind, (b, tail)), node)
             left.append(tail)
+
+    def _shifted(self, a: int, at: int, rest: list[int]) -> bool:
+        """Whether a term begins once more soon after it began, on the other side: `(a | x)` and `(b | a)`, b short.
+
+        It would come apart into pieces as long as the shift, as many as go into it: of a sequence, any number.
+        """
+        todo = list(rest)
+        while todo and at * _PIECES < self._size[a]:
+            t = self.find(todo.pop())
+            bound = self._bound.get(t)
+            if bound is not None and bound.kind == CONCAT:
+                todo.extend(reversed(bound.parts))
+            elif t == a:
+                return True
+            else:
+                at += self._size[t]
+        return False
 
     def _distribute(self, segments: list[int], factors: list[int], node: str) -> None:
         """`(s1 | s2 | …)` and `(f · m)` are one: every segment is `(s/m · m)`, and f is `(s1/m | s2/m | …)`."""
