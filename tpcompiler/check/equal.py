@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,21 +33,37 @@ class Equal:
         self.values = values
         self.sizes = frozenset(sizes)
         self.known: dict[Any, bool] = {} if known is None else known
+        self.found: dict[Value, tuple[Value, ...]] = {}  # the model's, equal to what a program computed from these
 
     def original(self, value: Value) -> Value | None:
         """The model's value that a program's own one is; None if none is found."""
-        given = leaves(value)
-        cone = _cone(value, given)
-        if cone is None:
-            return None
-        for other in (*given, *self._reachable(given)) if given else self.values.constants:
-            if other.original and _same_kind(value, other) and self.same(value, other, given):
-                return other
+        for given in self._givens(value):
+            if _cone(value, given) is None:
+                return None
+            for other in (*given, *self._reachable(given)) if given else self.values.constants:
+                if other.original and _same_kind(value, other) and self.same(value, other, given):
+                    if other not in given and not other.constant:
+                        self.found.setdefault(other, given)
+                    return other
         return None
+
+    def _givens(self, value: Value) -> Iterator[tuple[Value, ...]]:
+        """What a program's value may be seen as computed from: its leaves; then, for those that were found to be equal
+        to something of the program's, what that was computed from.
+
+        For such a leaf may lie beyond the value that is looked for, which is not computed from it: the first segment of
+        a product is also the first segment of the product times ones, but the product comes before.
+        """
+        given = leaves(value)
+        yield given
+        before = tuple(dict.fromkeys(g for v in given for g in self.found.get(v, (v,))))
+        if before != given:
+            yield before
 
     def same(self, value: Value, other: Value, given: tuple[Value, ...] | None = None) -> bool:
         """Whether two values are equal whatever the values are from which the first is computed."""
-        given = leaves(value) if given is None else given
+        if given is None:
+            return any(self.same(value, other, g) for g in self._givens(value))
         a, b = _cone(value, given), _cone(other, given)
         if a is None or b is None or any(g.out is None for g in given):
             return False

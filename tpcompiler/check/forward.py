@@ -114,6 +114,8 @@ class _Forward:
         if node.target is aten.sym_size.int:
             self.size(node, held[0], call)
             return
+        if call.target is dropout:
+            self.samples(node, call, held)
         step = self.establish(node, call, [h.given for h in held])
         self.out.steps[node] = step, operands
         values = self.values(node, call, step, tuple(h.value for h in held))
@@ -125,6 +127,15 @@ class _Forward:
         if held.claim.rows[d] is not None:
             self.refuse(node, "one size on all ranks", f"the operand has {held.claim}")
         self.out.env[node] = held.operand.shape[d]
+
+    def samples(self, node: fx.Node, call: Call, held: Sequence[Held]) -> None:
+        """A mask depends on which samples of the step these are: its rows are samples, or it knows how many are."""
+        given = dict(call.kwargs)
+        d = given.get("batch_dim", 0)
+        if d is not None:
+            counted = given.get("samples", held[given["x"].i].operand.shape[d])
+            if counted != self.table.samples:
+                self.refuse(node, f"dimension {d} is of {self.table.samples} samples", f"it counts {counted}")
 
     def establish(self, node: fx.Node, call: Call, given: Sequence[Given]) -> Step:
         if call.target is dropout:  # which site draws makes no difference to what is drawn where

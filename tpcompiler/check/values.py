@@ -101,6 +101,7 @@ class Table(Values):
         self.drawn = 0  # dropouts so far
         self.by_name: dict[str, Value] = {}
         self.outputs: tuple[Any, ...] = ()
+        self.samples = _samples(capture, sizes)
         stored = {p.node: p for p in capture.parameters}
         env: dict[fx.Node, Any] = {}
         for node in capture.graph.nodes:
@@ -149,8 +150,19 @@ class Table(Values):
         """The model's k-th dropout is the program's at site k; a mask is a function of the site and the place in it."""
         x, p, training = call.args
         site, self.drawn = self.drawn, self.drawn + 1
-        given = {"x": x, "p": p, "training": training, "rng": Draws, "site": site, **dict(self.sites.get(site, ()))}
+        counted = dict(self.sites.get(site, ()))
+        if "samples" in counted:  # rows of several samples: the model's own number of them, not what the program says
+            counted["samples"] = self.samples
+        given = {"x": x, "p": p, "training": training, "rng": Draws, "site": site, **counted}
         return make_call(dropout, (), tuple(sorted(given.items())))
+
+
+def _samples(capture: Capture, sizes: Sizes) -> int | None:
+    """The samples of a batch: dimension 0 of the first input."""
+    for node in capture.graph.nodes:
+        if node.op == "placeholder" and node.name in capture.inputs[:1] and node.meta["val"].dim():
+            return sizes(node.meta["val"].shape[0])
+    return None
 
 
 def distinct(call: Call, operands: tuple[Value, ...]) -> tuple[Call, tuple[Value, ...]]:
