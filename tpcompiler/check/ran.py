@@ -35,10 +35,11 @@ def runs_alike(program: Program, text: str, sizes: Sizes) -> bool:
     generator = torch.Generator().manual_seed(0)
     state = {p.name: _value(p, generator) for p in program.capture.parameters}
     inputs = {n: _input(program, n, sizes, generator) for n in program.capture.inputs}
+    trained = {p.name for p in program.capture.parameters if p.trainable and not p.buffer}
 
     def rank(ranks: Ranks) -> bool:
         mine = {p.name: _slice(program, p.name, state[p.name], ranks) for p in program.capture.parameters}
-        graph = _gradients(lambda s: interpret(program, ranks, s, inputs), mine)
+        graph = _gradients(lambda s: interpret(program, ranks, s, inputs), mine, trained)
         module = names["Model"](ranks).eval()
         known = {n: p for p in program.capture.parameters for n in p.names}
         tensors = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -75,8 +76,10 @@ def _slice(program: Program, name: str, value: Tensor, ranks: Ranks) -> Tensor:
     return value
 
 
-def _gradients(run: Any, state: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-    own = {n: t.detach().clone().requires_grad_(t.is_floating_point()) for n, t in state.items()}
+def _gradients(
+    run: Any, state: dict[str, Tensor], trained: set[str]
+) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    own = {n: t.detach().clone().requires_grad_(n in trained) for n, t in state.items()}
     found = [x for x in run(own) if isinstance(x, Tensor)]
     _weighed(found).backward()
     return found, {n: t.grad for n, t in own.items() if t.grad is not None}

@@ -31,7 +31,7 @@ from tpcompiler.check.calls import (
 )
 from tpcompiler.check.claims import Geometry
 from tpcompiler.check.cones import Operand
-from tpcompiler.check.equal import Equal
+from tpcompiler.check.equal import Equal, counts
 from tpcompiler.check.forward import Refused, line_of, live_nodes
 from tpcompiler.check.report import Refusal
 from tpcompiler.check.sizes import Sizes
@@ -168,12 +168,21 @@ class _Reading:
             return call.target(*call.args)
         call = self.local(call)
         value = self.make(call, operands)
+        if not _sends(call) and (unchanged := self.unchanged(value)) is not None:
+            return unchanged
         value.original = True
         value.name = node.name
         if _sends(call):
             value.opaque = True
             self.sent[value] += 1
         return value
+
+    def unchanged(self, value: Value) -> Value | None:
+        """The operand that integers are (rows written over with themselves), so that each value is there once."""
+        if value.out is None or not counts(value):
+            return None
+        alike = [o for o in value.operands if o.out == value.out]
+        return next((o for o in alike if self.equal.same(value, o, value.operands)), None)
 
     def local(self, call: Call) -> Call:
         """A program's call with this rank's numbers in it."""
