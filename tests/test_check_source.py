@@ -17,6 +17,7 @@ from tpcompiler.check import check
 from tpcompiler.check.ran import runs_alike
 from tpcompiler.check.sizes import choices
 from tpcompiler.spec import Spec
+from tpcompiler.verification import verify
 
 WIDTH, VOCAB = 12, 40
 
@@ -107,3 +108,22 @@ def test_what_has_no_gradient_is_run_without_one() -> None:
     sizes = next(choices(program.capture, (), 2))
     assert runs_alike(program.program, program.source, sizes)
     assert not runs_alike(program.program, program.source.replace("relu", "gelu"), sizes)
+
+
+class Patches(nn.Module):
+    """Has a place for each patch of an image: another size of image is none of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, WIDTH, 2, 2)
+        self.place = nn.Parameter(torch.zeros(1, 16, WIDTH))
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(self.embed(x).flatten(2).transpose(1, 2) + self.place)))
+
+
+def test_other_sizes_are_those_that_the_model_takes() -> None:
+    report = verify(Patches, (torch.randn(3, 3, 8, 8),), {"mesh": {"tensor": 2}})
+    assert report.passed, str(report)
+    assert any("another batch" in case.what for case in report.cases)

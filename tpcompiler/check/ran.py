@@ -76,9 +76,7 @@ def _slice(program: Program, name: str, value: Tensor, ranks: Ranks) -> Tensor:
     return value
 
 
-def _gradients(
-    run: Any, state: dict[str, Tensor], trained: set[str]
-) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+def _gradients(run: Any, state: dict[str, Tensor], trained: set[str]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
     own = {n: t.detach().clone().requires_grad_(n in trained) for n, t in state.items()}
     found = [x for x in run(own) if isinstance(x, Tensor)]
     _weighed(found).backward()
