@@ -67,7 +67,7 @@ class Call:
 
 
 def make_call(target: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Call:
-    found = list(_leaves((args, tuple(v for _, v in kwargs))))
+    found = _leaves(args, kwargs)
     by_rank = any(isinstance(a, (LocalSize, LocalRuns)) for a in found)
     over = next((a.names for a in found if isinstance(a, Over)), None)
     return Call(target, args, kwargs, (target, _key(args), _key(kwargs)), by_rank, over)
@@ -182,12 +182,12 @@ def numbers(call: Call) -> set[int]:
 
 def integers(call: Call) -> set[int]:
     """The integers among its arguments, those in lists too."""
-    return {a for a in _leaves((call.args, tuple(v for _, v in call.kwargs))) if type(a) is int}
+    return {a for a in _leaves(call.args, call.kwargs) if type(a) is int}
 
 
 def modes(call: Call) -> list[Training]:
     """What depends on the mode."""
-    return [a for a in _leaves((call.args, tuple(v for _, v in call.kwargs))) if isinstance(a, Training)]
+    return [a for a in _leaves(call.args, call.kwargs) if isinstance(a, Training)]
 
 
 def substitute(call: Call, change: Mapping[int, int]) -> Call:
@@ -219,9 +219,7 @@ def renumber(call: Call, order: Sequence[int]) -> Call:
 
 def dims_of(call: Call) -> list[Dim]:
     """The dimensions whose sizes and rows it asks for."""
-    return [
-        a.dim for a in _leaves((call.args, tuple(v for _, v in call.kwargs))) if isinstance(a, (LocalSize, LocalRuns))
-    ]
+    return [a.dim for a in _leaves(call.args, call.kwargs) if isinstance(a, (LocalSize, LocalRuns))]
 
 
 @cache
@@ -251,12 +249,18 @@ def outputs(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _leaves(a: Any) -> Any:
-    if isinstance(a, tuple):
-        for b in a:
-            yield from _leaves(b)
-    else:
-        yield a
+def _leaves(args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> list[Any]:
+    """What stands in nested arguments, in order."""
+    found: list[Any] = []
+    todo: list[Any] = [v for _, v in reversed(kwargs)]
+    todo += reversed(args)
+    while todo:  # not recursion: it is asked of every call of every layer
+        a = todo.pop()
+        if isinstance(a, tuple):
+            todo += reversed(a)
+        else:
+            found.append(a)
+    return found
 
 
 def _key(a: Any) -> Any:

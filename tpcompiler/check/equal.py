@@ -18,7 +18,7 @@ from tpcompiler.check.values import BUFFER, Value, Values, leaves
 
 _LONGEST = 16  # steps of a cone, not counting constants: longer ones are compared too bluntly
 _REACH = 48  # of the model's values looked at
-_NUDGE, _LEEWAY, _RELATIVE = 1e-14, 100.0, 1e-10
+_NUDGE, _LEEWAY, _RELATIVE = 3.5e-14, 100.0, 1e-10  # the nudge's width
 _NO_LENGTH = 1 << 31  # an open end of a slice
 _DEEP = 10  # steps from the given values to one of those
 
@@ -33,6 +33,7 @@ class Equal:
         self.values = values
         self.sizes = frozenset(sizes)
         self.known: dict[Any, bool] = {} if known is None else known
+        self.latest: tuple[Any, ...] = (None, None, None, None)  # a value, what it is computed from, its cone and key
         self.found: dict[Value, tuple[Value, ...]] = {}  # the model's, equal to what a program computed from these
 
     def original(self, value: Value) -> Value | None:
@@ -72,11 +73,14 @@ class Equal:
         return self._equal(value, other, drawn)
 
     def _equal(self, value: Value, other: Value, given: tuple[Value, ...]) -> bool:
-        a, b = _cone(value, given), _cone(other, given)
+        if self.latest[:2] != (value, given):  # one value is compared with many
+            cone = _cone(value, given)
+            self.latest = value, given, cone, None if cone is None else _key(cone)
+        a, b = self.latest[2], _cone(other, given)
         if a is None or b is None or any(g.out is None for g in given):
             return False
         operands = tuple(g.out for g in given if g.out is not None)
-        key = (_key(a), _key(b), operands)
+        key = (self.latest[3], _key(b), operands)
         if key not in self.known:
             try:
                 self.known[key] = self._compare(a, b, operands)
@@ -132,7 +136,8 @@ def _agree(a: Cone, b: Cone, operands: list[Operand], seed: int, training: bool,
     tensors = draw(operands, lambda ts: b.run(ts, training), special, seed, mask=mask)
     generator = torch.Generator().manual_seed(seed)
     moved = [
-        t * (1 + _NUDGE * torch.randn(t.shape, generator=generator, dtype=t.dtype)) if _real(t) else t for t in tensors
+        t * (1 + _NUDGE * (torch.rand(t.shape, generator=generator, dtype=t.dtype) - 0.5)) if _real(t) else t
+        for t in tensors
     ]
     expected, live = _results(b, tensors, operands, seed, training)
     nudged, _ = _results(b, moved, operands, seed, training)
