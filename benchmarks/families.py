@@ -196,7 +196,8 @@ def _per_layer(found: Result) -> str:
 
 def _told(result: Result, found: Result) -> str:
     if "why" in result or "why" in found:
-        return str(result.get("why", found.get("why", ""))).replace("|", "\\|")[:160]
+        lines = str(result.get("why", found.get("why", ""))).splitlines() or [""]
+        return lines[0].replace("|", "\\|")[:160]
     names = [n for n in found.get("whole", {}) if _layer(n)]
     reason = found["whole"][names[0]].split(";")[-1].strip() if names else ""
     return f"{names[0]} …: {reason}".replace("|", "\\|")[:160] if names else ""
