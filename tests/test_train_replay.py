@@ -139,7 +139,7 @@ def test_a_replayed_run_is_the_run(compile: str, micro_batch: int, precision: st
     issued = run(10, **settings, cuda_graphs=False)
     replayed = run(10, **settings, cuda_graphs=True)
     assert issued[3] == 0
-    assert replayed[3] == (2 if micro_batch == 3 else 1), json.dumps(settings)
+    assert replayed[3] == (0 if micro_batch == 3 else 1), json.dumps(settings)
     # Scatters of gradients add in any order; all else is the same bits.
     torch.testing.assert_close(torch.tensor(replayed[0]), torch.tensor(issued[0]), rtol=2e-3, atol=0.0)
     torch.testing.assert_close(torch.tensor(replayed[1]), torch.tensor(issued[1]), rtol=2e-2, atol=0.0)

@@ -76,7 +76,8 @@ class Engine:
         """Whether all steps are the same work for the device, which is then recorded."""
         train = self.train
         wanted = train.cuda_graphs and train.activation_checkpointing == "none"
-        return wanted and self.held.steady and steady(self.compiled.capture.graph)
+        alike = train.batch % -(-train.batch // train.micro_batch) == 0  # micro-batches have one size
+        return wanted and alike and self.held.steady and steady(self.compiled.capture.graph)
 
     def fill(self, read: Read) -> None:
         """Gives the parameters their values, this rank's slices of them."""
