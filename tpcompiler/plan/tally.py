@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from math import prod, sqrt
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tpcompiler.axes.map import AxisMap, Operand, Relation
 from tpcompiler.axes.operands import op_name
@@ -40,6 +41,7 @@ class Tally:
         self.gain: dict[int, float] = defaultdict(float)
         self.forward: dict[int, float] = defaultdict(float)
         self.entering: dict[int, set[str]] = defaultdict(set)
+        self.depth = min(2, max(map(len, map(self._symbols, nodes)), default=0))
 
     def relation(self, node: fx.Node, relation: Relation) -> None:
         axes = self.axes
@@ -52,7 +54,8 @@ class Tally:
             self._attention(relation, inside, fused=not relation.contracted)
         self._special(node, relation)
         for leaf in contracted:
-            self.forward[leaf] += 1 if op == "cross_entropy_loss" else self._static(node.name)[0]
+            elements = 1 if op == "cross_entropy_loss" else self._static(node.name)[0]
+            self.forward[leaf] += elements * self._share(node.name)
         for operand in relation.operands:
             if operand.live and operand.dims is not None:
                 if self._static(operand.node)[1] and len(operand.dims) > 1 and relation.contracted:
@@ -66,7 +69,7 @@ class Tally:
         backward = 0.0
         for name in sorted(self.entering[leaf]):  # in one order on all ranks: a sum of floats depends on it
             elements, fixed = self._static(name)
-            backward += elements / _TOKENS if fixed else elements
+            backward += elements / _TOKENS if fixed else elements * self._share(name)
         return self.forward[leaf] + backward
 
     def kinds_of(self, leaf: int) -> tuple[str, ...]:
@@ -85,6 +88,18 @@ class Tally:
         dynamic = len(val.shape) - len(fixed)
         return prod(fixed) * _LONG ** max(0, dynamic - 2), dynamic == 0
 
+    def _symbols(self, name: str) -> frozenset[object]:
+        """The sizes that a value's shape leaves open: batch, sequences."""
+        val = self.nodes[name].meta.get("val")
+        sizes = [n for n in getattr(val, "shape", ()) if not isinstance(n, int)]
+        return frozenset(symbol for n in sizes for symbol in n.node.expr.free_symbols)
+
+    def _share(self, name: str) -> float:
+        """How many of a step's tokens a value has rows for: beside [b, s, …], one of [b, …] or of [s, …] has few. Rows
+        that are picked by value may be any number."""
+        val = self.nodes[name].meta["val"]
+        return 1.0 if len(self._symbols(name)) >= self.depth or free_unbacked_symbols(val) else 1 / _TOKENS
+
     def _special(self, node: fx.Node, relation: Relation) -> None:
         op = op_name(node)
         for leaf in {leaf for t in relation.special for leaf in self.axes.leaves(t)}:
@@ -93,7 +108,8 @@ class Tally:
             elif op == "cross_entropy_loss":
                 self.kinds[leaf].add(HEAD)
             else:  # a norm: a few numbers a token
-                self.forward[leaf] += self._static(node.name)[0] / self.axes.terms.size(leaf)
+                elements = self._static(node.name)[0] / self.axes.terms.size(leaf)
+                self.forward[leaf] += elements * self._share(node.name)
 
     def _weight(
         self, node: fx.Node, relation: Relation, operand: Operand, inside: set[int], contracted: set[int]
@@ -102,7 +118,7 @@ class Tally:
         assert operand.dims is not None
         mine = set(self.axes.axes_of(operand.dims))
         elements, _ = self._static(operand.node)
-        rows = self._rows(node, relation, elements)
+        rows = self._rows(node, relation, elements) * self._share(node.name)
         looked_up = {leaf for t in relation.special for leaf in self.axes.leaves(t)}
         for leaf in mine & inside:
             if not looked_up:
