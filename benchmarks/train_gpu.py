@@ -169,7 +169,7 @@ def measure(a: argparse.Namespace, place: Place, dropout: float, compile: str) -
         "parameters_a_rank": sum(p.numel() for p in engine.held.masters.values()),
         "dropout": dropout,
         "compile": compile,
-        "graphs": engine.recorded > 0,
+        "graphs": engine.recorded,
         "recompute": a.recompute,
         "precision": a.precision,
         "batch": a.batch,

@@ -88,7 +88,7 @@ def test_a_dropout_of_rows_counts_the_samples_that_the_batch_has() -> None:
     assert check(sharded.program, source=sharded.source).passed
     (node,) = (n for n in sharded.program.graph.nodes if n.target is dropout)
     samples = node.kwargs["samples"]
-    for wrong in ({}, {"samples": sequence(node)}):
+    for wrong in ({}, {"samples": sequence(node)}, {"batch_dim": None}):
         node.kwargs = wrong
         assert not check(sharded.program).passed
     node.kwargs = {"samples": samples}

@@ -7,7 +7,8 @@ from torch import fx
 from tpcompiler.check.claims import Claim, Geometry
 from tpcompiler.check.forward import Held, Refused, Sweep, line_of, live_nodes
 from tpcompiler.check.report import Refusal
-from tpcompiler.check.steps import Kind, Steps, Wrong
+from tpcompiler.check.steps import Steps, Wrong
+from tpcompiler.check.trial import Kind
 from tpcompiler.program import Program
 
 Place = tuple[fx.Node, int]  # a node, and which of its results

@@ -15,7 +15,8 @@ from tpcompiler.check.claims import Claim, Geometry, Rows
 from tpcompiler.check.cones import Operand
 from tpcompiler.check.equal import Equal
 from tpcompiler.check.report import Refusal
-from tpcompiler.check.steps import Given, Step, Steps, Wrong
+from tpcompiler.check.steps import Step, Steps, Wrong
+from tpcompiler.check.trial import Given
 from tpcompiler.check.values import Table, Value, own_values
 from tpcompiler.layout import Dim
 from tpcompiler.program import Program
@@ -132,6 +133,8 @@ class _Forward:
         """A mask depends on which samples of the step these are: its rows are samples, or it knows how many are."""
         given = dict(call.kwargs)
         d = given.get("batch_dim", 0)
+        if d is None and self.table.batched.get(given["site"], False):
+            self.refuse(node, "other masks for other samples", "one mask for all samples")
         if d is not None:
             counted = given.get("samples", held[given["x"].i].operand.shape[d])
             if counted != self.table.samples:

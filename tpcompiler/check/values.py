@@ -99,9 +99,11 @@ class Table(Values):
         self.sizes = sizes
         self.sites = sites
         self.drawn = 0  # dropouts so far
+        self.batched: dict[int, bool] = {}  # dropouts by site: whether different samples have different masks
         self.by_name: dict[str, Value] = {}
         self.outputs: tuple[Any, ...] = ()
-        self.samples = _samples(capture, sizes)
+        self.batch = _batch(capture)
+        self.samples = None if self.batch is None else sizes(self.batch)
         stored = {p.node: p for p in capture.parameters}
         env: dict[fx.Node, Any] = {}
         for node in capture.graph.nodes:
@@ -131,6 +133,7 @@ class Table(Values):
             return self.sizes(node.meta["val"])
         call, given = read_call(node, env)
         if call.target is torch.ops.aten.dropout.default:
+            self.batched[self.drawn] = _has(node.meta["val"].shape, self.batch)
             call = self._counted(call)
         call, operands = distinct(call, tuple(env[n] for n in given))
         val = node.meta.get("val")
@@ -157,12 +160,20 @@ class Table(Values):
         return make_call(dropout, (), tuple(sorted(given.items())))
 
 
-def _samples(capture: Capture, sizes: Sizes) -> int | None:
-    """The samples of a batch: dimension 0 of the first input."""
+def _batch(capture: Capture) -> Any:
+    """How many samples a batch has: dimension 0 of the first input."""
     for node in capture.graph.nodes:
         if node.op == "placeholder" and node.name in capture.inputs[:1] and node.meta["val"].dim():
-            return sizes(node.meta["val"].shape[0])
+            return node.meta["val"].shape[0]
     return None
+
+
+def _has(shape: Sequence[Any], batch: Any) -> bool:
+    """Whether a shape depends on an open number of samples."""
+    if not isinstance(batch, torch.SymInt):
+        return False
+    found = {symbol for n in shape if isinstance(n, torch.SymInt) for symbol in n.node.expr.free_symbols}
+    return batch.node.expr in found
 
 
 def distinct(call: Call, operands: tuple[Value, ...]) -> tuple[Call, tuple[Value, ...]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +67,8 @@ class Engine:
         self._loss_type = torch.float64 if train.precision == "fp64" else torch.float32
 
     @property
-    def recorded(self) -> int:
-        """How many shapes of micro-batches the device repeats by itself."""
+    def recorded(self) -> bool:
+        """Whether the device repeats micro-batches by itself by now."""
         return self._micro_batch.recorded
 
     def _repeats(self) -> bool:
@@ -111,23 +110,20 @@ class Engine:
     def _step(self, number: int, batches: Sequence[Batch], lr: float) -> Outcome:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         factor = self.scale.value if self.scale is not None else 1.0
-        gradients, recorded = None, None
+        gradients = None
         for i, batch in enumerate(batches):
             self.held.before(i, last=i == len(batches) - 1)
             self._draw_for(number, batch)
             share = torch.full((), batch.weight * factor, dtype=self._loss_type, device=self.device)
             inputs = select(batch.tensors, self.compiled.takes).values()
-            (loss, gradients), recorded = self._micro_batch(self._forward_backward, share, *inputs)
+            loss, gradients = self._micro_batch(self._forward_backward, share, *inputs)
             total += loss.double() * batch.weight
         total = self.ranks.group(DATA).all_reduce(total)
-        if recorded is None:
-            gradients = self.held.gradients()
-        assert gradients is not None
-        norm, applied = self._update(gradients, recorded, lr, factor)
+        norm, applied = self._update(self.held.gradients() if gradients is None else gradients, lr, factor)
         return Outcome(number + 1, total, norm, self._alike(batches), lr, self.scale, applied)
 
     def _forward_backward(self, share: Tensor, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """A micro-batch's loss, and the gradients of the step so far where they are plain tensors."""
+        """A micro-batch's loss, and the gradients of the step so far where they are the same tensors always."""
         loss = self._loss(inputs)
         (loss * share).backward()
         return loss.detach(), self.held.gradients() if self.held.steady else None
@@ -150,8 +146,7 @@ class Engine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.numbers.compute, cache_enabled=False)
 
-    def _update(self, gradients: dict[str, Tensor], recorded: Any, lr: float, factor: float) -> tuple[Tensor, bool]:
-        """`recorded`: which recording the gradients are of."""
+    def _update(self, gradients: dict[str, Tensor], lr: float, factor: float) -> tuple[Tensor, bool]:
         if self.scale is not None:
             norm = grad_norm(gradients, self._shares, self.ranks)
             finite = bool(all_finite(gradients.values(), self.ranks))
@@ -161,9 +156,9 @@ class Engine:
             self.held.update.prepare(lr)
             return self.held.update.step(gradients, norm, factor), True
         self.held.update.prepare(lr)
-        if recorded is None:
+        if not self.recorded:  # only then are gradients where they were the step before
             return self._clip_and_step(gradients), True
-        norm, _ = self._optimizer_step(lambda: self._clip_and_step(gradients), key=recorded)
+        norm = self._optimizer_step(lambda: self._clip_and_step(gradients))
         return norm.clone(), True
 
     def _clip_and_step(self, gradients: dict[str, Tensor]) -> Tensor:

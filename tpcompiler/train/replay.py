@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +19,6 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from tpcompiler.errors import TpcError
 
 _WARM_UP = 2  # calls before the recorded one: compilation, NCCL's connections, the libraries' choice of kernels
-_MOST = 4  # shapes that are recorded; others run as they are
 
 
 class Graph(Protocol):
@@ -39,59 +37,46 @@ class Records(Protocol):
         """Runs `fn`. Its result, and whether the host waited for the device on the way."""
 
 
-@dataclass
-class _Shape:
-    """What is known of one signature of a function."""
-
-    calls: int = 0
-    waits: bool = False
-    graph: Graph | None = None
-    inputs: tuple[Tensor, ...] = ()
-    result: Any = None
-
-
 class Recorder:
     """Runs a function of tensors as it is at first, then replays it, which overwrites the result of the call before.
 
-    The function must issue the same work on every call with these shapes, and leave behind no tensor but those of its
-    result. One that waits for the device cannot be recorded, and without `on` none is: it always runs as it is.
+    The function must issue the same work on every call, and leave behind no tensor but those of its result. One that
+    waits for the device cannot be recorded, and without `on` none is: it always runs as it is.
     """
 
     def __init__(self, on: Records | None) -> None:
         self._on = on
-        self._shapes: dict[Any, _Shape] = {}
+        self._calls = 0
+        self._graph: Graph | None = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._result: Any = None
 
-    def __call__(self, fn: Callable[..., Any], *inputs: Tensor, key: Any = None) -> tuple[Any, Any]:
-        """The result, and what names the recording that gave it: None when the function itself ran.
-
-        `key`: what else than the inputs' shapes makes a recording another.
-        """
-        signature = (key, *((x.shape, x.dtype) for x in inputs))
-        if self._on is None or (signature not in self._shapes and len(self._shapes) >= _MOST):
-            return fn(*inputs), None
-        shape = self._shapes.setdefault(signature, _Shape())
-        shape.calls += 1
-        if shape.calls == _WARM_UP:
-            result, shape.waits = self._on.watch(lambda: fn(*inputs))
-            return result, None
-        if shape.calls < _WARM_UP or shape.waits:
-            return fn(*inputs), None
-        if shape.graph is None:
-            shape.inputs = tuple(x.clone() for x in inputs)
-            shape.graph, shape.result = self._on.record(lambda: fn(*shape.inputs))
-        for mine, given in zip(shape.inputs, inputs, strict=True):
+    def __call__(self, fn: Callable[..., Any], *inputs: Tensor) -> Any:
+        """The result. `fn` is the same work at every call, and the inputs have the same shapes."""
+        self._calls += 1
+        if self._calls == _WARM_UP and self._on is not None:
+            result, waits = self._on.watch(lambda: fn(*inputs))
+            self._on = None if waits else self._on
+            return result
+        if self._calls <= _WARM_UP or self._on is None:
+            return fn(*inputs)
+        if self._graph is None:
+            self._inputs = tuple(x.clone() for x in inputs)
+            self._graph, self._result = self._on.record(lambda: fn(*self._inputs))
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            assert mine.shape == given.shape, f"recorded for {list(mine.shape)}, given {list(given.shape)}"
             mine.copy_(given, non_blocking=True)
-        shape.graph.replay()
-        return shape.result, signature
+        self._graph.replay()
+        return self._result
 
     @property
-    def recorded(self) -> int:
-        """How many recordings there are."""
-        return sum(s.graph is not None for s in self._shapes.values())
+    def recorded(self) -> bool:
+        """Whether the calls from now on are replayed."""
+        return self._graph is not None
 
 
 class Device:
-    """Records on one GPU. All recordings share one pool of memory: they are replayed in the order they were made in."""
+    """Records on one GPU. Recordings share one pool of memory: they are replayed in the order they were made in."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
