@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from math import prod
 
 Run = tuple[int, int]  # [start, stop) of global indices
@@ -70,8 +71,8 @@ class Mesh:
     def group(self, over: tuple[str, ...], rank: int) -> tuple[int, ...]:
         """The ranks that share all but the `over` coordinates with `rank`, in the order of `index`."""
         mine = self.coords(rank)
-        members = [r for r in range(self.size) if all(c == mine[n] or n in over for n, c in self.coords(r).items())]
-        return tuple(sorted(members, key=lambda r: self.index(over, self.coords(r))))
+        places = product(*(range(self[name]) for name in over))
+        return tuple(self.rank({**mine, **dict(zip(over, place, strict=True))}) for place in places)
 
     def __str__(self) -> str:
         return " × ".join(f"{n} {d}" for n, d in self.dims) or "one rank"
