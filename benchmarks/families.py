@@ -77,8 +77,8 @@ def measured(name: str) -> Result:
 
 def _at(build: Any, example: Any, captured: Any, degree: int) -> Result:
     from tpcompiler.api import compile_capture
-    from tpcompiler.spec import Spec
-    from tpcompiler.verification import verify
+    from tpcompiler.spec.schema import Spec
+    from tpcompiler.verification.verify import verify
 
     spec = Spec.load({"mesh": {"tensor": degree}})
     sharded = compile_capture(captured, spec)

@@ -33,12 +33,12 @@ from tpcompiler.api import compile_capture
 from tpcompiler.capture import capture
 from tpcompiler.check import check
 from tpcompiler.errors import TpcError
-from tpcompiler.interpret import interpret
+from tpcompiler.execute.interpret import interpret
+from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.program import Program, Training
 from tpcompiler.runtime import Ranks, Rng
 from tpcompiler.runtime.rows import take_rows
-from tpcompiler.simulate import run_ranks
-from tpcompiler.spec import Spec
+from tpcompiler.spec.schema import Spec
 
 HUGGING_FACE = tuple(
     f"{name}:{task}"

@@ -21,15 +21,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tpcompiler.load import load_model, parse_settings
+from tpcompiler.load.model import load_model, parse_settings
 from tpcompiler.runtime import Ranks, Rng
 from tpcompiler.runtime.groups import Group
-from tpcompiler.spec import Spec
-from tpcompiler.train.build import Compiled, compile_model, loss_output
-from tpcompiler.train.config import Train
-from tpcompiler.train.engine import Engine
-from tpcompiler.train.hold import by_name
-from tpcompiler.train.place import allocate, fill, from_constructor
+from tpcompiler.spec.schema import Spec
+from tpcompiler.train.hold.held import by_name
+from tpcompiler.train.hold.owned import allocate, fill, from_constructor
+from tpcompiler.train.run.compiled import Compiled, compile_model, loss_output
+from tpcompiler.train.run.config import Train
+from tpcompiler.train.step.engine import Engine
 
 
 def peak() -> int:

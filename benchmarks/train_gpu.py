@@ -29,16 +29,16 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tpcompiler.load import load_model, parse_settings
+from tpcompiler.load.model import load_model, parse_settings
 from tpcompiler.runtime import Mesh, Ranks
 from tpcompiler.runtime.groups import ProcessGroup
-from tpcompiler.spec import Spec
-from tpcompiler.train.clip import local
-from tpcompiler.train.config import Train
-from tpcompiler.train.flops import flops_per_token, peak_tflops
-from tpcompiler.train.place import from_constructor
-from tpcompiler.train.run import Run, peak_memory, set_up
-from tpcompiler.train.start import Board, Place, join
+from tpcompiler.spec.schema import Spec
+from tpcompiler.train.hold.owned import from_constructor
+from tpcompiler.train.optim.clip import local
+from tpcompiler.train.run.config import Train
+from tpcompiler.train.run.loop import Run, peak_memory, set_up
+from tpcompiler.train.run.start import Board, Place, join
+from tpcompiler.train.step.flops import flops_per_token, peak_tflops
 
 
 def arguments() -> argparse.Namespace:

@@ -14,7 +14,7 @@ import tpcompiler as tpc
 from models import gpt2, llama
 from tests.zoo import ZOO
 from tpcompiler.errors import SpecError, TpcError
-from tpcompiler.verification import Report
+from tpcompiler.verification.verify import Report
 
 SMALL: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab": 129, "positions": 32, "hidden": 48, "heads": 8, "layers": 2},

@@ -17,11 +17,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import tpcompiler as tpc
 from models.gpt2 import GPT2, example_inputs
 from models.llama import Llama
-from tests.test_runtime_processes import in_processes
+from tests.runtime.test_runtime_processes import in_processes
 from tpcompiler.capture import record
 from tpcompiler.errors import TpcError
-from tpcompiler.place import ranks_of
 from tpcompiler.runtime import Mesh, Ranks
+from tpcompiler.weights.fill import ranks_of
 
 STEPS = 5
 Batch = dict[str, Tensor]

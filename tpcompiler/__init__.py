@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tpcompiler.api import parallelize as parallelize
     from tpcompiler.api import shard as shard
-    from tpcompiler.axes.rules import rule as rule
     from tpcompiler.errors import TpcError as TpcError
-    from tpcompiler.spec import Spec as Spec
-    from tpcompiler.verification import verify as verify
+    from tpcompiler.ops.table import rule as rule
+    from tpcompiler.spec.schema import Spec as Spec
+    from tpcompiler.verification.verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -19,9 +19,9 @@ __version__ = "0.1.0"
 _HOME = {
     "shard": "api",
     "parallelize": "api",
-    "verify": "verification",
+    "verify": "verification.verify",
     "Spec": "spec",
-    "rule": "axes.rules",
+    "rule": "ops.table",
     "TpcError": "errors",
 }
 __all__ = ["Spec", "TpcError", "parallelize", "rule", "shard", "verify"]

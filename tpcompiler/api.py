@@ -19,15 +19,15 @@ from tpcompiler.axes.algebra import Mark
 from tpcompiler.axes.infer import AxisMap
 from tpcompiler.capture import capture as capture_model
 from tpcompiler.capture import capture_recorded, record
-from tpcompiler.collectives import folded, list_collectives
+from tpcompiler.capture.unfused import unfuse_dropping_attention
 from tpcompiler.errors import CheckError
-from tpcompiler.grouped import infer_for
 from tpcompiler.partition import CannotSplit, partition
 from tpcompiler.passes import run_passes
 from tpcompiler.plan import Plan, make_plan
+from tpcompiler.plan.collectives import folded, list_collectives
+from tpcompiler.plan.grouped_heads import infer_for
 from tpcompiler.program import Capture, Program
-from tpcompiler.spec import Spec
-from tpcompiler.unfused import unfuse_dropping_attention
+from tpcompiler.spec.schema import Spec
 
 if TYPE_CHECKING:
     from tpcompiler.check import CheckReport
@@ -229,8 +229,8 @@ def parallelize(
     `module.rng.at(step, first_sample)` says so, on all ranks alike. Errors: `TpcError`, one line.
     """
     from tpcompiler.emit import load_source
-    from tpcompiler.place import InitialValues, device_of, fill_from, own_values, ranks_of
     from tpcompiler.runtime import Rng
+    from tpcompiler.weights.fill import InitialValues, device_of, fill_from, own_values, ranks_of
 
     read = Spec.load(spec)
     recorded = record(model)

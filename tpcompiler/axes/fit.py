@@ -8,12 +8,12 @@ from math import prod
 from torch import fx
 
 from tpcompiler.axes.algebra import Terms
-from tpcompiler.axes.call import Call
 from tpcompiler.axes.map import Dims
-from tpcompiler.axes.notation import ELLIPSIS, Group, Item, Letter, Pattern, letters_of
-from tpcompiler.axes.operands import op_name
-from tpcompiler.axes.views import Shape
 from tpcompiler.errors import RuleError
+from tpcompiler.ops.call import Call
+from tpcompiler.ops.notation import ELLIPSIS, Group, Item, Letter, Pattern, letters_of
+from tpcompiler.ops.operands import op_name
+from tpcompiler.ops.views import Shape
 
 Side = list[tuple[Item, int]]  # of one tensor: an item of the pattern and its size, for every dimension
 

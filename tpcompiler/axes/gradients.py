@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from tpcompiler.axes.operands import op_name
 from tpcompiler.graphs import tensors
+from tpcompiler.ops.operands import op_name
 
 # Ops whose result has the operand's dimensions but not its gradient.
 NO_GRADIENT = frozenset({"detach", "zeros_like", "ones_like", "full_like", "empty_like"})

@@ -12,18 +12,18 @@ import torch
 from torch import fx
 
 from tpcompiler.axes.algebra import Mark, Terms
-from tpcompiler.axes.call import Call
 from tpcompiler.axes.conflicts import mark_conflicts
 from tpcompiler.axes.fit import Fit
 from tpcompiler.axes.gradients import passes, reached
 from tpcompiler.axes.map import AxisMap, Dims, Operand, Relation
-from tpcompiler.axes.notation import Group, parse
-from tpcompiler.axes.operands import bind, op_name, tensor_operands
-from tpcompiler.axes.rules import SUMS, find, line_of
-from tpcompiler.axes.sizes import Sizes
-from tpcompiler.axes.views import Shape
+from tpcompiler.axes.primes import Sizes
 from tpcompiler.errors import RuleError
 from tpcompiler.graphs import tensors
+from tpcompiler.ops.call import Call
+from tpcompiler.ops.notation import Group, parse
+from tpcompiler.ops.operands import bind, op_name, tensor_operands
+from tpcompiler.ops.table import SUMS, find, line_of
+from tpcompiler.ops.views import Shape
 from tpcompiler.program import Capture
 
 __all__ = ["AxisMap", "Dims", "Operand", "Relation", "bind", "infer_axes", "op_name"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tpcompiler.axes.algebra import Mark, Terms
-from tpcompiler.axes.views import Shape
+from tpcompiler.ops.views import Shape
 
 Dims = tuple[int | None, ...]  # a term per dimension; None = one element, nothing to split
 

@@ -11,13 +11,13 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from tpcompiler.capture.constants import slice_constant_runs
 from tpcompiler.capture.empty import drop_empty, set_unset
-from tpcompiler.capture.grouped import portable_experts
+from tpcompiler.capture.experts import portable_experts
 from tpcompiler.capture.init import Recorded, record
+from tpcompiler.capture.input_sizes import sizes_from_inputs
 from tpcompiler.capture.masks import recover_causal
-from tpcompiler.capture.names import at, draws_apart
 from tpcompiler.capture.normalise import inline, normalise
+from tpcompiler.capture.origins import at, draws_apart
 from tpcompiler.capture.promote import float64
-from tpcompiler.capture.sizes import sizes_from_inputs
 from tpcompiler.capture.trace import Traced, split_example, trace
 from tpcompiler.errors import ModelError
 from tpcompiler.program import Capture, Parameter, Slot

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tpcompiler.capture.names import at
+from tpcompiler.capture.origins import at
 from tpcompiler.errors import ModelError
 
 aten = torch.ops.aten

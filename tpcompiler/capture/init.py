@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tpcompiler.capture.explain import explain
 from tpcompiler.capture.recording import Recording, Values
+from tpcompiler.capture.refusals import explain
 from tpcompiler.capture.tape import Tape, seed_from
 from tpcompiler.errors import ModelError, TpcError
 

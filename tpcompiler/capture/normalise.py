@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from tpcompiler.capture.functional import functionalise
-from tpcompiler.capture.names import at, line_of, stack_of
-from tpcompiler.capture.sizes import replace
+from tpcompiler.capture.input_sizes import replace
+from tpcompiler.capture.origins import at, line_of, stack_of
 from tpcompiler.errors import ModelError
 from tpcompiler.program import Training
 

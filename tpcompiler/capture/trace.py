@@ -18,11 +18,11 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from tpcompiler.capture.explain import chain, explain
 from tpcompiler.capture.init import Recorded
 from tpcompiler.capture.lean import lean_tracing, whole_operators
-from tpcompiler.capture.names import draws_apart, stack_of
+from tpcompiler.capture.origins import draws_apart, stack_of
 from tpcompiler.capture.recording import Literals
+from tpcompiler.capture.refusals import chain, explain
 from tpcompiler.errors import ModelError
 
 # Random operators that have a form in which all ranks agree.

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tpcompiler.check.sizes import Sizes
-from tpcompiler.interpret import interpret
+from tpcompiler.execute.interpret import interpret
+from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.program import Program, Slot
 from tpcompiler.runtime import Ranks
 from tpcompiler.runtime.rows import take_rows
-from tpcompiler.simulate import run_ranks
 
 LARGEST = 1 << 28  # elements of parameters, over all ranks
 _RELATIVE = 1e-4  # float32, the sums of a graph and of a module that are one

@@ -18,9 +18,9 @@ from tpcompiler.check.cones import Cone, Operand
 from tpcompiler.check.draw import draw
 from tpcompiler.check.find import Sizes, held
 from tpcompiler.check.shrink import Shrink
+from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.layout import LocalRuns, LocalSize
 from tpcompiler.runtime import Group, Ranks, dropout, gather
-from tpcompiler.simulate import run_ranks
 
 Kind = Over | None  # of a gradient: see `steps`
 

@@ -1,0 +1,1 @@
+"""The `tpc` commands and what they draw."""

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     import torch
 
     from tpcompiler.api import Sharded
-    from tpcompiler.load import Loaded
-    from tpcompiler.spec import Spec
+    from tpcompiler.load.target import Loaded
+    from tpcompiler.spec.schema import Spec
 
 
 @contextmanager
 def _loaded(model: str, spec: Path, settings: list[str] | None, stages: Stages) -> Iterator[tuple[Loaded, Spec]]:
     """The model and the spec of a command, while what the model imports can be imported."""
-    from tpcompiler.spec import Spec
+    from tpcompiler.spec.schema import Spec
 
     read = Spec.load(spec)
     stages("loading the model")
-    from tpcompiler.load import load_model, parse_settings
+    from tpcompiler.load.model import load_model, parse_settings
 
     loaded = load_model(model, read, parse_settings(settings or []))
     with loaded.environment:
@@ -67,11 +67,12 @@ def shard(
         if out is not None:
             stages(f"writing {out}")
             sharded.write(out, weights or loaded.weights, progress=stages.bytes)
-    from tpcompiler.cli import draw
+    from tpcompiler.cli import tables
 
     report = sharded.report()
     screen.show(
-        draw.heading(loaded.name, loaded.source, str(read.ranks)), draw.shard_report(report, read.hardware.memory_gib)
+        tables.heading(loaded.name, loaded.source, str(read.ranks)),
+        tables.shard_report(report, read.hardware.memory_gib),
     )
     if out is not None:
         screen.show(Text("written to ").append(str(out), style="bold"))
@@ -131,7 +132,7 @@ def verify(
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
         with _loaded(model, spec, settings, stages) as (loaded, read):
-            from tpcompiler.verification import verify as run
+            from tpcompiler.verification.verify import verify as run
 
             report = run(
                 loaded.build,
@@ -142,10 +143,10 @@ def verify(
                 distributed=distributed,
                 progress=stages,
             )
-    from tpcompiler.cli import draw
+    from tpcompiler.cli import tables
 
     result = report.as_dict()
-    screen.show(draw.heading(loaded.name, loaded.source, str(report.mesh)), draw.verify_report(result))
+    screen.show(tables.heading(loaded.name, loaded.source, str(report.mesh)), tables.verify_report(result))
     screen.result(result)
     if not report.passed:
         raise typer.Exit(1)
@@ -166,12 +167,12 @@ def explain(
     with screen.open(), screen.progress() as stages:
         with _loaded(model, spec, settings, stages) as (loaded, read):
             sharded = _compiled(loaded, read, stages)
-            from tpcompiler.explain import explain as explained
+            from tpcompiler.plan.explain import explain as explained
 
             rows = [e.as_dict() for e in explained(sharded.capture, sharded.axes, sharded.plan, name)]
-    from tpcompiler.cli import draw
+    from tpcompiler.cli import tables
 
-    screen.show(draw.explain_report(rows))
+    screen.show(tables.explain_report(rows))
     screen.result({"parameters": rows})
 
 

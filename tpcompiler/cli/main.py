@@ -19,7 +19,7 @@ from typing import Any
 import typer
 
 from tpcompiler.cli import compile as compiling
-from tpcompiler.cli import files
+from tpcompiler.cli import merge
 from tpcompiler.cli import train as training
 from tpcompiler.cli.screen import complain
 from tpcompiler.errors import CheckError, TpcError
@@ -38,8 +38,8 @@ for _command in (
     compiling.diff,
     compiling.verify,
     compiling.explain,
-    files.merge,
-    files.schema,
+    merge.merge,
+    merge.schema,
     training.train,
     training.plot,
     training.reshard,

@@ -17,8 +17,8 @@ from tpcompiler.cli.screen import Screen, complain
 from tpcompiler.errors import TpcError
 
 if TYPE_CHECKING:
-    from tpcompiler.spec import Spec
-    from tpcompiler.train.config import Train
+    from tpcompiler.spec.schema import Spec
+    from tpcompiler.train.run.config import Train
 
 Ranks = Annotated[
     int | None,
@@ -81,12 +81,12 @@ def train(
     read = _spec(spec, nproc, tensor, changes)
     if _starts(read):
         raise typer.Exit(_start(read))
-    from tpcompiler.train.start import join, together
+    from tpcompiler.train.run.start import join, together
 
     screen = Screen(as_json)
     with _live(screen):
-        from tpcompiler.load import load_model, parse_settings
-        from tpcompiler.train.run import run
+        from tpcompiler.load.model import load_model, parse_settings
+        from tpcompiler.train.run.loop import run
 
         place = join(read.ranks.size, device, timeout)
 
@@ -138,12 +138,12 @@ def evaluate(
     read = _spec(spec, nproc, tensor, _train_changes(train_settings, None, None))
     if _starts(read):
         raise typer.Exit(_start(read))
-    from tpcompiler.train.start import join, together
+    from tpcompiler.train.run.start import join, together
 
     screen = Screen(as_json)
     with _live(screen):
-        from tpcompiler.load import load_model, parse_settings
-        from tpcompiler.train.measure import Question, measure
+        from tpcompiler.load.model import load_model, parse_settings
+        from tpcompiler.train.evaluate.measure import Question, measure
 
         place = join(read.ranks.size, device, timeout)
         with together(place, lambda line: _complain(screen, line)):
@@ -169,7 +169,7 @@ def plot(
     """Draw the loss curves of runs over each other."""
     screen = Screen(as_json)
     with screen.open():
-        from tpcompiler.train.plot import plot as draw
+        from tpcompiler.train.show.plot import plot as draw
 
         written = draw(runs, out, labels)
     screen.show(str(written))
@@ -196,8 +196,8 @@ def reshard(
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
         stages("reading the layouts")
-        from tpcompiler.spec import Spec
-        from tpcompiler.train.reshard import reshard as move
+        from tpcompiler.spec.schema import Spec
+        from tpcompiler.train.run.reshard import reshard as move
 
         read = Spec.load(spec)
         manifest = move(directory, read, out, model=model, settings=settings or [], progress=stages.bytes, tell=stages)
@@ -225,7 +225,7 @@ def _spec(path: Path, nproc: int | None, tensor: int | None, changes: dict[str, 
 
     What is wrong with it is said before anything is started; of ranks that run already, by the first.
     """
-    from tpcompiler.train.start import launched
+    from tpcompiler.train.run.start import launched
 
     try:
         return _fitted(path, nproc, tensor, changes)
@@ -236,8 +236,8 @@ def _spec(path: Path, nproc: int | None, tensor: int | None, changes: dict[str, 
 
 
 def _fitted(path: Path, nproc: int | None, tensor: int | None, changes: dict[str, Any]) -> Spec:
-    from tpcompiler.spec import Spec
-    from tpcompiler.train.start import launched
+    from tpcompiler.spec.schema import Spec
+    from tpcompiler.train.run.start import launched
 
     read = Spec.load(path)
     if changes:
@@ -258,13 +258,13 @@ def _fitted(path: Path, nproc: int | None, tensor: int | None, changes: dict[str
 
 
 def _train(spec: Spec) -> Train:
-    from tpcompiler.train.config import Train
+    from tpcompiler.train.run.config import Train
 
     return spec.section(Train)
 
 
 def _train_changes(settings: list[str] | None, data: list[str] | None, steps: int | None) -> dict[str, Any]:
-    from tpcompiler.load import parse_settings
+    from tpcompiler.load.model import parse_settings
 
     changes: dict[str, Any] = {}
     for key, value in parse_settings(settings or []).items():
@@ -288,12 +288,12 @@ def _merged(old: Any, new: Any) -> Any:
 
 def _starts(spec: Spec) -> bool:
     """Whether this process is to start the ranks, rather than to be one."""
-    from tpcompiler.train.start import launched
+    from tpcompiler.train.run.start import launched
 
     return spec.ranks.size > 1 and not launched()
 
 
 def _start(spec: Spec) -> int:
-    from tpcompiler.train.start import launch
+    from tpcompiler.train.run.start import launch
 
     return launch(sys.argv[1:], spec.ranks.size)

@@ -11,7 +11,7 @@ What an op does to a split axis is said by its rule (`axes`); this stage knows o
 
 from __future__ import annotations
 
-from tpcompiler.partition.build import CannotSplit
+from tpcompiler.partition.builder import CannotSplit
 from tpcompiler.partition.rewrite import partition
 
 __all__ = ["CannotSplit", "partition"]

@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.axes.rules import PLAIN_SUMS
 from tpcompiler.graphs import call
 from tpcompiler.layout import Over
-from tpcompiler.partition.build import Builder, Op
+from tpcompiler.ops.table import PLAIN_SUMS
+from tpcompiler.partition.builder import Builder, Op
 
 aten = torch.ops.aten
 

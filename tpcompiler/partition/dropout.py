@@ -11,7 +11,7 @@ from torch import fx
 from tpcompiler import runtime
 from tpcompiler.graphs import call
 from tpcompiler.layout import LocalRuns
-from tpcompiler.partition.build import Builder
+from tpcompiler.partition.builder import Builder
 from tpcompiler.partition.folded import Apart, apart, together
 from tpcompiler.program import Training
 

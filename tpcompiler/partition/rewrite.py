@@ -10,19 +10,19 @@ from torch import fx
 
 from tpcompiler import runtime
 from tpcompiler.axes.infer import AxisMap, Relation
-from tpcompiler.axes.operands import op_name
 from tpcompiler.graphs import erase_dead
 from tpcompiler.layout import Factor, LocalRuns, unsplit
-from tpcompiler.partition.build import Builder, Op
+from tpcompiler.ops.operands import op_name
+from tpcompiler.partition.builder import Builder, Op
 from tpcompiler.partition.contraction import contraction
 from tpcompiler.partition.dropout import dropout
 from tpcompiler.partition.folded import Folded, apart, together
-from tpcompiler.partition.segments import is_mixed, split_in_part, take_apart
-from tpcompiler.partition.sizes import local
+from tpcompiler.partition.fused import is_mixed, split_in_part, take_apart
+from tpcompiler.partition.local import local
 from tpcompiler.partition.special import special_form
 from tpcompiler.plan import Plan
 from tpcompiler.program import Capture, Program
-from tpcompiler.spec import Spec
+from tpcompiler.spec.schema import Spec
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@ from torch import fx
 
 from tpcompiler import runtime
 from tpcompiler.layout import LocalRuns, Over
-from tpcompiler.partition.build import Builder, Op
+from tpcompiler.partition.builder import Builder, Op
 from tpcompiler.partition.contraction import reduced
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tpcompiler.passes.hoist_enters import hoist_enters
 from tpcompiler.passes.merge_reductions import merge_reductions
-from tpcompiler.passes.segments import drop_joined_segments
 from tpcompiler.passes.sink_reductions import sink_reductions
+from tpcompiler.passes.split_of_cat import drop_joined_segments
 from tpcompiler.program import Program
 
 PASSES = (drop_joined_segments, sink_reductions, merge_reductions, hoist_enters)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from tpcompiler.plan.candidates import unfit_products
 from tpcompiler.plan.make import make_plan
-from tpcompiler.plan.names import common_name
 from tpcompiler.plan.result import Block, Plan, Replicated
+from tpcompiler.plan.titles import common_name
 
 __all__ = ["Block", "Plan", "Replicated", "common_name", "make_plan", "unfit_products"]

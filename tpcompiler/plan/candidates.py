@@ -9,7 +9,7 @@ from tpcompiler.layout import Mesh
 from tpcompiler.plan.facts import AxisFacts, Facts
 from tpcompiler.plan.tally import ATTENTION
 from tpcompiler.plan.wishes import Wishes
-from tpcompiler.spec import Spec
+from tpcompiler.spec.schema import Spec
 
 TENSOR = "tensor"
 

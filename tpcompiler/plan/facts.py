@@ -17,7 +17,7 @@ from torch import fx
 
 from tpcompiler.axes.algebra import Mark
 from tpcompiler.axes.map import AxisMap, Dims
-from tpcompiler.axes.operands import op_name
+from tpcompiler.ops.operands import op_name
 from tpcompiler.plan.tally import HEAD, Tally
 from tpcompiler.program import Capture
 

@@ -10,13 +10,13 @@ from tpcompiler.layout import Mesh
 from tpcompiler.plan.candidates import TENSOR, make_candidates
 from tpcompiler.plan.choose import choose
 from tpcompiler.plan.facts import AxisFacts, gather_facts
-from tpcompiler.plan.names import axis_names, common_name
 from tpcompiler.plan.reasons import refuse, replicated
 from tpcompiler.plan.result import Block, Plan
+from tpcompiler.plan.titles import axis_names, common_name
 from tpcompiler.plan.wishes import read_wishes
 from tpcompiler.program import Capture
 from tpcompiler.runtime.mesh import part
-from tpcompiler.spec import Spec
+from tpcompiler.spec.schema import Spec
 
 _ORDER = ("embedding", "attention", "mlp", "other", "head")
 

@@ -9,7 +9,7 @@ from tpcompiler.plan.result import Plan, Replicated
 from tpcompiler.plan.tally import ATTENTION
 from tpcompiler.plan.wishes import Wishes
 from tpcompiler.program import Capture, Parameter
-from tpcompiler.spec import Spec, covers
+from tpcompiler.spec.schema import Spec, covers
 
 _COSTS_MORE = "its collectives would cost more than its products save"
 

@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tpcompiler.axes.map import AxisMap, Operand, Relation
-from tpcompiler.axes.operands import op_name
+from tpcompiler.ops.operands import op_name
 
 ATTENTION, MLP, EMBEDDING, HEAD, OTHER = "attention", "mlp", "embedding", "head", "other"
 _LONG = 1024  # elements of a second sequence

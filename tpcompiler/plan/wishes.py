@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 
 from tpcompiler.axes.infer import AxisMap
 from tpcompiler.plan.facts import Facts
-from tpcompiler.plan.names import axis_names
+from tpcompiler.plan.titles import axis_names
 from tpcompiler.program import Capture, Parameter
-from tpcompiler.spec import AxisSpec, Override, Spec, covers
+from tpcompiler.spec.schema import AxisSpec, Override, Spec, covers
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What emitted programs import: groups of ranks, the operators between them, weights. Needs torch alone."""
 
-from tpcompiler.runtime.grouped import grouped_mm
+from tpcompiler.runtime.expert_products import grouped_mm
 from tpcompiler.runtime.groups import Group, Ranks
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.module import Parameters

@@ -1,7 +1,8 @@
 """Groups of ranks that communicate, and a rank's place among them.
 
-A `Group` is what the operators and emitted programs talk to. Here are the base class, which is also the group of one
-rank, and the one backed by a `torch.distributed` process group; `tpcompiler.simulate` adds one whose ranks are threads.
+Operators and emitted programs talk to a `Group`. This file holds the base class, which is also the group of one rank,
+and the group that a `torch.distributed` process group stands behind. `tpcompiler.execute.simulate` adds a group whose
+ranks are threads.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ write.py     shard, merge, reshard, verify
 
 from __future__ import annotations
 
-from tpcompiler.weights.files import FileInfo, write_file, write_text
+from tpcompiler.weights.layouts import Held, Layout
 from tpcompiler.weights.manifest import Entry, Manifest, weight_mesh, weight_rank
 from tpcompiler.weights.match import entries_of
-from tpcompiler.weights.place import Held, Layout
 from tpcompiler.weights.runs import cut, slice_of
-from tpcompiler.weights.source import Source, Weights, open_source
+from tpcompiler.weights.sources import Source, Weights, open_source
+from tpcompiler.weights.tensor_files import FileInfo, write_file, write_text
 from tpcompiler.weights.wire import load_manifest, save_manifest
 from tpcompiler.weights.write import load_rank, merge, output, reshard, shard, verify, write_shards
 

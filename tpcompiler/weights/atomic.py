@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tpcompiler.errors import WeightsError
-from tpcompiler.weights.files import disk
+from tpcompiler.weights.tensor_files import disk
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 

@@ -13,8 +13,8 @@ import tpcompiler
 from tpcompiler.layout import Dim
 from tpcompiler.program import Parameter
 from tpcompiler.runtime.mesh import Mesh
-from tpcompiler.weights.files import FileInfo, Spot, in_order
-from tpcompiler.weights.place import Layout
+from tpcompiler.weights.layouts import Layout
+from tpcompiler.weights.tensor_files import FileInfo, Spot, in_order
 
 RANK_FILE = "rank-{rank:05d}.safetensors"
 BUFFER_FILE = "buffers.safetensors"

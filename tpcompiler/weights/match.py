@@ -12,10 +12,10 @@ from tpcompiler.errors import WeightsError
 from tpcompiler.layout import Dim, Factor
 from tpcompiler.program import Parameter
 from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.weights.layouts import Layout
 from tpcompiler.weights.manifest import EXTRA_FILE, Entry, weight_mesh
-from tpcompiler.weights.place import Layout
 from tpcompiler.weights.runs import Slice, same_bits, slice_of
-from tpcompiler.weights.source import Info, Source
+from tpcompiler.weights.sources import Info, Source
 
 
 @dataclass(frozen=True)

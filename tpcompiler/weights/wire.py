@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tpcompiler.errors import WeightsError
 from tpcompiler.layout import Concat, Dim, Factor, Product
 from tpcompiler.runtime.mesh import Mesh
-from tpcompiler.weights.files import CODES, DTYPES, FileInfo, disk, write_text
+from tpcompiler.weights.layouts import Held, Layout
 from tpcompiler.weights.manifest import KINDS, Entry, Manifest
-from tpcompiler.weights.place import Held, Layout
 from tpcompiler.weights.runs import Runs
+from tpcompiler.weights.tensor_files import CODES, DTYPES, FileInfo, disk, write_text
 
 NAME = "manifest.json"
 FORMAT = "tpcompiler"

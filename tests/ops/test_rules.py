@@ -1,0 +1,86 @@
+"""The table of rules: the notation, and every kind of rule against the op itself."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from tpcompiler.errors import RuleError
+from tpcompiler.ops.notation import Group, parse
+from tpcompiler.ops.table import RULES, Call, find, line_of, rule
+from tpcompiler.ops.views import view_pattern
+
+
+def test_every_line_of_the_table_parses() -> None:
+    for name, line in RULES.items():
+        if isinstance(line, str) and line != "pointwise":
+            assert parse(line).results, name
+
+
+def test_contracted_letters_are_those_that_are_summed() -> None:
+    assert parse("... i, o i, o -> ... o").contracted == {"i"}
+    assert parse("... n! -> ...").contracted == set(), "needed whole is not summed"
+    assert parse("a (p | q) -> a q").contracted == set(), "a segment that is left out is not summed"
+    assert parse("v+ h, ... -> ... h").contracted == {"v"}
+
+
+@pytest.mark.parametrize("bad", ["a b", "a -> b -> c", "a (b -> b", "a ; b -> a", "a ) -> a"])
+def test_a_rule_that_cannot_be_read_says_so(bad: str) -> None:
+    with pytest.raises(RuleError) as e:
+        rule("mylib::op", bad)
+    assert "\n" not in str(e.value) and repr(bad) in str(e.value)
+
+
+shapes = st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4).map(tuple)
+
+
+@given(shapes, st.data())
+def test_a_view_is_written_in_common_factors_of_the_right_sizes(before: tuple[int, ...], data: st.DataObject) -> None:
+    total = prod(before)
+    after: list[int] = []
+    while total > 1:
+        n = data.draw(st.sampled_from([d for d in range(2, total + 1) if total % d == 0]))
+        after.append(n)
+        total //= n
+    text, sizes = view_pattern(before, tuple(after))
+    pattern = parse(text)
+    for items, shape in ((pattern.operands[0], before), (pattern.results[0], tuple(after))):
+        assert items is not None and len(items) == len(shape)
+        for item, n in zip(items, shape, strict=True):
+            if isinstance(item, Group):
+                assert prod(sizes[x.name] for x in item.letters()) == n
+            elif not isinstance(item, str) and not item.whole:
+                assert sizes[item.name] == n
+    if not pattern.marked("whole"):
+        flat = [
+            [
+                x.name
+                for i in side
+                for x in (i.letters() if isinstance(i, Group) else () if isinstance(i, str) else (i,))
+            ]
+            for side in (pattern.operands[0] or (), pattern.results[0])
+        ]
+        assert flat[0] == flat[1], "the same factors in the same order"
+
+
+def test_uneven_factors_have_no_common_axis() -> None:
+    text, _ = view_pattern((4, 6), (3, 8))
+    assert parse(text).marked("whole") == {"x0", "x1", "y0", "y1"}
+
+
+@given(st.integers(2, 30), st.integers(0, 29), st.integers(1, 30))
+def test_a_slice_takes_its_dimension_apart(n: int, start: int, length: int) -> None:
+    assume(start + length <= n and length < n)
+    import torch
+
+    call = Call(((n,),), ((length,),), {"dim": 0, "start": start, "end": start + length, "step": 1})
+    found = find(torch.ops.aten.slice.Tensor)
+    assert found is not None
+    line = line_of(found, call)
+    assert line is not None
+    text, sizes = line
+    assert sum(sizes.values()) == n and sizes["q0"] == length
+    assert parse(text).results[0][0].name == "q0"  # type: ignore[union-attr]

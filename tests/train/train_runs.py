@@ -1,0 +1,225 @@
+"""What the trainer's tests share: tiny runs, with ranks as threads or as processes on this host."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpcompiler.cli.main import main
+from tpcompiler.execute.simulate import run_ranks
+from tpcompiler.load.model import load_model
+from tpcompiler.runtime import Ranks
+from tpcompiler.spec.schema import Spec
+from tpcompiler.train.data.batches import open_corpus
+from tpcompiler.train.evaluate import measure  # noqa: F401  imported once, before ranks are forked
+from tpcompiler.train.hold.owned import from_constructor
+from tpcompiler.train.run import loop  # noqa: F401
+from tpcompiler.train.run.compiled import Compiled, compile_model, loss_output, training_inputs
+from tpcompiler.train.run.config import Train
+from tpcompiler.train.show.log import read_log
+from tpcompiler.train.step.engine import Engine, Outcome
+from tpcompiler.weights.manifest import DATA
+
+ROOT = Path(__file__).parents[2]
+GPT2: dict[str, Any] = {
+    "model": {"vocab": 261, "positions": 16, "hidden": 16, "heads": 4, "layers": 2, "dropout": 0.0},
+    "inputs": {"batch": 2, "sequence": 8, "vocab": 261},
+}
+BERT: dict[str, Any] = {
+    "model": {**GPT2["model"], "intermediate": 32},
+    "inputs": {"batch": 2, "sequence": 8, "vocab": 261},
+}
+TRAIN: dict[str, Any] = {
+    "steps": 10,
+    "batch": 8,
+    "micro_batch": 2,
+    "sequence": 16,
+    "precision": "fp64",
+    "compile": False,
+    "optimizer": {"lr": 1e-2, "clip": 0.5, "weight_decay": 0.1},
+    "schedule": {"warmup": 2},
+    "evaluation": {"every": 0},
+    "checkpoints": {"every": 0},
+    "logging": {"tensorboard": False},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model (of `models/`, or a file) and its spec, but for the mesh."""
+
+    model: str
+    sizes: Mapping[str, Any]
+    train: Mapping[str, Any]
+
+    def spec(self, tensor: int = 1, data: int = 1, **train: Any) -> dict[str, Any]:
+        return {"mesh": {"tensor": tensor, "data": data}, **self.sizes, "train": {**self.train, **train}}
+
+    @property
+    def path(self) -> str:
+        return self.model if self.model.endswith(".py") else str(ROOT / "models" / f"{self.model}.py")
+
+
+CASES = {
+    "gpt2": Case("gpt2", GPT2, TRAIN),
+    "bert": Case("bert", BERT, {**TRAIN, "data": {"task": "mlm+sop"}}),
+}
+
+
+def dropping(case: Case) -> Case:
+    """The same with dropout everywhere, in attention too."""
+    model = {**case.sizes["model"], "dropout": 0.1}
+    return Case(case.model, {**case.sizes, "model": model, "attention_dropout": "exact"}, case.train)
+
+
+DROPPING = dropping(CASES["gpt2"])
+
+
+@cache
+def _compiled(model: str, spec: str, double: bool) -> Compiled:
+    """A run's model; nothing of it changes when it is trained."""
+    read = Spec.load(json.loads(spec))
+    loaded = load_model(model, read)
+    inputs = training_inputs(loaded, open_corpus(read.section(Train)).train.batch_at(0, 0).tensors)
+    return compile_model(loaded, read, inputs, loss_output, double=double)
+
+
+def in_threads(
+    case: Case, tensor: int, steps: int, watch: Callable[[Outcome], None] = lambda outcome: None, **train: Any
+) -> list[float]:
+    """The losses of a run whose tensor ranks are threads of this process; rank 0's, all others' must be the same."""
+    spec = Spec.load(case.spec(tensor, 1, **train))
+    settings = spec.section(Train)
+    corpus = open_corpus(settings)
+    compiled = _compiled(case.path, json.dumps(case.spec(tensor, 1)), settings.precision == "fp64")
+
+    def body(ranks: Ranks) -> list[float]:
+        engine = Engine(compiled, ranks, settings, spec.seed, torch.device("cpu"))
+        engine.fill(from_constructor(lambda name: compiled.recorded.replay(name, spec.seed)))
+        losses = []
+        for step in range(steps):
+            batches = [
+                corpus.train.batch_at(step, m, ranks.coords[DATA], 1) for m in range(corpus.train.micro_batches(1))
+            ]
+            outcome = engine.step(step, batches)
+            assert bool(outcome.alike)
+            watch(outcome)
+            losses.append(float(outcome.loss))
+        return losses
+
+    results = run_ranks(compiled.sharded.program.mesh, body)
+    assert all(r == results[0] for r in results)
+    return results[0]
+
+
+def _rank(arguments: Sequence[str], environment: Mapping[str, str], output: str, largest_file: int | None) -> None:
+    os.setsid()
+    if largest_file is not None:  # the kernel's own way to refuse a write
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    os._exit(main(list(arguments)))
+
+
+class Processes:
+    """Ranks of one `tpc` command, as processes of this host; the last `absent` ones never come."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        world: int,
+        output: Path,
+        absent: int = 0,
+        largest_file: int | None = None,
+    ) -> None:
+        multiprocessing.set_forkserver_preload([__name__])  # torch is imported once, not by every rank
+        context = multiprocessing.get_context("forkserver")
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        self.output = output
+        environments = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world - absent)]
+        self.ranks = [
+            context.Process(target=_rank, args=(list(arguments), e, str(output), largest_file)) for e in environments
+        ]
+        for p in self.ranks:
+            p.start()
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL."""
+        pid = self.ranks[rank].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+
+    def wait(self, timeout: float = 120) -> list[int | None]:
+        """The exit codes; whoever is not done by then is killed."""
+        end = time.monotonic() + timeout
+        for p in self.ranks:
+            p.join(max(0.1, end - time.monotonic()))
+        codes = [p.exitcode for p in self.ranks]
+        for p in self.ranks:
+            if p.exitcode is None:
+                p.kill()
+                p.join()
+        return codes
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+
+def train_command(case: Case, spec: Mapping[str, Any], directory: Path, *more: str) -> list[str]:
+    """`tpc train` of a case into `directory/run`, with a spec written beside it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / "spec.yaml"
+    file.write_text(json.dumps(spec))
+    return [
+        "train",
+        case.path,
+        "--spec",
+        str(file),
+        "-o",
+        str(directory / "run"),
+        "--device",
+        "cpu",
+        "--timeout",
+        "300",
+        *more,
+    ]
+
+
+def in_processes(
+    case: Case, tensor: int, data: int, directory: Path, *more: str, patience: float = 120, **train: Any
+) -> list[float]:
+    """The losses of a run whose ranks are processes."""
+    command = train_command(case, case.spec(tensor, data, **train), directory, *more)
+    ranks = Processes(command, tensor * data, directory / "output")
+    codes = ranks.wait(patience)
+    assert codes == [0] * len(codes), ranks.said
+    return losses(directory / "run")
+
+
+def losses(directory: Path) -> list[float]:
+    return [r.loss for r in read_log(directory) if r.loss is not None]

@@ -1,0 +1,49 @@
+"""`tpc merge` and `schema`: the commands that need no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tpcompiler.cli.options import AsJson
+from tpcompiler.cli.screen import Screen
+from tpcompiler.cli.tables import size
+
+
+def merge(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `tpc shard -o` or a checkpoint wrote.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="A .safetensors file, or a directory in Hugging Face's form."
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Put the ranks' weights together again.
+
+    Under the names they came with, bit for bit.
+    """
+    screen = Screen(as_json)
+    with screen.open(), screen.progress() as stages:
+        stages("merging")
+        from tpcompiler import weights
+
+        files = weights.merge(directory, out, progress=stages.bytes)
+        written = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
+    screen.show(*(f"{f['file']}  {size(file.stat().st_size)}" for f, file in zip(written, files, strict=True)))
+    screen.result({"files": written})
+
+
+def schema(as_json: AsJson = False) -> None:
+    """Print the JSON schema of a spec.
+
+    Editors complete and check specs with it.
+    """
+    import json
+
+    from tpcompiler.spec.schema import Spec
+
+    typer.echo(json.dumps(Spec.json_schema(), indent=None if as_json else 2, ensure_ascii=False))

@@ -1,0 +1,1 @@
+"""Which module calls make up a program, and which of them are the same layer."""

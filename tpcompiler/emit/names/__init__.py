@@ -1,0 +1,1 @@
+"""What values, sizes and attributes are called."""

@@ -1,0 +1,1 @@
+"""Calls as source: idioms, exact spellings, and the remarks behind them."""

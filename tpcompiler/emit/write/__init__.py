@@ -1,0 +1,1 @@
+"""The file: classes, constructors, forwards, the header."""

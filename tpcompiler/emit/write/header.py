@@ -1,0 +1,60 @@
+"""What stands above the code: what it was made from, what it communicates, how to run it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from textwrap import wrap
+from typing import Any
+
+from tpcompiler.emit.ops.remarks import amount
+from tpcompiler.emit.text.expr import quoted
+from tpcompiler.emit.text.wrap import LIMIT
+from tpcompiler.program import Collective, Program
+
+
+def header(program: Program) -> list[str]:
+    """The file's docstring."""
+    capture, mesh = program.capture, program.mesh
+    made = capture.model + (f" of {capture.source}" if capture.source else "")
+    whom = "for one rank" if mesh.size == 1 else f"for each rank of a mesh of {mesh}"
+    return [
+        f'"""{_plain(made)}, {whom}.',
+        "",
+        "Written by tpcompiler. It needs torch and tpcompiler.runtime.",
+        *_collectives(program.collectives),
+        "",
+        "To run it:",
+        "",
+        f"    # torchrun --nproc-per-node {mesh.size} run.py",
+        "    from tpcompiler.runtime import Mesh, Ranks, load",
+        "    from model import Model",
+        "",
+        f"    ranks = Ranks.from_env(Mesh.of({{{', '.join(f'{quoted(n)}: {d}' for n, d in mesh.dims)}}}))",
+        "    model = Model(ranks)",
+        '    load(model, ".", ranks)  # the directory that this file stands in',
+        '"""',
+    ]
+
+
+def _plain(text: str) -> str:
+    return text.replace("\\", "/").replace('"', "'")
+
+
+def _collectives(collectives: tuple[Collective, ...]) -> Iterable[str]:
+    """A table of what is communicated a step, equal layers in one line."""
+    found: dict[tuple[Any, ...], int] = {}
+    for c in collectives:
+        row = (re.sub(r"\d+", "*", c.block), c.kind, c.direction, c.over, c.bytes, c.reason)
+        found[row] = found.get(row, 0) + 1
+    if not found:
+        return
+    yield from ("", "What crosses ranks in a step, at the sizes of the example:", "")
+    rows = [
+        (f"{times} ×", kind.replace("_", "-"), direction, "·".join(over), amount(size), block, reason)
+        for (block, kind, direction, over, size, reason), times in found.items()
+    ]
+    widths = [max(len(r[i]) for r in rows) for i in range(6)]
+    for *cells, reason in rows:
+        lead = "    " + "".join(c.ljust(w + 2) for c, w in zip(cells, widths, strict=True))
+        yield from map(_plain, wrap(reason, LIMIT, initial_indent=lead, subsequent_indent=" " * len(lead)))

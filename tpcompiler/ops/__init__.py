@@ -1,0 +1,1 @@
+"""What is known of each op: one record a line, in a notation of its own."""

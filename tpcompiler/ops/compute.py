@@ -1,0 +1,140 @@
+"""Lines of ops that compute: products, sums, attention, norms, the loss, and what needs a dimension whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tpcompiler.ops.call import Call, Line, changed, letters, line
+
+
+def pointwise(call: Call) -> Line:
+    return ", ".join("..." for s in call.operands if s is not None) + " -> ..."
+
+
+def whole(*names: str) -> Callable[[Call], Line]:
+    """An op on one tensor that needs the dimensions in the arguments `names` whole, and keeps every dimension."""
+
+    def rule(call: Call) -> Line:
+        d = letters(call.rank())
+        for name in names:
+            for i in call.dims(name):
+                d[i] = f"d{i}!"
+        return _same_or_reduced(call, d)
+
+    return rule
+
+
+def _same_or_reduced(call: Call, d: list[str]) -> Line:
+    """One line for results that keep all dimensions, keep marked ones as `1`, or drop them."""
+    sides = []
+    for shape in call.results:
+        if len(shape) == call.rank():
+            kept = ["1" if n == 1 and m != 1 else x for x, n, m in zip(d, shape, call.shape(), strict=True)]
+        else:
+            kept = [x for x in d if not x.endswith("!")]
+        sides.append(" ".join(kept))
+    return " ".join(d) + " -> " + ", ".join(sides)
+
+
+def reduction(call: Call) -> Line:
+    """sum, mean: the dimensions in `dim` are contracted."""
+    over, keep, d = call.dims(), bool(call.args.get("keepdim", False)), letters(call.rank())
+    return line(d, [("1" if i in over else x) for i, x in enumerate(d) if keep or i not in over])
+
+
+def matmul(call: Call) -> Line:
+    a, b = call.rank(0), call.rank(1)
+    left = "k" if a == 1 else "m k" if a == 2 else "... m k"
+    right = "k" if b == 1 else "k n" if b == 2 else "... k n"
+    out = ("... " if max(a, b) > 2 else "") + " ".join(x for x, there in (("m", a > 1), ("n", b > 1)) if there)
+    return f"{left}, {right} -> {out}"
+
+
+def addmm(call: Call) -> Line:
+    batch = "b " if call.rank(1) == 3 else ""
+    out = f"{batch}m n".split()
+    bias = out[len(out) - call.rank(0) :]
+    return f"{' '.join(bias)}, {batch}m k, {batch}k n -> {' '.join(out)}"
+
+
+def einsum(call: Call) -> Line:
+    equation = str(call.args["equation"]).replace(" ", "")
+    ins, _, out = equation.partition("->")
+    if "->" not in equation:
+        plain = ins.replace(",", "").replace("...", "")
+        out = ("..." if "..." in ins else "") + "".join(sorted(c for c in set(plain) if plain.count(c) == 1))
+    terms = ins.split(",")
+    if any(len(set(t.replace("...", ""))) != len(t.replace("...", "")) for t in terms):
+        return None  # a diagonal
+    return ", ".join(map(_spaced, terms)) + " -> " + _spaced(out)
+
+
+def _spaced(term: str) -> str:
+    return " ".join("..." if c == "." else c for c in term.replace("...", "."))
+
+
+def attention(call: Call) -> Line:
+    """Scores over t and d are needed whole; heads are batch. With grouped heads, h = (kv group)."""
+    n = call.rank(0)
+    lead = letters(n - 2)
+    q, k = call.shape(0), call.shape(1)
+    mask = call.operands[3] if len(call.operands) > 3 else None
+    heads, kv = list(lead), list(lead)
+    sizes: dict[str, int] = {}
+    if n >= 3 and q[-3] != k[-3]:
+        if k[-3] == 1:  # one for all: broadcast
+            heads[-1], kv[-1], sizes = "g", "1", {"g": q[-3]}
+        elif call.args.get("enable_gqa"):
+            heads[-1], kv[-1] = "(kv g)", "kv"
+            sizes = {"kv": k[-3], "g": q[-3] // k[-3]}
+        else:
+            return None
+    h, j = " ".join(heads), " ".join(kv)
+    parts = [f"{h} s! d!", f"{j} t! d!", f"{j} t! e"]
+    if mask is not None:
+        parts.append(" ".join([*heads, "s!", "t!"][n - len(mask) :]))
+    return f"{', '.join(parts)} -> {h} s! e", sizes
+
+
+def layer_norm(call: Call) -> Line:
+    """Over one dimension there is a form for a part of it: the statistics are reduced."""
+    lead = call.rank() - len(call.args["normalized_shape"])
+    mark = "+" if call.rank() - lead == 1 else "!"
+    d = [x if i < lead else x + mark for i, x in enumerate(letters(call.rank()))]
+    rest = sum(s is not None for s in call.operands[1:])
+    return ", ".join([" ".join(d)] + [" ".join(d[lead:])] * rest) + " -> " + " ".join(d)
+
+
+def group_norm(call: Call) -> Line:
+    """Channels are (groups width); groups are batch."""
+    before, groups = call.shape(), call.args["num_groups"]
+    width = before[1] // groups
+    channels = "g" if width == 1 else "w!" if groups == 1 else "(g w!)"
+    sizes = {"g": groups} if width == 1 else {"w": width} if groups == 1 else {"g": groups, "w": width}
+    x = " ".join(["n", channels, *(f"d{i}!" for i in range(2, len(before)))])
+    rest = sum(s is not None for s in call.operands[1:])
+    return ", ".join([x] + [channels] * rest) + f" -> {x}", sizes
+
+
+def cross_entropy(call: Call) -> Line:
+    """Classes stand in dimension 1, or 0 of one sample, and have a form for a part of them."""
+    if call.floating[1]:
+        return None  # targets are probabilities
+    n = call.rank()
+    d = [f"d{i}!" for i in range(n)]
+    d[min(1, n - 1)] = "v+"
+    target = [x for x in d if x != "v+"]
+    weight = ", v+" if len(call.operands) > 2 and call.operands[2] is not None else ""
+    return f"{' '.join(d)}, {' '.join(target)}{weight} -> {' '.join(target) if call.results[0] else ''}"
+
+
+def last_two_whole(call: Call) -> Line:
+    d = letters(call.rank())
+    d[-2:] = [x + "!" for x in d[-2:]]
+    return line(d, d)
+
+
+def halves(call: Call) -> Line:
+    """glu: one half of the dimension gates the other."""
+    d, i = letters(call.rank()), call.dim()
+    return changed(d, i, [f"({d[i]} | {d[i]})"], [d[i]]), {d[i]: call.results[0][i]}

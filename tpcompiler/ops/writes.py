@@ -1,0 +1,70 @@
+"""Lines of ops that write a value into a part of another: the dimension that is written along is needed whole, except
+for a run of it, which is a segment."""
+
+from __future__ import annotations
+
+import torch
+
+from tpcompiler.ops.call import Call, Line, letters
+
+
+def slice_scatter(call: Call) -> Line:
+    base, source = call.shape(0), call.shape(1)
+    d, i = letters(call.rank()), call.dim()
+    n, m = base[i], source[i]
+    if n == m:
+        return _written(d, d)
+    start = call.args.get("start") or 0
+    start = start + n if isinstance(start, int) and start < 0 else start
+    if not isinstance(start, int) or start + m > n or call.args.get("step", 1) != 1:
+        return _written(_with(d, i, f"d{i}!"), _with(d, i, f"m{i}!"))
+    parts = [(x, k) for x, k in ((f"p{i}", start), (f"q{i}", m), (f"r{i}", n - start - m)) if k]
+    return _written(_with(d, i, f"({' | '.join(x for x, _ in parts)})"), _with(d, i, f"q{i}")), dict(parts)
+
+
+def select_scatter(call: Call) -> Line:
+    d, i = letters(call.rank()), call.dim()
+    return _written(_with(d, i, f"d{i}!"), d[:i] + d[i + 1 :])
+
+
+def scatter(call: Call) -> Line:
+    """scatter, scatter_add: along the other dimensions an element goes to where it stands, if sizes agree."""
+    i, shapes = call.dim(), [s for s in call.operands if s is not None]
+    sides = []
+    for name, shape in zip("dps", shapes, strict=False):
+        alike = [j != i and len({s[j] for s in shapes}) == 1 for j in range(len(shape))]
+        sides.append(" ".join(f"d{j}" if same else f"{name}{j}!" for j, same in enumerate(alike)))
+    return f"{', '.join(sides)} -> {sides[0]}"
+
+
+def index_put(call: Call) -> Line:
+    """x[…, i, …] = y: what is indexed is needed whole."""
+    slots = [*call.args["indices"], *[None] * (call.rank() - len(call.args["indices"]))]
+    used = [i for i, s in enumerate(slots) if s is not None]
+    if not used or used != list(range(used[0], used[-1] + 1)):
+        return None
+    *picked, values = [s for s in call.operands[1:] if s is not None]
+    new = letters(len(torch.broadcast_shapes(*picked)), "n")
+    new = [x + "!" for x in new]
+    d = letters(call.rank())
+    base = [x + "!" if i in used else x for i, x in enumerate(d)]
+    put = [*d[: used[0]], *new, *d[used[-1] + 1 :]]
+    if len(values) > len(put):
+        return None
+    sides = [base, *(new[len(new) - len(s) :] for s in picked), put[len(put) - len(values) :]]
+    return f"{', '.join(' '.join(x) for x in sides)} -> {' '.join(base)}"
+
+
+def index_add(call: Call) -> Line:
+    """index_add, index_copy: rows of the second value go to rows of the first."""
+    d, i = letters(call.rank()), call.dim()
+    base = " ".join(_with(d, i, f"d{i}!"))
+    return f"{base}, n!, {' '.join(_with(d, i, 'n!'))} -> {base}"
+
+
+def _with(d: list[str], i: int, item: str) -> list[str]:
+    return [*d[:i], item, *d[i + 1 :]]
+
+
+def _written(base: list[str], source: list[str]) -> str:
+    return f"{' '.join(base)}, {' '.join(source)} -> {' '.join(base)}"

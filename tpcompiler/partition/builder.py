@@ -1,0 +1,148 @@
+"""One rank's graph while it is built: what every plain value has become, and the nodes that any rewrite may add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from tpcompiler import runtime
+from tpcompiler.axes.infer import AxisMap, Relation
+from tpcompiler.errors import PlanError
+from tpcompiler.graphs import PLACE, call
+from tpcompiler.layout import Dim, Factor, LocalRuns, Over
+from tpcompiler.ops.operands import bind, op_name
+from tpcompiler.partition.folded import apart, together
+from tpcompiler.plan import Plan
+from tpcompiler.program import Capture
+
+Because = tuple[str, tuple[int, ...]]  # the op and the split axes that a collective is for
+
+
+class CannotSplit(PlanError):
+    """Axes that turned out to have no form on one rank. The plan is made again without them."""
+
+    def __init__(self, node: str, why: str, leaves: tuple[int, ...]) -> None:
+        super().__init__(f"{why} (at {node})")
+        self.node, self.why, self.leaves = node, why, leaves
+
+
+@dataclass(frozen=True)
+class Op:
+    """A node of the plain graph that a rule was applied to, and what its operands are on this rank."""
+
+    node: fx.Node
+    relation: Relation
+    inputs: Mapping[fx.Node, fx.Node]  # plain value → this rank's
+
+    @cached_property
+    def name(self) -> str:
+        return op_name(self.node)
+
+    @cached_property
+    def args(self) -> dict[str, Any]:
+        """The plain arguments by their schema names, defaults filled in."""
+        return bind(self.node)
+
+
+class Builder:
+    """The graph, and what stands in it already. Every value enters once, and is taken once, for all that use it."""
+
+    def __init__(self, capture: Capture, axes: AxisMap, plan: Plan) -> None:
+        self.capture, self.axes, self.plan = capture, axes, plan
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}  # plain value → this rank's
+        self.sites = 0  # calls of dropout so far
+        self._entered: dict[tuple[fx.Node, Over], fx.Node] = {}
+        self._taken: dict[tuple[fx.Node, int, Dim], fx.Node] = {}
+
+    # -- the plan, asked about terms --------------------------------------------------------------------------------
+
+    def dim(self, term: int | None) -> Dim:
+        return self.plan.dim(self.axes, term)
+
+    def dims(self, terms: Sequence[int | None]) -> tuple[Dim, ...]:
+        return self.plan.dims(self.axes, tuple(terms))
+
+    def split_axes(self, terms: Sequence[int | None]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(leaf for t in terms for leaf in self.axes.leaves(t) if leaf in self.plan.split))
+
+    def over(self, terms: Sequence[int | None]) -> Over:
+        """Mesh dimensions that split any axis of these terms."""
+        return self.in_order({n for leaf in self.split_axes(terms) for n in self.plan.split[leaf]})
+
+    def in_order(self, names: set[str]) -> Over:
+        return tuple(n for n in self.plan.mesh.names if n in names)
+
+    def lacking(self, terms: Sequence[int | None], present: Over) -> Over:
+        """Mesh dimensions of `present` that split none of these terms."""
+        mine = self.over(terms)
+        return tuple(n for n in present if n not in mine)
+
+    def refuse(self, node: fx.Node, why: str, *terms: int | None) -> CannotSplit:
+        return CannotSplit(node.name, why, self.split_axes(terms))
+
+    # -- nodes ------------------------------------------------------------------------------------------------------
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        """A node without metadata yet."""
+        return call(self.graph, target, args)
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        return self.describe(self.graph.node_copy(node, self.env.__getitem__), node)
+
+    def describe(self, new: fx.Node, like: fx.Node, dims: Sequence[Dim] | None = None) -> fx.Node:
+        """Give a new node its origin's metadata, and its layout: that of `like` when it is not given."""
+        for key in ("val", *PLACE):
+            if key in like.meta and key not in new.meta:
+                new.meta[key] = like.meta[key]
+        if dims is None and like.name in self.axes.cut:
+            dims = self.dims(self.axes.relations[like.name].results[0])
+        if dims is None and like.name in self.axes.values:
+            found = [self.dims(terms) for terms in self.axes.values[like.name]]
+            if isinstance(like.meta.get("val"), torch.Tensor):
+                dims = found[0]
+            else:
+                new.meta["dims_of"] = tuple(found)
+        if dims is not None:
+            new.meta["dims"] = tuple(dims)
+        return new
+
+    def insert(
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        like: fx.Node,
+        note: str,
+        dims: Sequence[Dim] | None = None,
+        because: Because | None = None,
+    ) -> fx.Node:
+        """A node of the runtime. `because`: of which op and axes, for the list of collectives."""
+        new = self.describe(self.call(target, *args), like, dims)
+        new.meta["note"] = note
+        if because is not None:
+            new.meta["because"] = because
+        return new
+
+    def enter(self, value: fx.Node, source: fx.Node, over: Over, because: Because) -> fx.Node:
+        """A value whose gradient is a sum over ranks (Megatron's f). `source`: the plain value that it was made of."""
+        if (value, over) not in self._entered:
+            self._entered[value, over] = self.insert(
+                runtime.enter, (value, over), source, "backward: all-reduce", value.meta.get("dims"), because
+            )
+        return self._entered[value, over]
+
+    def take(self, value: fx.Node, source: fx.Node, i: int, dim: Dim) -> fx.Node:
+        """This rank's part of a value that it holds whole: dimension `i` becomes `dim`."""
+        if (value, i, dim) not in self._taken:
+            dims = list(value.meta.get("dims") or [Factor(1)] * source.meta["val"].dim())
+            dims[i] = dim
+            opened = apart(self.graph, value, i, dim, whole=True)
+            args = (opened.value, opened.at, LocalRuns(opened.dim))
+            new = self.insert(runtime.take, args, source, "this rank's part", dims)
+            self._taken[value, i, dim] = self.describe(together(self.graph, new, opened), source, dims)
+        return self._taken[value, i, dim]

@@ -1,0 +1,30 @@
+"""The axes of a capture under a spec: grouped heads whose kv heads fit no factoring of the degree are cut.
+
+With 3 kv heads in groups of 2 over 5 ranks, heads are split as one axis. Every rank makes keys and values whole,
+repeats them to all heads, and takes the heads that it needs. The gradients of keys and values are summed where they
+enter.
+"""
+
+from __future__ import annotations
+
+from tpcompiler.axes.infer import AxisMap, infer_axes
+from tpcompiler.capture.repeat_heads import repeat_grouped
+from tpcompiler.plan.candidates import unfit_products
+from tpcompiler.plan.facts import gather_facts
+from tpcompiler.program import Capture
+from tpcompiler.spec import Spec
+
+
+def infer_for(capture: Capture, spec: Spec) -> tuple[Capture, AxisMap]:
+    """The axes of a capture, cut where the spec's degree asks for it; and the capture that they are of."""
+    axes = infer_axes(capture)
+    degree = spec.mesh.tensor
+    if degree == 1 or spec.allow_empty or not unfit_products(gather_facts(capture, axes), degree):
+        return capture, axes
+    capture = repeat_grouped(capture)
+    axes = infer_axes(capture)
+    unfit = [set(pair) for pair in unfit_products(gather_facts(capture, axes), degree)]
+    cut = {
+        name for name, terms in axes.copied.items() if any(pair <= set(axes.leaves(t)) for t in terms for pair in unfit)
+    }
+    return capture, infer_axes(capture, frozenset(cut))

@@ -1,0 +1,385 @@
+"""The YAML spec: what to shard, over which ranks. Schema, defaults, and errors that name file, line and key.
+
+`{"mesh": {"tensor": 2}}` is a whole spec. Everything else has a default, and `tpc schema` prints all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, WithJsonSchema, field_validator
+
+from tpcompiler.errors import SpecError
+from tpcompiler.spec.located import Key, Origin, parse, read_text
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+    from tpcompiler.runtime.mesh import Mesh
+
+Choice = Literal["shard", "replicate"]
+KINDS = ("mlp", "attention", "embedding", "head", "other")
+
+
+class Section(BaseModel):
+    """A part of the spec: unknown keys and wrong types are errors, and values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_by_name=True)
+
+
+class MeshSpec(Section):
+    """How many ranks there are, by mesh dimension. `data` is the outer one: rank = data · tensors + tensor."""
+
+    tensor: int = Field(ge=1, le=65536, description="Ranks that share one copy of the model.", examples=[8])
+    data: int = Field(
+        default=1, ge=1, le=65536, description="Copies of the model, each on its own batch.", examples=[2]
+    )
+
+
+class ShardSpec(Section):
+    """What happens to each kind of block. A kind that is named here as `shard` must be had, or it is an error."""
+
+    mlp: Choice = Field(default="shard", description="Feed-forward blocks: split over their hidden width.")
+    attention: Choice = Field(default="shard", description="Attention blocks: split over their heads.")
+    embedding: Choice = Field(default="shard", description="Embedding tables: split over the vocabulary.")
+    head: Choice = Field(default="shard", description="The output layer and the loss: split over the vocabulary.")
+    other: Literal["auto", "shard", "replicate"] = Field(
+        default="auto",
+        description="Any other block (experts, mixers, convolutions). auto: sharded where that is legal and pays.",
+    )
+
+
+class Override(Section):
+    """An exception by name. Later entries win over earlier ones, and all of them over `shard`."""
+
+    match: str = Field(
+        min_length=1,
+        description="Glob over module or parameter names; `*` also crosses dots. A module covers all below it.",
+        examples=["h.0.mlp"],
+    )
+    as_: Choice = Field(
+        alias="as", description="What to do with the blocks of the parameters it covers.", examples=["replicate"]
+    )
+
+
+class AxisSpec(Section):
+    """An axis named outright, by a dimension of a parameter that it stands in."""
+
+    parameter: str = Field(min_length=1, description="Glob over parameter names.", examples=["h.*.attn.c_attn.weight"])
+    dimension: int = Field(description="Which dimension of the parameter; negative counts from the end.", examples=[0])
+    factor: int | str | None = Field(
+        default=None,
+        description="Which factor of that dimension: its index, major first, or the axis's name as `tpc explain` "
+        "prints it. Left out: the only one, or the first that can be split.",
+        examples=[0],
+    )
+    as_: Choice = Field(default="shard", alias="as", description="What to do with the axis.")
+
+
+class Hardware(Section):
+    """What the cost model counts with. The defaults are one H100 (SXM, bf16) in an NVSwitch host."""
+
+    peak_tflops: float = Field(default=989.0, gt=0, description="Peak rate of matrix products, TFLOP/s.")
+    efficiency: float = Field(default=0.6, gt=0, le=1, description="Share of the peak that large products reach.")
+    memory_gib: float = Field(default=80.0, gt=0, description="Memory of one device, GiB.")
+    bandwidth_gbps: float = Field(
+        default=3350.0, gt=0, description="Memory bandwidth of one device, gigabytes a second."
+    )
+    alpha_us: float = Field(default=15.0, ge=0, description="Latency of one collective, microseconds.")
+    beta_gbps: float = Field(
+        default=240.0,
+        gt=0,
+        description="Rate of large collectives (bytes of the value over seconds), gigabytes a second.",
+    )
+
+
+Exit = Literal["gather", "shard"]
+
+
+def _gathered() -> dict[str, Exit]:
+    return {"*": "gather"}
+
+
+Outputs = Annotated[
+    dict[str, Exit],
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["gather", "shard"], "type": "string"},
+                {"additionalProperties": {"enum": ["gather", "shard"]}, "type": "object"},
+            ]
+        }
+    ),
+]
+
+
+class Spec(Section):
+    """A tensor-parallel layout for a plain model."""
+
+    mesh: MeshSpec = Field(description="Ranks, by mesh dimension.", examples=[{"tensor": 8}])
+    model: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of the model's constructor, such as its sizes.",
+        examples=[{"layers": 12}],
+    )
+    inputs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of the example inputs, such as batch and sequence.",
+        examples=[{"batch": 8, "sequence": 1024}],
+    )
+    shard: ShardSpec = Field(
+        default_factory=ShardSpec, description="Shard or replicate, by kind of block.", examples=[{"mlp": "shard"}]
+    )
+    override: tuple[Override, ...] = Field(
+        default=(), description="Exceptions by name.", examples=[[{"match": "h.0.mlp", "as": "replicate"}]]
+    )
+    axes: tuple[AxisSpec, ...] = Field(
+        default=(), description="Axes named outright.", examples=[[{"parameter": "h.*.w", "dimension": 0}]]
+    )
+    outputs: Outputs = Field(
+        default_factory=_gathered,
+        description="Whether outputs that come out sharded (logits) are gathered or left so: one word, or globs over "
+        "output names or positions, the last match winning.",
+        examples=["gather"],
+    )
+    uneven: Literal["allow", "warn", "error"] = Field(
+        default="allow", description="When an axis does not divide by its degree (25 heads over 8 ranks)."
+    )
+    allow_empty: bool = Field(
+        default=False, description="Whether a rank may hold nothing of an axis (2 heads over 4 ranks)."
+    )
+    attention_dropout: Literal["fused", "exact"] = Field(
+        default="fused",
+        description="Dropout inside attention. fused: the kernel's own random numbers, fast, a different draw at every "
+        "degree. exact: attention written out, the same masks at every degree, slower.",
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Seed of the initial weights and of dropout.", examples=[0]
+    )
+    hardware: Hardware = Field(
+        default_factory=Hardware, description="What the cost model counts with.", examples=[{"memory_gib": 80}]
+    )
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="The trainer's settings; `tpc train` checks them.", examples=[{"steps": 100}]
+    )
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @field_validator("override", "axes", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("outputs", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"*": value}
+        return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any] | Spec) -> Spec:
+        """A spec from a YAML file's path, a dictionary, or a spec. Raises `SpecError`, one line."""
+        if isinstance(source, Spec):
+            return source
+        if isinstance(source, Mapping):
+            return cls._checked(dict(source), Origin())
+        if not isinstance(source, (str, Path)):
+            raise SpecError(f"a spec is a path, a dictionary or a Spec, not {type(source).__name__}")
+        return cls.parse(read_text(Path(source), str(source)), str(source))
+
+    @classmethod
+    def parse(cls, text: str, file: str = "spec") -> Spec:
+        """A spec from YAML text; `file` is what errors call it."""
+        return cls._checked(*parse(text, file))
+
+    @classmethod
+    def _checked(cls, value: Any, origin: Origin) -> Spec:
+        if value is None:
+            raise SpecError(f"{origin.file}: the spec is empty; the least one is `mesh: {{tensor: 2}}`")
+        spec = validate(cls, value, origin)
+        spec._origin = origin
+        return spec
+
+    @property
+    def file(self) -> str:
+        """What errors call it: the file's path, or `spec`."""
+        return self._origin.file
+
+    @property
+    def ranks(self) -> Mesh:
+        """The mesh of ranks, `data` outermost."""
+        from tpcompiler.runtime.mesh import Mesh
+
+        return Mesh.of({"data": self.mesh.data, "tensor": self.mesh.tensor})
+
+    @property
+    def explicit(self) -> frozenset[str]:
+        """The kinds of block that the spec itself asks to shard: what it asks for and cannot have is an error."""
+        if "shard" not in self.model_fields_set:
+            return frozenset()
+        return frozenset(k for k in self.shard.model_fields_set if getattr(self.shard, k) == "shard")
+
+    def output(self, *names: str) -> Exit:
+        """What to do with an output that has these names (its key, its position)."""
+        chosen: Exit = "gather"
+        for pattern, choice in self.outputs.items():
+            if any(fnmatchcase(name, pattern) for name in names):
+                chosen = choice
+        return chosen
+
+    def error(self, *key: str | int, what: str) -> SpecError:
+        """`file:line: key: what` for a key of this spec, ready to raise: `raise spec.error("axes", 0, what=…)`."""
+        return self._origin.error(key, what)
+
+    def section(self, model: type[S], name: str = "train") -> S:
+        """A free-form section, checked against its owner's own schema, with the same errors."""
+        return validate(model, getattr(self, name), self._origin, (name,))
+
+    def with_(self, **changes: Any) -> Spec:
+        """A copy with whole sections replaced by plain values: `spec.with_(mesh={"tensor": 4})`."""
+        return Spec._checked({**self.dump(), **changes}, self._origin)
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values that `load` reads back to an equal spec; only what was given, so that defaults stay defaults."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON schema of the YAML file, for editors."""
+        schema = cls.model_json_schema(by_alias=True)
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "tpcompiler spec"}
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def covers(pattern: str, name: str) -> bool:
+    """Whether a glob matches a parameter's name or a module it lies in: `h.*.mlp` covers `h.3.mlp.c_fc.weight`."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What would have worked: ` did you mean 'tensor'?`, or the list of what there is."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known[:12])}{', …' if len(known) > 12 else ''}" if known else "there is none"
+
+
+def validate(model: type[S], value: Any, origin: Origin, prefix: Key = ()) -> S:
+    """`value` as a `model`, or the first thing wrong with it in the file's order, as one line."""
+    if not isinstance(value, Mapping):
+        raise origin.error(prefix, f"{_shown(value)} is not a mapping; write keys and values, `key: value`")
+    try:
+        return model.model_validate(dict(value))
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+    # A misspelt key is also a missing one: the misspelling is the one to show.
+    first = min(errors, key=lambda err: (err["type"] != "extra_forbidden", origin.line((*prefix, *err["loc"])) or 0))
+    key, what = _explain(first, model)
+    raise origin.error((*prefix, *key), what)
+
+
+_FACTS = {
+    "int_type": "is not an integer",
+    "int_from_float": "is not an integer",
+    "float_type": "is not a number",
+    "finite_number": "is not a finite number",
+    "bool_type": "is neither true nor false",
+    "string_type": "is not a string",
+    "tuple_type": "is not a list",
+    "list_type": "is not a list",
+    "dict_type": "is not a mapping",
+    "model_type": "is not a mapping",
+    "model_attributes_type": "is not a mapping",
+    "string_too_short": "is empty",
+}
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+
+
+def _explain(error: ErrorDetails, model: type[BaseModel]) -> tuple[Key, str]:
+    """One of pydantic's errors in our words: the key, what is wrong, what would work."""
+    kind, got, context = error["type"], error["input"], error.get("ctx", {})
+    key, owner, field = _locate(error["loc"], model)
+    examples = (field.examples if field else None) or []
+    example = f"; write e.g. {key[-1]}: {_yaml(examples[0])}" if examples and isinstance(key[-1], str) else ""
+    if kind == "extra_forbidden":
+        known = [f.alias or n for n, f in owner.model_fields.items()]
+        return key, f"unknown key {key[-1]!r}; {nearest(str(key[-1]), known)}"
+    if kind == "missing":
+        return key, f"is missing{example}"
+    if kind == "literal_error":
+        return key, f"{_shown(got)} is not a choice; write {context['expected']}"
+    if kind in _BOUNDS:
+        word, bound = _BOUNDS[kind]
+        return key, f"{_shown(got)} is out of range; it must be {word} {context[bound]}"
+    if got is None:
+        return key, f"has no value{example}"
+    if kind in _FACTS:
+        return key, f"{_shown(got)} {_FACTS[kind]}{example}"
+    if kind == "value_error":
+        return key, str(context["error"])
+    ours = error["msg"].startswith("Input should")  # pydantic's own, which does not say what it got
+    return key, f"{error['msg']}, not {_shown(got)}{example}" if ours else error["msg"]
+
+
+def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[Key, type[BaseModel], Any]:
+    """Pydantic's location as a key of the file, with the model and the field that it belongs to.
+
+    Locations of unions end in the name of a member (`int`, `str`), which is no key.
+    """
+    key: list[int | str] = []
+    owner, field = model, None
+    inner: type[BaseModel] | None = model
+    for part in loc:
+        if inner is None and isinstance(part, str) and field is not None and not _holds_keys(field.annotation):
+            break
+        key.append(part)
+        if isinstance(part, int):
+            continue
+        if inner is not None:
+            owner = inner
+            field = next((f for n, f in owner.model_fields.items() if part in (n, f.alias)), None)
+            inner = _model_in(field.annotation) if field is not None else None
+    return tuple(key), owner, field
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, (_model_in(a) for a in getattr(annotation, "__args__", ()))), None)
+
+
+def _holds_keys(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is dict or annotation is dict
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    text = repr(value)
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

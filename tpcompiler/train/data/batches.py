@@ -1,0 +1,194 @@
+"""The global batch of every step, dealt to ranks and micro-batches; the same at every degree.
+
+The position in the data is one integer, `step · batch` samples, and everything follows from it: `divmod(position, n)`
+is (epoch, place), the epoch's permutation gives the sample, and (seed, epoch, sample) gives what is random in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from tpcompiler.errors import TpcError
+from tpcompiler.runtime.mesh import Run, part
+from tpcompiler.train.data.corpus import sources
+from tpcompiler.train.data.order import Permutation, mix
+from tpcompiler.train.data.samples import Causal, Masked, Part, Samples
+from tpcompiler.train.data.tokenizer import Tokenizer, load_tokenizer
+from tpcompiler.train.data.tokens import Tokens, open_tokens
+from tpcompiler.train.run.config import Train
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a rank runs at once: rows `first_sample` … of the step's global batch."""
+
+    tensors: dict[str, Tensor]  # int64, [rows, sequence], or [rows] (pair_labels)
+    first_sample: int
+    weight: float  # rows over the global batch: the step's loss is the weighted sum of the micro-batches' mean losses
+    mark: int | None = None  # the fingerprint, once it is known
+
+    @property
+    def rows(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """There, with its fingerprint: to read what is on a GPU would wait for all that was issued before."""
+        there = {k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}
+        return replace(self, tensors=there, mark=self.fingerprint())
+
+    def pinned(self) -> Batch:
+        """In memory that a GPU reads by itself."""
+        return replace(self, tensors={k: v.pin_memory() for k, v in self.tensors.items()}, mark=self.fingerprint())
+
+    def fingerprint(self) -> int:
+        """A 63-bit hash of the content, for ranks to compare: equal batches have equal ones."""
+        if self.mark is not None:
+            return self.mark
+        h = mix(self.first_sample)
+        for name, x in sorted(self.tensors.items()):
+            flat = x.flatten().cpu()
+            places = torch.arange(1, flat.numel() + 1) * 0x5851F42D4C957F2D
+            scrambled = (flat + places) * 0x14057B7EF767814F
+            scrambled = (scrambled ^ (scrambled >> 29)) * 0x5851F42D4C957F2D
+            h = mix(h, *name.encode(), int(scrambled.sum()))
+        return h >> 1
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Samples in order, `batch` a step. `step` counts from `first_step`, where the position is `first_position`."""
+
+    samples: Samples
+    batch: int
+    micro_batch: int
+    seed: int = 0
+    shuffle: bool = True
+    names: Mapping[str, str] = field(default_factory=dict)
+    first_step: int = 0
+    first_position: int = (
+        0  # samples seen before: others than first_step · batch when the batch size changed on the way
+    )
+
+    def position(self, step: int) -> int:
+        """Samples seen before a step: what a checkpoint keeps."""
+        return self.first_position + (step - self.first_step) * self.batch
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps that fit into one epoch whole; at least 1."""
+        return max(1, len(self.samples) // self.batch)
+
+    def micro_batches(self, data_degree: int) -> int:
+        """How many micro-batches a step has on every rank.
+
+        Raises `TpcError` when some would be empty.
+        """
+        most = -(-self.batch // data_degree)
+        count = -(-most // self.micro_batch)
+        if self.batch // data_degree < count:
+            raise TpcError(
+                f"train.batch: {self.batch} samples over {data_degree} data ranks in micro-batches of "
+                f"{self.micro_batch} leave a rank without one; batch {count * data_degree} would work"
+            )
+        return count
+
+    def rows(self, micro: int, data_rank: int, data_degree: int) -> Run:
+        """The rows [start, stop) of the step's global batch that a rank runs in its `micro`-th micro-batch.
+
+        Consecutive, data rank major: ranks and micro-batches may hold one row more than others, never other rows.
+        """
+        start, stop = part(self.batch, data_degree, data_rank)
+        a, b = part(stop - start, self.micro_batches(data_degree), micro)
+        return start + a, start + b
+
+    def batch_at(self, step: int, micro: int, data_rank: int = 0, data_degree: int = 1) -> Batch:
+        """A rank's micro-batch. It depends on the data coordinate alone: all ranks of a tensor group get the same."""
+        start, stop = self.rows(micro, data_rank, data_degree)
+        rows = [self._row(self.position(step) + i) for i in range(start, stop)]
+        stacked = {self.names.get(k, k): torch.stack([row[k] for row in rows]) for k in rows[0]}
+        return Batch(stacked, start, (stop - start) / self.batch)
+
+    def _row(self, position: int) -> dict[str, Tensor]:
+        epoch, place = divmod(position, len(self.samples))
+        index = Permutation(len(self.samples), mix(self.seed, epoch, 0))[place] if self.shuffle else place
+        return self.samples.sample(index, mix(self.seed, epoch, 1, index))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A run's data."""
+
+    train: Batches
+    validation: Batches | None  # in order, not shuffled; the same at every evaluation
+    tokenizer: Tokenizer
+    sequence: int
+    largest_id: int  # that a batch may hold
+
+    def fits(self, vocabulary: int | None = None, positions: int | None = None) -> None:
+        """Raises `TpcError` when the model has too few embeddings for these ids or for this sequence length."""
+        if vocabulary is not None and self.largest_id >= vocabulary:
+            raise TpcError(
+                f"data: holds token id {self.largest_id}, but the model's vocabulary is {vocabulary}; "
+                f"vocab {self.largest_id + 1} or more would work (or the tokenizer that the ids were made with)"
+            )
+        if positions is not None and self.sequence > positions:
+            raise TpcError(f"train.sequence: {self.sequence} is longer than the model's {positions} positions")
+
+
+def open_corpus(train: Train) -> Corpus:
+    """Opens a run's data, tokenising text that the cache does not hold yet.
+
+    Let one process of each host do it first, then the others: they find the cache filled. Raises `TpcError`.
+    """
+    data, tokenizer = train.data, load_tokenizer(train.tokenizer)
+    samples, largest = _open(data.path, train, tokenizer)
+    held: Samples | None
+    if data.validation:
+        held, other = _open(data.validation, train, tokenizer)
+        largest = max(largest, other)
+    else:
+        whole = len(samples)
+        samples, held = split(samples, data.held_out)
+        if train.evaluation.every and held is None and data.held_out:
+            raise TpcError(
+                f"data {data.path[0]}: {whole} sample of {train.sequence} tokens cannot be trained and evaluated on; "
+                f"more text, a shorter sequence or evaluation: {{every: 0}} would work"
+            )
+    validation = _batches(held, train, shuffle=False) if held is not None else None
+    return Corpus(_batches(samples, train, shuffle=True), validation, tokenizer, train.sequence, largest)
+
+
+def _open(paths: tuple[str, ...], train: Train, tokenizer: Tokenizer) -> tuple[Samples, int]:
+    """The samples of some files, at least one, and the largest id that they can hold."""
+    tokens = open_tokens(sources(paths, train.data), train.data, tokenizer)
+    samples = make_samples(tokens, train, tokenizer)
+    if not len(samples):
+        raise TpcError(
+            f"data {tokens}: {len(tokens)} tokens are less than one sample of {train.sequence}; "
+            f"more text or a shorter sequence would work"
+        )
+    # Masked batches hold marks and random words besides.
+    return samples, tokens.largest if train.data.task == "causal" else max(tokens.largest, tokenizer.vocab - 1)
+
+
+def make_samples(tokens: Tokens, train: Train, tokenizer: Tokenizer) -> Samples:
+    """What the task makes of a stream of tokens."""
+    task = train.data.task
+    if task == "causal":
+        return Causal(tokens, train.sequence, train.data.labels == "next")
+    return Masked(tokens, train.sequence, tokenizer, task.removeprefix("mlm").removeprefix("+"))
+
+
+def split(samples: Samples, held_out: float) -> tuple[Samples, Samples | None]:
+    """All but the last `held_out` share, and that share: at least one sample of two, or None."""
+    n = len(samples)
+    held = min(max(1, round(n * held_out)), n - 1) if held_out else 0
+    return (Part(samples, 0, n - held), Part(samples, n - held, n)) if held else (samples, None)
+
+
+def _batches(samples: Samples, train: Train, shuffle: bool) -> Batches:
+    return Batches(samples, train.batch, train.micro_batch, train.seed, shuffle, train.data.names)

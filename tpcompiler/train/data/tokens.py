@@ -1,0 +1,207 @@
+"""Token ids on disk: memory-mapped, read by position, tokenised at most once.
+
+A token file is an array of little-endian uint16 or uint32 and nothing else. Its sidecar `FILE.json` says
+`{"dtype": …}`; sidecars written here also say how many ids there are and the largest of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from itertools import accumulate
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from tpcompiler.errors import TpcError
+from tpcompiler.train.data.corpus import Source, content_digest, pieces
+from tpcompiler.train.data.tokenizer import Tokenizer
+from tpcompiler.train.run.config import Data
+
+_DTYPES = {"uint16": torch.uint16, "uint32": torch.uint32}
+_CODES = {"uint16": "H", "uint32": "I"}
+_SCAN = 1 << 24  # tokens looked at in one go
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A memory-mapped file of token ids."""
+
+    path: Path
+    dtype: str
+    count: int
+    largest: int  # id
+
+    @property
+    def bytes(self) -> int:
+        return self.count * _DTYPES[self.dtype].itemsize
+
+    @cached_property
+    def ids(self) -> Tensor:
+        return _map(self.path, self.dtype, self.count)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Several token files, one after the other."""
+
+    files: tuple[TokenFile, ...]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(f.count for f in self.files))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def largest(self) -> int:
+        return max(f.largest for f in self.files)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Ids start … stop − 1, int64."""
+        assert 0 <= start <= stop <= len(self), f"tokens {start} … {stop} of {len(self)}"
+        parts = []
+        for i in range(bisect_right(self._ends, start), len(self.files)):
+            offset = self._ends[i] - self.files[i].count
+            if offset >= stop:
+                break
+            parts.append(self.files[i].ids[max(start - offset, 0) : stop - offset].to(torch.int64))
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+    def __str__(self) -> str:
+        names = [str(f.path) for f in self.files]
+        return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def open_tokens(found: Iterable[Source], data: Data, tokenizer: Tokenizer) -> Tokens:
+    """The token files of some sources; text is tokenised into the cache unless it lies there already.
+
+    Any number of processes may do this at once: files appear whole or not at all. Raises `TpcError` for an empty
+    file, a token file of unknown or broken type, text that cannot be read, a full disk.
+    """
+    cache = cache_directory(data)
+    return Tokens(
+        tuple(_ready(s, data, cache) if s.format == "tokens" else _tokenised(s, data, tokenizer, cache) for s in found)
+    )
+
+
+def cache_directory(data: Data) -> Path:
+    if data.cache is not None:
+        return Path(data.cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpcompiler"
+
+
+def _tokenised(source: Source, data: Data, tokenizer: Tokenizer, cache: Path) -> TokenFile:
+    key = f"{content_digest(source)} {source.format} {data.field} {tokenizer.digest}"
+    path = cache / f"{sha256(key.encode()).hexdigest()[:32]}.bin"
+    known = _read_sidecar(path)
+    if known is not None and path.is_file() and path.stat().st_size == known.bytes:
+        return known
+    dtype = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
+    count, largest = 0, 0
+    with replacing(path) as out:
+        for text, ends in pieces(source, data.field):
+            ids = tokenizer.encode(text)
+            if ends and tokenizer.specials.end is not None and ids:
+                ids.append(tokenizer.specials.end)
+            if ids:
+                array(_CODES[dtype], ids).tofile(out)
+                count, largest = count + len(ids), max(largest, max(ids))
+        if not count:
+            raise TpcError(f"data {source}: the file is empty")
+    return _write_sidecar(TokenFile(path, dtype, count, largest))
+
+
+def _ready(source: Source, data: Data, cache: Path) -> TokenFile:
+    """The user's own token file. It is scanned once for its largest id; the cache remembers that."""
+    assert source.path is not None
+    path = source.path
+    dtype = data.token_type or _declared_type(path)
+    try:
+        state = path.stat()
+    except OSError as e:
+        raise TpcError(f"data {path}: {e.strerror}") from None
+    width = _DTYPES[dtype].itemsize
+    if state.st_size == 0:
+        raise TpcError(f"data {path}: the file is empty")
+    if state.st_size % width:
+        raise TpcError(f"data {path}: {state.st_size} bytes are not a whole number of {dtype} ids of {width} bytes")
+    key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {dtype}"
+    note = cache / f"{sha256(key.encode()).hexdigest()[:32]}.scan"
+    known = _read_sidecar(note)
+    count = state.st_size // width
+    if known is not None:
+        return TokenFile(path, dtype, count, known.largest)
+    ids = _map(path, dtype, count)
+    largest = max(int(ids[i : i + _SCAN].to(torch.int64).max()) for i in range(0, count, _SCAN))
+    _write_sidecar(TokenFile(note, dtype, count, largest))
+    return TokenFile(path, dtype, count, largest)
+
+
+def _declared_type(path: Path) -> str:
+    beside = _beside(path)
+    try:
+        value = json.loads(beside.read_text("utf-8"))
+    except FileNotFoundError:
+        raise TpcError(
+            f'data {path}: is it uint16 or uint32? Set data.token_type, or write {{"dtype": "uint16"}} to {beside}'
+        ) from None
+    except (OSError, ValueError) as e:
+        raise TpcError(f"data {beside}: cannot be read: {e}") from None
+    dtype = value.get("dtype") if isinstance(value, dict) else None
+    if dtype not in _DTYPES:
+        raise TpcError(f"data {beside}: dtype is {dtype!r}; it must be uint16 or uint32")
+    return str(dtype)
+
+
+def _map(path: Path, dtype: str, count: int) -> Tensor:
+    try:
+        return torch.from_file(str(path), shared=False, size=count, dtype=_DTYPES[dtype])
+    except RuntimeError as e:
+        raise TpcError(f"data {path}: cannot be memory-mapped: {str(e).splitlines()[0]}") from None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _read_sidecar(path: Path) -> TokenFile | None:
+    try:
+        value = json.loads(_beside(path).read_text("utf-8"))
+        return TokenFile(path, str(value["dtype"]), int(value["count"]), int(value["largest"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_sidecar(file: TokenFile) -> TokenFile:
+    with replacing(_beside(file.path)) as out:
+        out.write(json.dumps({**asdict(file), "path": file.path.name}).encode())
+    return file
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes `path`'s place, whole and synced, when the block ends well, and vanishes when not."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        scratch.replace(path)
+    except OSError as e:
+        raise TpcError(f"cannot write {path}: {e.strerror or e}") from None
+    finally:
+        scratch.unlink(missing_ok=True)

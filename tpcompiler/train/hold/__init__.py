@@ -1,0 +1,1 @@
+"""How a rank holds its parameters, gradients and optimizer state."""

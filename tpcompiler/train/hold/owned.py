@@ -1,0 +1,128 @@
+"""Which elements of a parameter a rank trains: its tensor-parallel slice, and of that its chunk over the data ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from tpcompiler.layout import Dim, Factor
+from tpcompiler.program import Capture, Parameter, Program
+from tpcompiler.runtime.mesh import Coords, Mesh, Run
+from tpcompiler.train.optim.clip import local
+from tpcompiler.train.optim.update import MOMENTS
+from tpcompiler.weights import Entry, Held, Layout, Source, cut, slice_of, weight_mesh
+from tpcompiler.weights.manifest import DATA
+from tpcompiler.weights.runs import Slice
+
+OPTIMIZER_FILE = "optimizer-{rank:05d}.safetensors"
+
+
+def chunk(n: int, degree: int, index: int) -> Run:
+    """`torch.chunk`'s parts, which are FSDP2's: as long as ceil allows, the last ones short or empty."""
+    size = -(-n // degree)
+    return min(index * size, n), min((index + 1) * size, n)
+
+
+def held(dims: Sequence[Dim], mesh: Mesh, coords: Coords) -> Slice:
+    """The global indices of a parameter that a rank trains. Data ranks share dimension 0 of each rank's slice."""
+    runs = tuple(d.runs(mesh, coords) for d in dims)
+    if not runs or DATA not in mesh or mesh[DATA] == 1:
+        return runs
+    rows = sum(b - a for a, b in runs[0])
+    return (cut(runs[0], *chunk(rows, mesh[DATA], coords[DATA])), *runs[1:])
+
+
+def layout(dims: Sequence[Dim], mesh: Mesh) -> Layout:
+    """Where the elements of a parameter are trained, on the mesh of `checkpoint_mesh`."""
+    if not dims or DATA not in mesh or mesh[DATA] == 1:
+        return Layout.of(dims, mesh)
+    first = [held(dims, mesh, mesh.coords(r))[0] for r in range(mesh.size)]
+    return Layout((Held.of_runs(dims[0].size, first), *(Held.of(d, mesh) for d in dims[1:])), mesh.size)
+
+
+def checkpoint_mesh(mesh: Mesh) -> Mesh:
+    """The ranks that write files of their own: data ranks too, where they share the parameters."""
+    return mesh if DATA in mesh and mesh[DATA] > 1 else weight_mesh(mesh)
+
+
+def entries(program: Program, dtype: torch.dtype) -> list[Entry]:
+    """What a checkpoint holds: parameters at master precision, buffers, and the optimizer's state of each parameter."""
+    mesh = checkpoint_mesh(program.mesh)
+    out = []
+    for p in program.capture.parameters:
+        if p.buffer:
+            out.append(Entry.of(p, buffer_dims(program, p), program.mesh))
+            continue
+        where = layout(program.dims[p.name], mesh)
+        stored = p.names if p.persistent else ()
+        out.append(Entry(p.name, "parameter", dtype, where, aliases=p.aliases, stored=stored, trainable=p.trainable))
+        if p.trainable:
+            out += [Entry(state_name(p.name, m), "state", dtype, where, OPTIMIZER_FILE, like=p.name) for m in MOMENTS]
+    return out
+
+
+def state_name(parameter: str, moment: str) -> str:
+    """What a checkpoint calls the optimizer's state of a parameter."""
+    return f"optimizer.{moment}.{parameter}"
+
+
+def buffer_dims(program: Program, p: Parameter) -> tuple[Dim, ...]:
+    return tuple(program.dims.get(p.name, tuple(Factor(n) for n in p.shape)))
+
+
+def allocate(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+    """Gives parameters and buffers on meta their memory, parameters as `dtype`; tied ones stay one."""
+    memo: dict[int, nn.Parameter] = {}
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is None:
+                continue
+            if id(p) not in memo:
+                memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype, device=device), p.requires_grad)
+                memo[id(memo[id(p)])] = memo[id(p)]
+            m._parameters[name] = memo[id(p)]
+        for name, b in m._buffers.items():
+            if b is not None:
+                m._buffers[name] = torch.empty_like(b, device=device)
+
+
+@torch.no_grad()
+def fill(masters: Mapping[str, Tensor], slices: Mapping[str, Slice], read: Callable[[str, Slice], Tensor]) -> None:
+    """Gives every master its values by `read(name, slice)`, one at a time.
+
+    The largest come first: what is needed besides a parameter's own slice is most while least is there.
+    """
+    for name in sorted(masters, key=lambda n: -prod(_sizes(slices[n]))):
+        target = local(masters[name])
+        target.copy_(read(name, slices[name]).reshape(target.shape))
+
+
+def _sizes(runs: Slice) -> tuple[int, ...]:
+    return tuple(sum(b - a for a, b in r) for r in runs)
+
+
+def from_constructor(replay: Callable[[str], Tensor]) -> Callable[[str, Slice], Tensor]:
+    """Initial values by the model's own constructor: the whole of one parameter is there while it is cut."""
+    return lambda name, runs: slice_of(replay(name).contiguous(), runs)
+
+
+def from_source(source: Source, capture: Capture) -> Callable[[str, Slice], Tensor]:
+    """Values from a file of weights, slice by slice, a parameter by any of its names."""
+    names = {p.name: next((n for n in p.names if n in source.tensors), p.name) for p in capture.parameters}
+    return lambda name, runs: source.read(names[name], runs)
+
+
+@torch.no_grad()
+def fill_buffers(module: nn.Module, program: Program, coords: Coords) -> None:
+    """Buffers have the values that the constructor computed, sliced where they are split."""
+    targets = dict(module.named_buffers(remove_duplicate=False))
+    for p in program.capture.parameters:
+        if not p.buffer or p.value is None:
+            continue
+        runs = tuple(d.runs(program.mesh, coords) for d in buffer_dims(program, p))
+        for name in p.names:
+            if name in targets:
+                targets[name].copy_(slice_of(p.value.contiguous(), runs))

@@ -1,0 +1,1 @@
+"""What happens to gradients: clipping, scaling, the optimizer, the schedule."""

@@ -1,0 +1,139 @@
+"""The model of a run, compiled for its ranks: captured with the batches' own inputs, reduced to what is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tpcompiler.api import Sharded, compile_capture
+from tpcompiler.capture import Recorded, capture_recorded, float64, record
+from tpcompiler.emit import load_source
+from tpcompiler.errors import TpcError
+from tpcompiler.load.target import Inputs, Loaded
+from tpcompiler.program import Capture
+from tpcompiler.runtime import Ranks, Rng
+from tpcompiler.spec.schema import Spec
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A model for every rank of a mesh, and where its initial values come from."""
+
+    sharded: Sharded
+    recorded: Recorded
+
+    @property
+    def capture(self) -> Capture:
+        return self.sharded.capture
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The forward's own names of its tensor inputs."""
+        return self.capture.arg_names
+
+    def module(self, ranks: Ranks, rng: Rng) -> nn.Module:
+        """This rank's program, without memory: its parameters and buffers are on the meta device."""
+        built = load_source(self.sharded.source, f"tpc_{self.capture.model}").Model
+        with torch.device("meta"):
+            module: nn.Module = built(ranks, rng)
+        trainable = {n: p.trainable for p in self.capture.parameters if not p.buffer for n in p.names}
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(trainable[name])
+        return module
+
+
+def compile_model(
+    loaded: Loaded,
+    spec: Spec,
+    inputs: Inputs,
+    output: Callable[[Capture], int],
+    *,
+    double: bool = False,
+    progress: Progress = lambda stage: None,
+) -> Compiled:
+    """Captures on meta and compiles. Of the outputs, the one that `output` chooses is kept; nothing else is computed.
+
+    `double`: float64 throughout, casts that the model makes itself included.
+    """
+    with loaded.environment:
+        progress("capturing the model")
+        recorded = record(loaded.build)
+        captured = capture_recorded(recorded, inputs, source=loaded.source)
+    captured = only(captured, output(captured))
+    if double:
+        captured = float64(captured)
+    return Compiled(compile_capture(captured, spec, progress=progress), recorded)
+
+
+def only(capture: Capture, output: int) -> Capture:
+    """The capture with one of its outputs alone; the graph is changed in place."""
+    node = next(n for n in capture.graph.nodes if n.op == "output")
+    node.args = ((node.args[0][output],),)
+    capture.graph.eliminate_dead_code()
+    return replace(capture, out_spec=pytree.tree_structure(0))
+
+
+def loss_output(capture: Capture) -> int:
+    """Which output is the loss: the one that is a single number. Raises `TpcError`."""
+    found = [i for i, v in enumerate(_outputs(capture)) if v.dim() == 0 and v.dtype.is_floating_point]
+    if len(found) != 1:
+        what = "none of its outputs is" if not found else f"{len(found)} of its outputs are"
+        raise TpcError(
+            f"{capture.source or capture.model}: the trainer needs a model that gives its loss when its labels are "
+            f"given: {what} a single number, with the inputs {', '.join(capture.arg_names)}"
+        )
+    return found[0]
+
+
+def logits_output(capture: Capture) -> int:
+    """Which output holds a score for every token of the vocabulary: the first one that is [b, s, …]."""
+    for i, v in enumerate(_outputs(capture)):
+        if v.dim() == 3 and v.dtype.is_floating_point:
+            return i
+    raise TpcError(f"{capture.source or capture.model}: gives no logits [batch, sequence, vocabulary] without labels")
+
+
+def _outputs(capture: Capture) -> list[Tensor]:
+    node = next(n for n in capture.graph.nodes if n.op == "output")
+    return [v.meta["val"] for v in node.args[0]]
+
+
+def training_inputs(loaded: Loaded, available: Iterable[str]) -> Inputs:
+    """The example inputs, as the batches of a run give them: by name, those that the data has.
+
+    Raises `TpcError` when the model needs an input that the data does not have.
+    """
+    args, kwargs = loaded.inputs()
+    names = list(available)
+    if args:
+        raise TpcError(
+            f"{loaded.source}: its example inputs are positional; the trainer gives inputs by name: let example_inputs "
+            f"return a dictionary with {', '.join(names)}"
+        )
+    lacking = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in names]
+    if lacking:
+        raise TpcError(
+            f"{loaded.source}: takes {lacking[0]}, and the data gives {', '.join(names)}; another data.task, or a name "
+            f"in data.names, would work"
+        )
+    if not any(isinstance(v, Tensor) for v in kwargs.values()):
+        raise TpcError(f"{loaded.source}: its example inputs hold no tensor")
+    return (), kwargs
+
+
+def largest_parameters(capture: Capture) -> int:
+    """How many elements all parameters have together, tied ones once."""
+    return sum(prod(p.shape) for p in capture.parameters if not p.buffer)
+
+
+def select(tensors: Mapping[str, Tensor], takes: Sequence[str]) -> dict[str, Any]:
+    """A batch's tensors, those that the model takes."""
+    return {name: tensors[name] for name in takes}

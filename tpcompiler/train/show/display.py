@@ -1,0 +1,131 @@
+"""What a run shows while it goes: a live panel on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from datetime import timedelta
+from math import isfinite
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tpcompiler.train.show.log import Record
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+class Meter:
+    """Speed over the last steps. A step's time is the median of a few, so that a checkpoint does not show as a dip."""
+
+    def __init__(
+        self, tokens: int, flops_per_token: float, ranks: int, peak_tflops: float | None = None, over: int = 10
+    ) -> None:
+        """`tokens` a step of all ranks; `flops_per_token` forward and backward; `over` how many steps."""
+        self.tokens, self.flops_per_token, self.ranks, self.peak = tokens, flops_per_token, ranks, peak_tflops
+        self._seconds: deque[float] = deque(maxlen=over)
+
+    def step(self, seconds: float) -> dict[str, float | None]:
+        """The speeds of a `Record`, after a step that took `seconds`."""
+        self._seconds.append(seconds)
+        middle = sorted(self._seconds)[len(self._seconds) // 2]
+        rate = self.tokens / middle
+        tflops = rate * self.flops_per_token / self.ranks / 1e12
+        return {
+            "seconds": middle,
+            "tokens_per_second": rate,
+            "tflops": tflops,
+            "peak_fraction": tflops / self.peak if self.peak else None,
+        }
+
+
+class Display:
+    """Shows records; a context manager. `title` names the run."""
+
+    def __init__(self, title: str, steps: int, console: Console | None = None) -> None:
+        self.title, self.steps = title, steps
+        self.console = console or Console(stderr=True)
+        self._losses: deque[float] = deque(maxlen=60)
+        self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+
+    def __enter__(self) -> Display:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, record: Record) -> None:
+        if record.loss is not None and isfinite(record.loss):
+            self._losses.append(record.loss)
+        if self._live is None:
+            self.message(line(record, self.steps))
+        else:
+            self._live.update(self._panel(record), refresh=True)
+
+    def message(self, text: str) -> None:
+        """A line that stays: a checkpoint, an evaluation, a skipped step."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _panel(self, record: Record) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        for _ in range(3):
+            table.add_column(style="dim", justify="right")
+            table.add_column(min_width=16)
+        cells = facts(record, self.steps)
+        for i in range(0, len(cells), 3):
+            table.add_row(*(Text(word) for cell in cells[i : i + 3] for word in cell))
+        bar = ProgressBar(total=self.steps, completed=record.step)
+        return Panel(
+            Group(table, Text(sparkline(self._losses), style="cyan"), bar), title=self.title, title_align="left"
+        )
+
+
+def facts(record: Record, steps: int) -> list[tuple[str, str]]:
+    """What there is to say of a record: (word, value with its unit)."""
+    r = record
+    left = (steps - r.step) * r.seconds if r.seconds is not None else None
+    share = f" ({r.peak_fraction:.1%} of peak)" if r.peak_fraction is not None else ""
+    rows = [
+        ("step", f"{r.step}/{steps}"),
+        ("loss", f"{r.loss:.4f}" if r.loss is not None else None),
+        ("evaluation", f"{r.evaluation:.4f}" if r.evaluation is not None else None),
+        ("lr", f"{r.lr:.3g}" if r.lr is not None else None),
+        ("gradient norm", f"{r.grad_norm:.3g}" if r.grad_norm is not None else None),
+        ("loss scale", f"{r.loss_scale:g}" if r.loss_scale is not None else None),
+        ("skipped", str(r.skipped) if r.skipped else None),
+        ("tokens/s", _short(r.tokens_per_second) if r.tokens_per_second is not None else None),
+        ("TFLOP/s a GPU", f"{r.tflops:.3g}{share}" if r.tflops is not None else None),
+        ("memory", f"{r.memory / 2**30:.2f} GiB" if r.memory is not None else None),
+        ("left", str(timedelta(seconds=round(left))) if left is not None else None),
+    ]
+    return [(word, value) for word, value in rows if value is not None]
+
+
+def line(record: Record, steps: int) -> str:
+    """A record as one plain line."""
+    return "  ".join(f"{word} {value}" for word, value in facts(record, steps))
+
+
+def sparkline(values: Iterable[float]) -> str:
+    """A curve in one line of text, lowest to highest."""
+    values = list(values)
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((v - low) * scale)] for v in values)
+
+
+def _short(n: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g} {letter}"
+    return f"{n:.3g}"

@@ -1,0 +1,1 @@
+"""One step: forward and backward over micro-batches, recomputation, recorded CUDA graphs."""

@@ -1,0 +1,95 @@
+"""A rank's parameters get their values: slices of a file's, of a model's own, or of what its constructor would draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tpcompiler.capture import Recorded
+from tpcompiler.program import Program
+from tpcompiler.runtime import Mesh, Ranks
+from tpcompiler.runtime.mesh import Coords
+from tpcompiler.weights import Source, entries_of, open_source
+from tpcompiler.weights.manifest import DATA
+from tpcompiler.weights.match import match
+from tpcompiler.weights.runs import Slice, slice_of
+from tpcompiler.weights.sources import Info
+
+
+class InitialValues:
+    """What the recorded constructor gives each parameter, as a source: by seed and name, the same on any mesh.
+
+    Reading makes one whole parameter, cuts the slice and forgets the rest.
+    """
+
+    def __init__(self, recorded: Recorded, seed: int = 0) -> None:
+        self.where = f"the constructor of {type(recorded.model).__name__}"
+        self._recorded = recorded
+        self._seed = seed
+        named = recorded.model.named_parameters(remove_duplicate=False)
+        self.tensors: Mapping[str, Info] = {n: Info(p.dtype, tuple(p.shape), (n,)) for n, p in named}
+
+    def read(self, name: str, runs: Slice | None = None) -> Tensor:
+        whole = self._recorded.replay(name, self._seed).detach()
+        return whole if runs is None else slice_of(whole, runs).clone()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def own_values(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers, each under all of its names: a source that shares their memory."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: t.detach() for name, t in named}
+
+
+def ranks_of(device_mesh: Any, mesh: Mesh) -> Ranks:
+    """This process's place for a program of `mesh`, on a `DeviceMesh`, or (None) as torchrun's environment says.
+
+    A program for one copy of the model runs on any number of them: nothing in it is split over `data`.
+    """
+    if device_mesh is None:
+        return Ranks.from_env(mesh)
+    return Ranks.from_device_mesh(device_mesh, Mesh(tuple(d for d in mesh.dims if d != (DATA, 1))))
+
+
+def device_of(device_mesh: Any) -> torch.device:
+    """Where this process's parameters belong: its GPU when the ranks talk over NCCL or the mesh is one of GPUs."""
+    kind = None if device_mesh is None else device_mesh.device_type
+    if kind is None:
+        kind = "cuda" if dist.is_initialized() and "nccl" in str(dist.get_backend()) else "cpu"
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+@torch.no_grad()
+def fill_from(
+    module: nn.Module, program: Program, coords: Coords, source: Source | Mapping[str, Tensor] | Path | str
+) -> None:
+    """Gives every parameter and buffer of a rank's module its slice of `source`, cast to the module's own dtype.
+
+    `coords` is the rank's place. Buffers that the source lacks keep the value that the model's constructor computed.
+    One parameter is read at a time, of it no more than the slice where the source can do so.
+    Errors: `WeightsError` when a name is missing or a shape differs.
+    """
+    capture, mesh = program.capture, program.mesh
+    place = {name: coords.get(name, 0) for name in mesh.names}
+    targets = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    entries = entries_of(capture.parameters, program.dims, mesh)
+    dims = {e.name: [h.tree for h in e.layout.dims] for e in entries}
+    with open_source(source) as opened:
+        for job in match(opened, capture.parameters, entries, mesh):
+            runs = tuple(d.runs(mesh, place) for d in dims.get(job.entry.name, ()) if d is not None)
+            found = [targets.pop(n) for n in (job.entry.name, *job.entry.aliases) if n in targets]
+            if found:  # else the program does without it: a buffer, or what the source has beyond the model
+                value = job.read(runs)
+                for target in {id(t): t for t in found}.values():
+                    target.copy_(value)
+    assert not targets, f"no value for {next(iter(targets))}"
