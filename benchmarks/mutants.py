@@ -37,7 +37,7 @@ from tpcompiler.execute.interpret import interpret
 from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.program import Program, Training
 from tpcompiler.runtime import Ranks, Rng
-from tpcompiler.runtime.rows import take_rows
+from tpcompiler.runtime.runs import take_rows
 from tpcompiler.spec.schema import Spec
 
 HUGGING_FACE = tuple(

@@ -10,7 +10,7 @@ from torch import fx
 
 from tpcompiler.layout import Over
 
-PLACE = ("module", "stack", "line")  # keys of `Node.meta`: see `program.Capture`
+ORIGIN = ("module", "stack", "line")  # keys of `Node.meta`: see `program.Capture`
 
 
 def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
@@ -41,9 +41,9 @@ def over(node: fx.Node) -> Over:
     return tuple(names)
 
 
-def place(node: fx.Node) -> dict[str, Any]:
+def origin(node: fx.Node) -> dict[str, Any]:
     """Metadata: where in the user's model a node stands."""
-    return {key: node.meta[key] for key in PLACE if key in node.meta}
+    return {key: node.meta[key] for key in ORIGIN if key in node.meta}
 
 
 def value_meta(node: fx.Node) -> dict[str, Any]:

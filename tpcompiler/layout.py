@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from tpcompiler.runtime.mesh import Coords, Mesh, Run, part
+from tpcompiler.runtime.mesh import Coords, Mesh, part
+from tpcompiler.runtime.runs import Run, Runs, join
 
 Over = tuple[str, ...]  # mesh dimensions, in the mesh's order
 
@@ -39,7 +40,7 @@ class Dim(ABC):
         """Elements that a rank holds."""
 
     @abstractmethod
-    def runs(self, mesh: Mesh, coords: Coords) -> tuple[Run, ...]:
+    def runs(self, mesh: Mesh, coords: Coords) -> Runs:
         """The global indices that a rank holds, as maximal runs in local order. Their lengths sum to `local_size`."""
 
     @property
@@ -78,7 +79,7 @@ class Factor(Dim):
         start, stop = self.part(mesh, coords)
         return stop - start
 
-    def runs(self, mesh: Mesh, coords: Coords) -> tuple[Run, ...]:
+    def runs(self, mesh: Mesh, coords: Coords) -> Runs:
         start, stop = self.part(mesh, coords)
         return ((start, stop),) if stop > start else ()
 
@@ -107,8 +108,8 @@ class Product(Compound):
     def local_size(self, mesh: Mesh, coords: Coords) -> int:
         return prod(p.local_size(mesh, coords) for p in self.parts)
 
-    def runs(self, mesh: Mesh, coords: Coords) -> tuple[Run, ...]:
-        inner: tuple[Run, ...] = ((0, 1),)
+    def runs(self, mesh: Mesh, coords: Coords) -> Runs:
+        inner: Runs = ((0, 1),)
         width = 1
         for p in reversed(self.parts):
             outer = p.runs(mesh, coords)
@@ -134,7 +135,7 @@ class Concat(Compound):
     def local_size(self, mesh: Mesh, coords: Coords) -> int:
         return sum(p.local_size(mesh, coords) for p in self.parts)
 
-    def runs(self, mesh: Mesh, coords: Coords) -> tuple[Run, ...]:
+    def runs(self, mesh: Mesh, coords: Coords) -> Runs:
         def shifted() -> Iterator[Run]:
             offset = 0
             for p in self.parts:
@@ -146,17 +147,6 @@ class Concat(Compound):
 
     def __str__(self) -> str:
         return "(" + " | ".join(map(str, self.parts)) + ")"
-
-
-def join(runs: Iterable[Run]) -> tuple[Run, ...]:
-    """Neighbouring runs made one."""
-    out: list[Run] = []
-    for a, b in runs:
-        if out and out[-1][1] == a:
-            out[-1] = (out[-1][0], b)
-        elif b > a:
-            out.append((a, b))
-    return tuple(out)
 
 
 @dataclass(frozen=True)
@@ -178,7 +168,7 @@ class LocalRuns:
 
     dim: Dim
 
-    def resolve(self, mesh: Mesh, coords: Coords) -> tuple[Run, ...]:
+    def resolve(self, mesh: Mesh, coords: Coords) -> Runs:
         return self.dim.runs(mesh, coords)
 
     def __str__(self) -> str:

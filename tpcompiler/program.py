@@ -56,7 +56,7 @@ class Capture:
     inputs: tuple[str, ...]  # placeholders of the tensor inputs, in order
     in_spec: pytree.TreeSpec  # of (args, kwargs), flattening to `inputs` and constants
     out_spec: pytree.TreeSpec
-    input_leaves: tuple[Any, ...]  # flattened example: a placeholder's name (as `Slot`) or a constant
+    input_leaves: tuple[Any, ...]  # flattened example: a placeholder's name (as `InputLeaf`) or a constant
     model: str  # the model's class name
     source: str  # where the model stands, for messages
     arg_names: tuple[str, ...]  # the forward's own names of the tensor inputs
@@ -79,7 +79,7 @@ def _key(key: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Slot:
+class InputLeaf:
     """In `Capture.input_leaves`: this leaf is the tensor input with that placeholder."""
 
     node: str

@@ -28,7 +28,7 @@ from tpcompiler.partition import partition
 from tpcompiler.plan import make_plan
 from tpcompiler.program import Program
 from tpcompiler.runtime import Mesh, Ranks
-from tpcompiler.runtime.rows import take_rows
+from tpcompiler.runtime.runs import take_rows
 from tpcompiler.spec.schema import Spec
 
 Made = tuple[nn.Module, dict[str, Tensor]]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tpcompiler.execute.simulate import Record, run_ranks
+from tpcompiler.execute.simulate import Executed, run_ranks
 from tpcompiler.layout import join
 from tpcompiler.runtime import (
     Group,
@@ -28,14 +28,14 @@ from tpcompiler.runtime import (
     scatter_sequence,
     take,
 )
-from tpcompiler.runtime.mesh import Run
+from tpcompiler.runtime.runs import Run
 
 T = TypeVar("T")
 Rows = tuple[Run, ...]
 SHAPE = (3, 5, 4)
 
 
-def over(degree: int, fn: Callable[[Group], T], log: list[Record] | None = None) -> list[T]:
+def over(degree: int, fn: Callable[[Group], T], log: list[Executed] | None = None) -> list[T]:
     return run_ranks(Mesh.of({"tensor": degree}), lambda ranks: fn(ranks.group("tensor")), log)
 
 
@@ -231,7 +231,7 @@ def test_column_then_row_parallel_is_the_mlp(heads: int, degree: int, recompute:
         z.square().sum().backward()
         return [z.detach()] + [t.grad for t in mine if t.grad is not None]
 
-    log: list[Record] = []
+    log: list[Executed] = []
     results = over(degree, fn, log)
     grads = [t.grad for t in plain]
     for r, (z, *mine) in enumerate(results):

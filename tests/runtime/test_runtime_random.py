@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tpcompiler.layout import join
 from tpcompiler.runtime import Rng, dropout, take
-from tpcompiler.runtime.mesh import Run
 from tpcompiler.runtime.random import philox
+from tpcompiler.runtime.runs import Run
 
 Rows = tuple[Run, ...]
 

@@ -17,7 +17,7 @@ from tpcompiler import runtime
 from tpcompiler.errors import TpcError
 from tpcompiler.execute.simulate import (
     CollectiveError,
-    Record,
+    Executed,
     bind_inputs,
     executed,
     interpret,
@@ -25,7 +25,7 @@ from tpcompiler.execute.simulate import (
     run_ranks,
 )
 from tpcompiler.layout import Dim, Factor, LocalRuns, LocalSize
-from tpcompiler.program import Capture, Parameter, Program, Slot, Training
+from tpcompiler.program import Capture, InputLeaf, Parameter, Program, Training
 from tpcompiler.runtime import Group, Mesh, Ranks, Rng, enter, reduce
 
 aten = torch.ops.aten
@@ -103,7 +103,7 @@ def test_what_is_done_is_recorded() -> None:
         x = torch.ones(3, 2, dtype=torch.bfloat16, requires_grad=True)
         reduce(enter(x, g).exp(), g).sum().backward()
 
-    log: list[Record] = []
+    log: list[Executed] = []
     run_ranks(Mesh.of({"data": 2, "tensor": 2}), fn, log)
     assert {r.ranks for r in log} == {(0, 1), (2, 3)}
     for rank in range(4):
@@ -231,7 +231,7 @@ def mlp(degree: int) -> Program:
         Parameter("bias", "bias", (5,), double, buffer=True, value=torch.ones(5, dtype=double)),
     )
     spec = pytree.tree_structure(((1, 2), {}))
-    capture = Capture(g, parameters, ("x",), spec, spec, (Slot("x"), 4), "MLP", "mlp.py", ("x", "n"))
+    capture = Capture(g, parameters, ("x",), spec, spec, (InputLeaf("x"), 4), "MLP", "mlp.py", ("x", "n"))
     dims: dict[str, tuple[Dim, ...]] = {"up": (FF, Factor(5)), "down": (Factor(5), FF)}
     return Program(g, Mesh.of({"tensor": degree}), capture, dims)
 
@@ -254,7 +254,7 @@ def test_interpret_gives_the_same_at_every_degree(training: bool) -> None:
     (plain,) = run_ranks(Mesh.of({"tensor": 1}), lambda ranks: run(1, ranks))
     assert bool((plain[1] == 0).any()) == training
     for degree in (2, 3):
-        log: list[Record] = []
+        log: list[Executed] = []
         mesh = Mesh.of({"tensor": degree})
         for mine in run_ranks(mesh, lambda ranks, degree=degree: run(degree, ranks), log):  # type: ignore[misc]
             for ours, expected in zip(mine, plain, strict=True):
@@ -273,7 +273,7 @@ def test_interpret_capture_runs_the_plain_graph() -> None:
 
     graph = torch.export.export(Model(), (torch.ones(2, 3),)).graph
     spec = pytree.tree_structure(((1,), {}))
-    capture = Capture(graph, (), ("x",), spec, spec, (Slot("x"),), "Model", "model.py", ("x",))
+    capture = Capture(graph, (), ("x",), spec, spec, (InputLeaf("x"),), "Model", "model.py", ("x",))
     (y,) = interpret_capture(capture, {}, [torch.ones(2, 3)])
     assert torch.equal(y, torch.tensor([2.0, 3.0, 4.0]))
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tpcompiler.execute.simulate import Record, run_ranks
+from tpcompiler.execute.simulate import Executed, run_ranks
 from tpcompiler.layout import join
 from tpcompiler.runtime import Group, Mesh, Ranks, cross_entropy, take
-from tpcompiler.runtime.mesh import Run
+from tpcompiler.runtime.runs import Run
 
 Rows = tuple[Run, ...]
 SHAPES = [(), (1,), (6,), (2, 3), (2, 1, 3)]  # of the target
@@ -151,7 +151,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 def test_two_small_all_reduces_forward_and_none_backward(rows: list[Rows], smoothing: float, weighted: bool) -> None:
     logits, target, n = problem(rows, (5,), 0.0)
     weight = torch.rand(n, dtype=torch.double) if weighted else None
-    log: list[Record] = []
+    log: list[Executed] = []
     sharded(logits, target, rows, torch.tensor(1.0).double(), log=log, weight=weight, label_smoothing=smoothing)
     if len(rows) > 1:
         assert [(r.kind, r.op, r.direction) for r in log] == [

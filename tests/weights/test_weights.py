@@ -22,9 +22,9 @@ from tpcompiler import weights
 from tpcompiler.errors import WeightsError
 from tpcompiler.layout import Concat, Dim, Factor, Product
 from tpcompiler.program import Parameter
-from tpcompiler.runtime.mesh import Mesh, Run
-from tpcompiler.weights import Entry, Held, Layout, Manifest, Weights, tensor_files
-from tpcompiler.weights.runs import Runs, bits, intersect, length, positions, put, same_bits, slice_of
+from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.runtime.runs import Run, Runs, bits, intersect, length, positions, put, same_bits, slice_of
+from tpcompiler.weights import Entry, Layout, Manifest, RankRuns, Weights, tensor_files
 from tpcompiler.weights.tensor_files import DTYPES, Reader, Spot, Writer, in_order
 from tpcompiler.weights.wire import decode, encode
 
@@ -141,7 +141,7 @@ index_sets = st.sets(st.integers(0, 30)).map(lambda s: runs_of(sorted(s)))
 
 
 def runs_of(ordered: Sequence[int]) -> Runs:
-    return Held.of_runs(31, [tuple((i, i + 1) for i in ordered)]).runs[0]
+    return RankRuns.of_runs(31, [tuple((i, i + 1) for i in ordered)]).runs[0]
 
 
 @given(index_sets, index_sets, st.integers(0, 31), st.integers(0, 31))
@@ -203,7 +203,7 @@ def test_a_layout_that_leaves_elements_out_is_refused() -> None:
 def test_exactly_the_layouts_with_a_hole_are_refused(slices: list[tuple[Runs, Runs]]) -> None:
     """Index sets per rank that come from nowhere: a layout is accepted when their products cover the tensor."""
     slices = [(intersect(a, ((0, 3),)), b and ((0, 2),)) for a, b in slices]
-    layout = Layout(tuple(Held.of_runs(n, [s[d] for s in slices]) for d, n in enumerate((3, 2))), len(slices))
+    layout = Layout(tuple(RankRuns.of_runs(n, [s[d] for s in slices]) for d, n in enumerate((3, 2))), len(slices))
     held = {e for s in slices for e in product(*map(indices, s))}
     try:
         layout.check("w")
@@ -533,7 +533,7 @@ def test_a_checkpoint_carries_optimizer_state_of_fsdp_chunks_and_reshards(tmp_pa
         rows = tree[0].runs(mesh, coords)
         half = (length(rows) + 1) // 2  # FSDP's chunks are rounded up
         slices.append(weights.cut(rows, coords["data"] * half, (coords["data"] + 1) * half))
-    layout = Layout((Held.of_runs(12, slices), Held.of(tree[1], mesh)), mesh.size)
+    layout = Layout((RankRuns.of_runs(12, slices), RankRuns.of(tree[1], mesh)), mesh.size)
     entries = (
         Entry("w", "parameter", torch.float32, layout, stored=("w",)),
         Entry("exp_avg/w", "state", torch.float32, layout, "optimizer-{rank:05d}.safetensors", like="w"),

@@ -20,7 +20,7 @@ from tpcompiler.capture.origins import at, draws_apart
 from tpcompiler.capture.promote import float64
 from tpcompiler.capture.trace import Traced, split_example, trace
 from tpcompiler.errors import ModelError
-from tpcompiler.program import Capture, Parameter, Slot
+from tpcompiler.program import Capture, InputLeaf, Parameter
 
 __all__ = ["Recorded", "capture", "capture_recorded", "float64", "record", "split_example"]
 
@@ -140,7 +140,7 @@ def _inputs(graph: fx.Graph, traced: Traced) -> tuple[list[fx.Node], tuple[Any, 
             node.meta["kind"] = "input"
             node.meta["shown"] = name
             inputs.append(node)
-            leaves.append(Slot(node.name))
+            leaves.append(InputLeaf(node.name))
             names.append(name)
         else:
             assert isinstance(spec.arg, ConstantArgument) or not node.users

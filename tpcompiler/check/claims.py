@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import combinations, pairwise
 
 from tpcompiler.layout import Dim, Mesh
-from tpcompiler.runtime.mesh import Run
+from tpcompiler.runtime.runs import Run
 
 Runs = tuple[Run, ...]
 Over = tuple[str, ...]

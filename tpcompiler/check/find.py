@@ -18,7 +18,7 @@ from tpcompiler.check.claims import Claim, Geometry, Over, Rows, Runs
 from tpcompiler.check.compare import close
 from tpcompiler.check.shrink import Shrink
 from tpcompiler.layout import join
-from tpcompiler.runtime.rows import length, take_rows
+from tpcompiler.runtime.runs import length, take_rows
 
 _TRIES = 24
 

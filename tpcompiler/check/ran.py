@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 from tpcompiler.check.sizes import Sizes
 from tpcompiler.execute.interpret import interpret
 from tpcompiler.execute.simulate import run_ranks
-from tpcompiler.program import Program, Slot
+from tpcompiler.program import InputLeaf, Program
 from tpcompiler.runtime import Ranks
-from tpcompiler.runtime.rows import take_rows
+from tpcompiler.runtime.runs import take_rows
 
 LARGEST = 1 << 28  # elements of parameters, over all ranks
 _RELATIVE = 1e-4  # float32, the sums of a graph and of a module that are one
@@ -90,7 +90,7 @@ def _weighed(outputs: list[Tensor]) -> Tensor:
 
 
 def _call(program: Program, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
-    leaves = [inputs[x.node] if isinstance(x, Slot) else x for x in program.capture.input_leaves]
+    leaves = [inputs[x.node] if isinstance(x, InputLeaf) else x for x in program.capture.input_leaves]
     return pytree.tree_unflatten(leaves, program.capture.in_spec)
 
 

@@ -38,8 +38,7 @@ from tpcompiler.check.sizes import Sizes
 from tpcompiler.check.steps import Steps
 from tpcompiler.check.values import INPUT, PARAMETER, Value, Values
 from tpcompiler.layout import LocalRuns, LocalSize
-from tpcompiler.program import Program, Training
-from tpcompiler.program import Slot as Leaf
+from tpcompiler.program import InputLeaf, Program, Training
 from tpcompiler.runtime import Group, Ranks, Rng, dropout, gather
 
 _FULL = 4  # ranks of a mesh that are all looked at
@@ -272,7 +271,7 @@ class _Reading:
     def arguments(self, recorder: _Recorder) -> tuple[Any, Any]:
         leaves = []
         for leaf in self.program.capture.input_leaves:
-            if isinstance(leaf, Leaf):
+            if isinstance(leaf, InputLeaf):
                 value = self.inputs.get(leaf.node)
                 node = next(n for n in self.program.graph.nodes if n.name == leaf.node)
                 out = Operand(self.sizes.shape(node.meta["val"].shape), node.meta["val"].dtype, False)

@@ -13,22 +13,20 @@ from torch import Tensor, fx
 from tpcompiler import runtime
 from tpcompiler.errors import TpcError
 from tpcompiler.layout import LocalRuns, LocalSize
-from tpcompiler.program import Capture, Parameter, Program, Slot, Training
+from tpcompiler.program import Capture, InputLeaf, Parameter, Program, Training
 from tpcompiler.runtime import Ranks, Rng
-
-Value = Any
 
 
 def interpret(
     program: Program,
     ranks: Ranks,
     state: Mapping[str, Tensor],
-    inputs: Mapping[str, Value] | Sequence[Value],
+    inputs: Mapping[str, Any] | Sequence[Any],
     *,
     training: bool = False,
     rng: Rng | None = None,
     device: torch.device | str | None = None,
-) -> tuple[Value, ...]:
+) -> tuple[Any, ...]:
     """The outputs of `program` on this rank, one by one; differentiable.
 
     `state` has this rank's parameters and buffers by any of their names; `inputs` the tensor inputs by placeholder, or
@@ -41,24 +39,24 @@ def interpret(
 def interpret_capture(
     capture: Capture,
     state: Mapping[str, Tensor],
-    inputs: Mapping[str, Value] | Sequence[Value],
+    inputs: Mapping[str, Any] | Sequence[Any],
     *,
     training: bool = False,
     rng: Rng | None = None,
     device: torch.device | str | None = None,
-) -> tuple[Value, ...]:
+) -> tuple[Any, ...]:
     """The outputs of the plain model's graph: `interpret` before anything is split."""
     return _run(capture.graph, capture, _Resolver(Ranks.single(), training, rng), state, inputs, device)
 
 
-def bind_inputs(capture: Capture, *args: Any, **kwargs: Any) -> dict[str, Value]:
+def bind_inputs(capture: Capture, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The tensor inputs of a call of the model's forward, by placeholder."""
     leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
     if spec != capture.in_spec:
         raise TpcError(f"{capture.model} was traced with other arguments: {capture.in_spec}, and is called with {spec}")
     out = {}
     for leaf, traced in zip(leaves, capture.input_leaves, strict=True):
-        if isinstance(traced, Slot):
+        if isinstance(traced, InputLeaf):
             out[traced.node] = leaf
         elif leaf is not traced and leaf != traced:
             raise TpcError(f"{capture.model} was traced with the constant {traced!r}, and is called with {leaf!r}")
@@ -132,16 +130,16 @@ def _run(
     capture: Capture,
     resolver: _Resolver,
     state: Mapping[str, Tensor],
-    inputs: Mapping[str, Value] | Sequence[Value],
+    inputs: Mapping[str, Any] | Sequence[Any],
     device: torch.device | str | None,
-) -> tuple[Value, ...]:
+) -> tuple[Any, ...]:
     if not isinstance(inputs, Mapping):
         inputs = dict(zip(capture.inputs, inputs, strict=True))
     given = {p.node: _stored(p, state) for p in capture.parameters} | dict(inputs)
     if device is None:
         device = next((v.device for v in inputs.values() if isinstance(v, Tensor)), torch.get_default_device())
     dead = _last_uses(graph)
-    env: dict[fx.Node, Value] = {}
+    env: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         if node.op == "output":
             return tuple(fx.node.map_arg(node.args[0], env.__getitem__))
@@ -159,7 +157,7 @@ def _run(
     raise AssertionError("a graph without an output")
 
 
-def _call(node: fx.Node, resolver: _Resolver, env: Mapping[fx.Node, Value], device: torch.device | str) -> Value:
+def _call(node: fx.Node, resolver: _Resolver, env: Mapping[fx.Node, Any], device: torch.device | str) -> Any:
     args, kwargs = fx.node.map_arg(resolver.call(node), env.__getitem__)
     if _makes_tensors(node.target) and kwargs.get("device") is None:
         kwargs = {**kwargs, "device": device}

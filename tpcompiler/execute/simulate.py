@@ -20,7 +20,7 @@ from tpcompiler.execute.interpret import bind_inputs, interpret, interpret_captu
 from tpcompiler.runtime.groups import FORWARD, Group, Ranks
 from tpcompiler.runtime.mesh import Mesh
 
-__all__ = ["CollectiveError", "Record", "bind_inputs", "executed", "interpret", "interpret_capture", "run_ranks"]
+__all__ = ["CollectiveError", "Executed", "bind_inputs", "executed", "interpret", "interpret_capture", "run_ranks"]
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class CollectiveError(TpcError):
 
 
 @dataclass(frozen=True)
-class Record:
+class Executed:
     """A collective that was done, once for its whole group."""
 
     kind: str  # all_reduce | all_gather | reduce_scatter | broadcast
@@ -51,12 +51,12 @@ class Record:
         return n
 
 
-def executed(log: Sequence[Record], rank: int = 0) -> list[Record]:
+def executed(log: Sequence[Executed], rank: int = 0) -> list[Executed]:
     """The records of the collectives that `rank` took part in."""
     return [r for r in log if rank in r.ranks]
 
 
-def run_ranks(mesh: Mesh, fn: Callable[[Ranks], T], log: list[Record] | None = None) -> list[T]:
+def run_ranks(mesh: Mesh, fn: Callable[[Ranks], T], log: list[Executed] | None = None) -> list[T]:
     """`[fn(ranks of rank 0), fn(ranks of rank 1), …]`, all at the same time, each in a thread of its own.
 
     Collectives are appended to `log`. The first exception of a rank ends the others and is raised here, once.
@@ -115,7 +115,7 @@ class ThreadGroup(Group):
     def all_reduce(self, x: Tensor, op: str = "sum", direction: str = FORWARD) -> Tensor:
         assert op in ("sum", "max"), op
         combine = torch.add if op == "sum" else torch.maximum
-        call = _Call("all_reduce", op, direction, self._label, tuple(x.shape), x.dtype)
+        call = _Offer("all_reduce", op, direction, self._label, tuple(x.shape), x.dtype)
 
         def work(xs: list[Tensor]) -> list[Tensor]:
             return [_fold(combine, xs)] * self.size
@@ -131,7 +131,7 @@ class ThreadGroup(Group):
             )
         total = x.shape[dim] * self.size if sizes is None else sum(sizes)
         lengths = None if sizes is None else tuple(sizes)
-        call = _Call("all_gather", "", direction, self._label, _with(x, dim, total), x.dtype, dim, lengths)
+        call = _Offer("all_gather", "", direction, self._label, _with(x, dim, total), x.dtype, dim, lengths)
 
         def work(xs: list[Tensor]) -> list[Tensor]:
             return [torch.cat(xs, dim)] * self.size
@@ -145,7 +145,7 @@ class ThreadGroup(Group):
         lengths = [x.shape[dim] // self.size] * self.size if sizes is None else list(sizes)
         if sum(lengths) != x.shape[dim]:
             raise CollectiveError(f"reduce_scatter of {x.shape[dim]} elements in {self.size} parts {lengths}")
-        call = _Call("reduce_scatter", "sum", direction, self._label, tuple(x.shape), x.dtype, dim, tuple(lengths))
+        call = _Offer("reduce_scatter", "sum", direction, self._label, tuple(x.shape), x.dtype, dim, tuple(lengths))
 
         def work(xs: list[Tensor]) -> list[Tensor]:
             return list(torch.split(_fold(torch.add, xs), lengths, dim))
@@ -153,14 +153,14 @@ class ThreadGroup(Group):
         return self._meet(call, x, work).clone(memory_format=torch.contiguous_format)
 
     def broadcast(self, x: Tensor, source: int = 0, direction: str = FORWARD) -> Tensor:
-        call = _Call("broadcast", "", direction, self._label, tuple(x.shape), x.dtype, source)
+        call = _Offer("broadcast", "", direction, self._label, tuple(x.shape), x.dtype, source)
 
         def work(xs: list[Tensor]) -> list[Tensor]:
             return [xs[source].clone()] * self.size  # the source may go on and change its own
 
         return self._meet(call, x, work).clone()
 
-    def _meet(self, call: _Call, x: Tensor, work: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
+    def _meet(self, call: _Offer, x: Tensor, work: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
         return self._hall.meet(self, call, x.detach(), work)
 
 
@@ -176,7 +176,7 @@ def _with(x: Tensor, dim: int, size: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Offer:
     """What one rank says it does; all ranks of the group must say the same."""
 
     kind: str
@@ -204,7 +204,7 @@ class _Aborted(BaseException):
 
 @dataclass
 class _Meeting:
-    offers: dict[int, tuple[_Call, Tensor]] = field(default_factory=dict)
+    offers: dict[int, tuple[_Offer, Tensor]] = field(default_factory=dict)
     results: list[Tensor] | None = None
     taken: int = 0
 
@@ -212,7 +212,7 @@ class _Meeting:
 class _Hall:
     """Where the ranks of one run meet."""
 
-    def __init__(self, size: int, log: list[Record]) -> None:
+    def __init__(self, size: int, log: list[Executed]) -> None:
         self.size = size
         self.log = log
         self.error: BaseException | None = None
@@ -222,7 +222,7 @@ class _Hall:
         self._waiting: dict[int, str] = {}
         self._left: set[int] = set()
 
-    def meet(self, group: ThreadGroup, call: _Call, x: Tensor, work: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
+    def meet(self, group: ThreadGroup, call: _Offer, x: Tensor, work: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
         rank, members = group._rank, group._members
         with self._changed:
             if self.error is not None:
@@ -232,7 +232,7 @@ class _Hall:
             meeting = self._meetings.setdefault((members, number), _Meeting())
             meeting.offers[rank] = call, x
             if len(meeting.offers) == len(members):
-                self._hold(group, number, meeting, work)
+                self._exchange(group, number, meeting, work)
             else:
                 self._waiting[rank] = f"a {call} over {'·'.join(group.over)}, ranks {list(members)}"
                 self._check_progress()
@@ -244,7 +244,7 @@ class _Hall:
                 del self._meetings[members, number]
             return meeting.results[group.index]
 
-    def _hold(
+    def _exchange(
         self, group: ThreadGroup, number: int, meeting: _Meeting, work: Callable[[list[Tensor]], list[Tensor]]
     ) -> None:
         members = group._members
@@ -257,7 +257,7 @@ class _Hall:
                     f"rank {members[0]} does a {first}, rank {r} a {other}"
                 )
         self.log.append(
-            Record(first.kind, first.direction, group.over, members, first.shape, first.dtype, first.op, first.label)
+            Executed(first.kind, first.direction, group.over, members, first.shape, first.dtype, first.op, first.label)
         )
         with torch.no_grad():
             meeting.results = work([meeting.offers[r][1] for r in members])

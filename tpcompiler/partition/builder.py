@@ -13,7 +13,7 @@ from torch import fx
 from tpcompiler import runtime
 from tpcompiler.axes.infer import AxisMap, Relation
 from tpcompiler.errors import PlanError
-from tpcompiler.graphs import PLACE, call
+from tpcompiler.graphs import ORIGIN, call
 from tpcompiler.layout import Dim, Factor, LocalRuns, Over
 from tpcompiler.ops.operands import bind, op_name
 from tpcompiler.partition.folded import apart, together
@@ -97,7 +97,7 @@ class Builder:
 
     def describe(self, new: fx.Node, like: fx.Node, dims: Sequence[Dim] | None = None) -> fx.Node:
         """Give a new node its origin's metadata, and its layout: that of `like` when it is not given."""
-        for key in ("val", *PLACE):
+        for key in ("val", *ORIGIN):
             if key in like.meta and key not in new.meta:
                 new.meta[key] = like.meta[key]
         if dims is None and like.name in self.axes.cut:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.graphs import copy_graph, erase_dead, operand, over, place
+from tpcompiler.graphs import copy_graph, erase_dead, operand, origin, over
 from tpcompiler.layout import Factor, Over
 from tpcompiler.program import Program
 
@@ -150,11 +150,11 @@ def _enter_vectors(graph: fx.Graph, regions: list[Region], names: Over) -> None:
         pieces = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(vectors))]
     val = vectors[0].meta["val"].new_empty([sum(sizes)])
     for node in (joined, entered):
-        node.meta = {**place(first), "val": val, "dims": (Factor(sum(sizes)),)}
+        node.meta = {**origin(first), "val": val, "dims": (Factor(sum(sizes)),)}
     entered.meta |= {"note": "backward: all-reduce", "because": regions[0].enter.meta.get("because")}
-    parts.meta = {**place(first), "val": [p.meta["val"] for p in vectors]}
+    parts.meta = {**origin(first), "val": [p.meta["val"] for p in vectors]}
     for piece, p in zip(pieces, vectors, strict=True):
-        piece.meta = {**place(first), "val": p.meta["val"], "dims": p.meta["dims"]}
+        piece.meta = {**origin(first), "val": p.meta["val"], "dims": p.meta["dims"]}
         for node in inside:
             node.replace_input_with(p, piece)
 
@@ -176,7 +176,7 @@ def _enter_parameters(graph: fx.Graph, region: Region, names: Over) -> list[fx.N
             with graph.inserting_before(first):
                 entered = graph.call_function(runtime.enter, (p, lacking))
             about = {"note": "backward: all-reduce", "because": region.enter.meta.get("because")}
-            entered.meta = {**p.meta, **about, **place(first)}
+            entered.meta = {**p.meta, **about, **origin(first)}
         out.append(entered)
         for node in region.nodes:
             node.replace_input_with(p, entered)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompiler.errors import TpcError
-from tpcompiler.runtime.mesh import Mesh, Run, part
+from tpcompiler.runtime.mesh import Mesh, part
+from tpcompiler.runtime.runs import Run
 
 FORWARD = "forward"
 BACKWARD = "backward"

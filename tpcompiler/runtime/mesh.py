@@ -8,7 +8,8 @@ from functools import cached_property
 from itertools import product
 from math import prod
 
-Run = tuple[int, int]  # [start, stop) of global indices
+from tpcompiler.runtime.runs import Run
+
 Coords = Mapping[str, int]  # mesh dimension → this rank's place on it
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompiler.runtime.groups import BACKWARD, FORWARD, Group
-from tpcompiler.runtime.rows import Rows, length, local_ids, put_rows, take_rows
+from tpcompiler.runtime.runs import Runs, length, local_ids, put_rows, take_rows
 
 
 def enter(x: Tensor, group: Group) -> Tensor:
@@ -38,7 +38,7 @@ def reduce(x: Tensor, group: Group) -> Tensor:
     return x if group.size == 1 else _Reduce.apply(x, group)
 
 
-def gather(x: Tensor, group: Group, dim: int, rows: Sequence[Rows]) -> Tensor:
+def gather(x: Tensor, group: Group, dim: int, rows: Sequence[Runs]) -> Tensor:
     """The whole value, on all ranks, of which each holds the rows `rows[index]` along `dim`.
 
     `rows` are runs of global indices for each rank of the group in order; uneven, strided and shared ones are allowed.
@@ -46,17 +46,17 @@ def gather(x: Tensor, group: Group, dim: int, rows: Sequence[Rows]) -> Tensor:
     return take_whole(x, dim, rows[0]) if group.size == 1 else _Gather.apply(x, group, dim % x.dim(), rows)
 
 
-def take_whole(x: Tensor, dim: int, rows: Rows) -> Tensor:
+def take_whole(x: Tensor, dim: int, rows: Runs) -> Tensor:
     """A gather among one rank: its rows, put in order."""
     return put_rows(x, dim, (rows,))
 
 
-def take(x: Tensor, dim: int, rows: Rows) -> Tensor:
+def take(x: Tensor, dim: int, rows: Runs) -> Tensor:
     """The running rank's rows of a replicated value, along `dim`."""
     return take_rows(x, dim, rows)
 
 
-def lookup(weight: Tensor, ids: Tensor, rows: Rows, padding_idx: int | None = None) -> Tensor:
+def lookup(weight: Tensor, ids: Tensor, rows: Runs, padding_idx: int | None = None) -> Tensor:
     """`F.embedding` of the rows held here, zero for ids held elsewhere: a partial value, `[*ids, width]`.
 
     `rows` are the global ids of `weight`'s rows; further rows of `weight` are padding. As in `F.embedding`, the row of
@@ -72,7 +72,7 @@ def lookup(weight: Tensor, ids: Tensor, rows: Rows, padding_idx: int | None = No
     return found.masked_fill(~held.unsqueeze(-1), 0)
 
 
-def _place(index: int, rows: Rows) -> int | None:
+def _place(index: int, rows: Runs) -> int | None:
     place = 0
     for start, stop in rows:
         if start <= index < stop:
@@ -121,7 +121,7 @@ class _Reduce(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int, rows: Sequence[Rows]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int, rows: Sequence[Runs]) -> Tensor:
         ctx.dim, ctx.rows = dim, rows[group.index]
         sizes = tuple(length(r) for r in rows)
         return put_rows(group.all_gather(x, dim, sizes, direction=FORWARD), dim, rows)

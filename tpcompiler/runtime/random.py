@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tpcompiler.runtime.rows import Rows, take_rows
+from tpcompiler.runtime.runs import Runs, take_rows
 
 LANES = 8  # elements served by one Philox call, 16 bits each
 ROUNDS = 7  # the fewest that pass BigCrush (Salmon et al., table 2)
@@ -22,7 +22,7 @@ _LOW = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
-ShardedRows = tuple[int, int, Rows]  # dimension, its global size, the rows held
+ShardedRows = tuple[int, int, Runs]  # dimension, its global size, the rows held
 
 
 class Rng:
@@ -111,7 +111,7 @@ def _scaled(x: Tensor, keep: Tensor, scale: float) -> Tensor:
 class _Packing(NamedTuple):
     """How `mask_bits` packed a mask."""
 
-    lanes: Rows  # in use, of the last dimension's
+    lanes: Runs  # in use, of the last dimension's
     batch: int | None  # where the first dimension belongs
     scalar: bool  # the last dimension is not there, it stands for a single element
 
@@ -149,14 +149,14 @@ def mask_bits(
     return _bits(index, p, rng, site), _Packing(lanes, batch, last is None)
 
 
-def _positions(rows: Rows, device: torch.device) -> Tensor:
+def _positions(rows: Runs, device: torch.device) -> Tensor:
     pieces = [torch.arange(start, stop, device=device) for start, stop in rows]
     return pieces[0] if len(pieces) == 1 else torch.cat([torch.arange(0, device=device), *pieces])
 
 
-def _blocks(rows: Rows, device: torch.device) -> tuple[Tensor, Rows]:
+def _blocks(rows: Runs, device: torch.device) -> tuple[Tensor, Runs]:
     """The blocks that hold the rows, each run's on their own, and where the rows stand among the blocks' lanes."""
-    blocks = [(start // LANES, -(-stop // LANES)) for start, stop in rows]
+    blocks = tuple((start // LANES, -(-stop // LANES)) for start, stop in rows)
     lanes, place = [], 0
     for (start, stop), (first, end) in zip(rows, blocks, strict=True):
         at = (place - first) * LANES + start

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from tpcompiler.runtime.groups import FORWARD, Group
-from tpcompiler.runtime.rows import Rows, length, local_ids
+from tpcompiler.runtime.runs import Runs, length, local_ids
 
 
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
     group: Group,
-    rows: Rows,
+    rows: Runs,
     weight: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -63,7 +63,7 @@ class _Losses(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         group: Group,
-        rows: Rows,
+        rows: Runs,
         ignore_index: int,
         smoothing: float,
     ) -> tuple[Tensor, Tensor]:

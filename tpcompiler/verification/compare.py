@@ -16,7 +16,7 @@ from tpcompiler.execute.simulate import executed, run_ranks
 from tpcompiler.layout import Dim
 from tpcompiler.program import Parameter, Program
 from tpcompiler.runtime import Mesh, Ranks
-from tpcompiler.runtime.rows import take_rows
+from tpcompiler.runtime.runs import take_rows
 
 Batch = dict[str, Tensor]  # placeholder → tensor
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

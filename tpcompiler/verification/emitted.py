@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from tpcompiler.emit import load_source
 from tpcompiler.execute.simulate import run_ranks
-from tpcompiler.program import Capture, Slot
+from tpcompiler.program import Capture, InputLeaf
 from tpcompiler.runtime import Ranks
 from tpcompiler.verification.compare import Batch, Case, Comparison, Results, count_executed, count_listed
 from tpcompiler.weights.fill import fill_from
@@ -46,6 +46,6 @@ def emitted_case(run: Comparison, batches: Sequence[Batch]) -> Case:
 
 def call_of(capture: Capture, batch: Batch) -> Call:
     """The arguments of the model's forward from its tensor inputs by placeholder."""
-    leaves = [batch[leaf.node] if isinstance(leaf, Slot) else leaf for leaf in capture.input_leaves]
+    leaves = [batch[leaf.node] if isinstance(leaf, InputLeaf) else leaf for leaf in capture.input_leaves]
     args, kwargs = pytree.tree_unflatten(leaves, capture.in_spec)
     return args, kwargs

@@ -12,17 +12,38 @@ write.py     shard, merge, reshard, verify
 
 from __future__ import annotations
 
-from tpcompiler.weights.layouts import Held, Layout
+from tpcompiler.runtime.runs import cut, slice_of
+from tpcompiler.weights.layouts import Layout, RankRuns
 from tpcompiler.weights.manifest import Entry, Manifest, weight_mesh, weight_rank
 from tpcompiler.weights.match import entries_of
-from tpcompiler.weights.runs import cut, slice_of
 from tpcompiler.weights.sources import Source, Weights, open_source
 from tpcompiler.weights.tensor_files import FileInfo, write_file, write_text
 from tpcompiler.weights.wire import load_manifest, save_manifest
 from tpcompiler.weights.write import load_rank, merge, output, reshard, shard, verify, write_shards
 
 __all__ = [
-    "Entry", "FileInfo", "Held", "Layout", "Manifest", "Source", "Weights", "cut", "entries_of", "load_manifest",
-    "load_rank", "merge", "open_source", "output", "reshard", "save_manifest", "shard", "slice_of", "verify",
-    "weight_mesh", "weight_rank", "write_file", "write_shards", "write_text",
+    "Entry",
+    "FileInfo",
+    "Layout",
+    "Manifest",
+    "RankRuns",
+    "Source",
+    "Weights",
+    "cut",
+    "entries_of",
+    "load_manifest",
+    "load_rank",
+    "merge",
+    "open_source",
+    "output",
+    "reshard",
+    "save_manifest",
+    "shard",
+    "slice_of",
+    "verify",
+    "weight_mesh",
+    "weight_rank",
+    "write_file",
+    "write_shards",
+    "write_text",
 ]  # fmt: skip

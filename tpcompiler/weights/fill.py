@@ -14,10 +14,10 @@ from tpcompiler.capture import Recorded
 from tpcompiler.program import Program
 from tpcompiler.runtime import Mesh, Ranks
 from tpcompiler.runtime.mesh import Coords
+from tpcompiler.runtime.runs import Slice, slice_of
 from tpcompiler.weights import Source, entries_of, open_source
 from tpcompiler.weights.manifest import DATA
 from tpcompiler.weights.match import match
-from tpcompiler.weights.runs import Slice, slice_of
 from tpcompiler.weights.sources import Info
 
 

@@ -9,13 +9,13 @@ from functools import cached_property
 from itertools import product
 
 from tpcompiler.errors import WeightsError
-from tpcompiler.layout import Dim, join
-from tpcompiler.runtime.mesh import Mesh, Run
-from tpcompiler.weights.runs import Runs, Slice, shape_of
+from tpcompiler.layout import Dim
+from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.runtime.runs import Run, Runs, Slice, join, shape_of
 
 
 @dataclass(frozen=True)
-class Held:
+class RankRuns:
     """One dimension of a tensor: the runs that each rank holds.
 
     `runs` are the distinct slices and `rank[r]` says which of them rank r has. `tree` is the layout they come from;
@@ -28,7 +28,7 @@ class Held:
     tree: Dim | None = None
 
     @classmethod
-    def of(cls, dim: Dim, mesh: Mesh) -> Held:
+    def of(cls, dim: Dim, mesh: Mesh) -> RankRuns:
         """A layout on a mesh, written out."""
         places: dict[tuple[int, ...], Runs] = {}
         mine: list[Runs] = []
@@ -41,9 +41,9 @@ class Held:
         return cls.of_runs(dim.size, mine, dim)
 
     @classmethod
-    def of_runs(cls, size: int, per_rank: Sequence[Runs], tree: Dim | None = None) -> Held:
+    def of_runs(cls, size: int, per_rank: Sequence[Runs], tree: Dim | None = None) -> RankRuns:
         """Runs per rank, whatever they come from."""
-        maximal = [join(iter(runs)) for runs in per_rank]
+        maximal = [join(runs) for runs in per_rank]
         distinct = {runs: i for i, runs in enumerate(dict.fromkeys(maximal))}
         return cls(size, tuple(distinct), tuple(distinct[runs] for runs in maximal), tree)
 
@@ -69,7 +69,7 @@ class Held:
                 out[sum(masks[i] for i in active)].append((at, bound))
             active.symmetric_difference_update(turns.get(bound, ()))
             at = bound
-        return tuple((mask, join(iter(runs))) for mask, runs in out.items())
+        return tuple((mask, join(runs)) for mask, runs in out.items())
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Layout:
-    """A whole tensor: `Held` per dimension, over `ranks` ranks."""
+    """A whole tensor: `RankRuns` per dimension, over `ranks` ranks."""
 
-    dims: tuple[Held, ...]
+    dims: tuple[RankRuns, ...]
     ranks: int
 
     @classmethod
     def of(cls, dims: Sequence[Dim], mesh: Mesh) -> Layout:
-        return cls(tuple(Held.of(d, mesh) for d in dims), mesh.size)
+        return cls(tuple(RankRuns.of(d, mesh) for d in dims), mesh.size)
 
     @property
     def shape(self) -> tuple[int, ...]:

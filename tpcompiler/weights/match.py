@@ -12,9 +12,9 @@ from tpcompiler.errors import WeightsError
 from tpcompiler.layout import Dim, Factor
 from tpcompiler.program import Parameter
 from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.runtime.runs import Slice, same_bits, slice_of
 from tpcompiler.weights.layouts import Layout
 from tpcompiler.weights.manifest import EXTRA_FILE, Entry, weight_mesh
-from tpcompiler.weights.runs import Slice, same_bits, slice_of
 from tpcompiler.weights.sources import Info, Source
 
 

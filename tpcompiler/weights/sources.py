@@ -16,8 +16,8 @@ import torch
 from tpcompiler.errors import WeightsError
 from tpcompiler.layout import Dim
 from tpcompiler.runtime.mesh import Coords, Mesh
+from tpcompiler.runtime.runs import Slice, intersect, positions, put, same_bits, shape_of, slice_of, whole
 from tpcompiler.weights.manifest import Entry, Manifest
-from tpcompiler.weights.runs import Slice, intersect, positions, put, same_bits, shape_of, slice_of, whole
 from tpcompiler.weights.tensor_files import Reader, disk
 from tpcompiler.weights.wire import NAME, load_manifest
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from tpcompiler.errors import WeightsError
-from tpcompiler.weights.runs import Slice, bits, intersect, positions, put, shape_of, slice_of, whole
+from tpcompiler.runtime.runs import Slice, bits, intersect, positions, put, shape_of, slice_of, whole
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,

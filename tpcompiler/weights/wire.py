@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tpcompiler.errors import WeightsError
 from tpcompiler.layout import Concat, Dim, Factor, Product
 from tpcompiler.runtime.mesh import Mesh
-from tpcompiler.weights.layouts import Held, Layout
+from tpcompiler.runtime.runs import Runs
+from tpcompiler.weights.layouts import Layout, RankRuns
 from tpcompiler.weights.manifest import KINDS, Entry, Manifest
-from tpcompiler.weights.runs import Runs
 from tpcompiler.weights.tensor_files import CODES, DTYPES, FileInfo, disk, write_text
 
 NAME = "manifest.json"
@@ -90,7 +90,7 @@ class _Manifest(_Strict):
 
 def encode(manifest: Manifest) -> str:
     """The manifest as JSON: one line a dimension, a tensor and a file; equal dimensions are written once."""
-    dims: dict[Held, int] = {}
+    dims: dict[RankRuns, int] = {}
     tensors = []
     for e in manifest.entries:
         places = [dims.setdefault(d, len(dims)) for d in e.layout.dims]
@@ -112,7 +112,7 @@ def encode(manifest: Manifest) -> str:
     return text + seal(text.encode())
 
 
-def _dim(held: Held) -> dict[str, Any]:
+def _dim(held: RankRuns) -> dict[str, Any]:
     tree = {} if held.tree is None else {"tree": to_tree(held.tree)}
     slices = [[list(run) for run in runs] for runs in held.runs]
     return {"size": held.size, **tree, "runs": slices, "rank": list(held.rank)}
@@ -178,7 +178,7 @@ def _build(wire: _Manifest) -> Manifest:
     return Manifest(mesh, entries, files, wire.spec, wire.tpcompiler, wire.torch)
 
 
-def _held(wire: _Dim, mesh: Mesh, i: int) -> Held:
+def _held(wire: _Dim, mesh: Mesh, i: int) -> RankRuns:
     runs: tuple[Runs, ...] = tuple(tuple(r) for r in wire.runs)
     for r in runs:
         bounds = [bound for run in r for bound in run]
@@ -188,17 +188,17 @@ def _held(wire: _Dim, mesh: Mesh, i: int) -> Held:
     if len(wire.rank) != mesh.size or any(not 0 <= j < len(runs) for j in wire.rank):
         raise ValueError(f"dims.{i}: needs one slice for each of {mesh.size} ranks")
     if wire.tree is None:
-        return Held(wire.size, runs, tuple(wire.rank))
+        return RankRuns(wire.size, runs, tuple(wire.rank))
     tree = from_tree(wire.tree)
     if missing := [name for name in tree.over if name not in mesh]:
         raise ValueError(f"dims.{i}: split over {missing[0]}, which the mesh ({mesh}) does not have")
-    held = Held.of(tree, mesh)
+    held = RankRuns.of(tree, mesh)
     if (held.size, held.runs, held.rank) != (wire.size, runs, tuple(wire.rank)):
         raise ValueError(f"dims.{i}: tree and runs disagree")
     return held
 
 
-def _entry(wire: _Tensor, dims: list[Held], mesh: Mesh) -> Entry:
+def _entry(wire: _Tensor, dims: list[RankRuns], mesh: Mesh) -> Entry:
     if wire.kind not in KINDS:
         raise ValueError(f"{wire.name}: unknown kind {wire.kind!r}")
     if wire.dtype not in DTYPES:

@@ -19,11 +19,11 @@ from tpcompiler.errors import WeightsError
 from tpcompiler.layout import Dim
 from tpcompiler.program import Parameter
 from tpcompiler.runtime.mesh import Coords, Mesh
+from tpcompiler.runtime.runs import bits, intersect, positions, slice_of
 from tpcompiler.weights.atomic import replacing, replacing_file
 from tpcompiler.weights.layouts import Layout
 from tpcompiler.weights.manifest import BUFFER_FILE, EXTRA_FILE, RANK_FILE, Entry, Manifest, weight_mesh
 from tpcompiler.weights.match import Job, entries_of, match, whole_layout
-from tpcompiler.weights.runs import bits, intersect, positions, slice_of
 from tpcompiler.weights.sources import Source, Weights, check_size, open_source
 from tpcompiler.weights.tensor_files import FileInfo, Spot, Writer, blocks, digest, disk, in_order, write_text
 from tpcompiler.weights.wire import NAME, load_manifest, save_manifest

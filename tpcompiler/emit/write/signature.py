@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from tpcompiler.emit.text.expr import constant, tuple_of
-from tpcompiler.program import Capture, Slot
+from tpcompiler.program import Capture, InputLeaf
 
 
 @dataclass
@@ -27,12 +27,12 @@ def signature(capture: Capture) -> Signature:
     tree = pytree.tree_unflatten(list(range(len(capture.input_leaves))), capture.in_spec)
     args, kwargs = tree
     named = iter(capture.arg_names)
-    leaf_names = {i: next(named) for i, leaf in enumerate(capture.input_leaves) if isinstance(leaf, Slot)}
+    leaf_names = {i: next(named) for i, leaf in enumerate(capture.input_leaves) if isinstance(leaf, InputLeaf)}
     out = Signature([], {})
     everything = [(_positional(i, a, leaf_names), a) for i, a in enumerate(args)] + list(kwargs.items())
     optional = False
     for name, value in everything:
-        constants = [i for _, i in _leaves(value, "") if not isinstance(capture.input_leaves[i], Slot)]
+        constants = [i for _, i in _leaves(value, "") if not isinstance(capture.input_leaves[i], InputLeaf)]
         if isinstance(value, int) and constants:
             default = capture.input_leaves[value]
             out.parameters.append(f"{name}={constant(default)}")
@@ -46,7 +46,7 @@ def signature(capture: Capture) -> Signature:
         out.parameters.append(f"{name}: Tensor" if isinstance(value, int) else name)
         for path, i in _leaves(value, ""):
             leaf = capture.input_leaves[i]
-            if not isinstance(leaf, Slot):
+            if not isinstance(leaf, InputLeaf):
                 continue
             variable = name if not path else leaf_names[i].replace(".", "_")
             out.tensors[leaf.node] = variable

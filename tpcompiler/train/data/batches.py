@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tpcompiler.errors import TpcError
-from tpcompiler.runtime.mesh import Run, part
+from tpcompiler.runtime.mesh import part
+from tpcompiler.runtime.runs import Run
 from tpcompiler.train.data.corpus import sources
 from tpcompiler.train.data.order import Permutation, mix
 from tpcompiler.train.data.samples import Causal, Masked, Part, Samples

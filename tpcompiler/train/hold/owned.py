@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from tpcompiler.layout import Dim, Factor
 from tpcompiler.program import Capture, Parameter, Program
-from tpcompiler.runtime.mesh import Coords, Mesh, Run
+from tpcompiler.runtime.mesh import Coords, Mesh
+from tpcompiler.runtime.runs import Run, Slice
 from tpcompiler.train.optim.clip import local
 from tpcompiler.train.optim.update import MOMENTS
-from tpcompiler.weights import Entry, Held, Layout, Source, cut, slice_of, weight_mesh
+from tpcompiler.weights import Entry, Layout, RankRuns, Source, cut, slice_of, weight_mesh
 from tpcompiler.weights.manifest import DATA
-from tpcompiler.weights.runs import Slice
 
 OPTIMIZER_FILE = "optimizer-{rank:05d}.safetensors"
 
@@ -26,7 +26,7 @@ def chunk(n: int, degree: int, index: int) -> Run:
     return min(index * size, n), min((index + 1) * size, n)
 
 
-def held(dims: Sequence[Dim], mesh: Mesh, coords: Coords) -> Slice:
+def trained_slice(dims: Sequence[Dim], mesh: Mesh, coords: Coords) -> Slice:
     """The global indices of a parameter that a rank trains. Data ranks share dimension 0 of each rank's slice."""
     runs = tuple(d.runs(mesh, coords) for d in dims)
     if not runs or DATA not in mesh or mesh[DATA] == 1:
@@ -39,8 +39,8 @@ def layout(dims: Sequence[Dim], mesh: Mesh) -> Layout:
     """Where the elements of a parameter are trained, on the mesh of `checkpoint_mesh`."""
     if not dims or DATA not in mesh or mesh[DATA] == 1:
         return Layout.of(dims, mesh)
-    first = [held(dims, mesh, mesh.coords(r))[0] for r in range(mesh.size)]
-    return Layout((Held.of_runs(dims[0].size, first), *(Held.of(d, mesh) for d in dims[1:])), mesh.size)
+    first = [trained_slice(dims, mesh, mesh.coords(r))[0] for r in range(mesh.size)]
+    return Layout((RankRuns.of_runs(dims[0].size, first), *(RankRuns.of(d, mesh) for d in dims[1:])), mesh.size)
 
 
 def checkpoint_mesh(mesh: Mesh) -> Mesh:

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from tpcompiler.layout import Dim
 from tpcompiler.runtime.groups import Ranks
-from tpcompiler.runtime.mesh import Coords, Mesh, Run
+from tpcompiler.runtime.mesh import Coords, Mesh
+from tpcompiler.runtime.runs import Run
 
 Box = tuple[Run, ...]  # local indices [start, stop) of each dimension
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tpcompiler.runtime import Ranks, Rng
+from tpcompiler.runtime.runs import Slice
 from tpcompiler.train.data.batches import Batch, Batches
 from tpcompiler.train.data.order import mix
 from tpcompiler.train.hold.held import Numbers, hold
-from tpcompiler.train.hold.owned import fill, fill_buffers, held, state_name
+from tpcompiler.train.hold.owned import fill, fill_buffers, state_name, trained_slice
 from tpcompiler.train.optim.clip import grad_norm, local, share
 from tpcompiler.train.optim.scaler import Scale, all_finite
 from tpcompiler.train.optim.schedule import learning_rate
@@ -22,7 +23,6 @@ from tpcompiler.train.run.config import Train
 from tpcompiler.train.step.prepare import prepare
 from tpcompiler.train.step.replay import Device, Recorder, on_stream, steady
 from tpcompiler.weights.manifest import DATA
-from tpcompiler.weights.runs import Slice
 
 Read = Callable[[str, Slice], Tensor]
 
@@ -58,7 +58,7 @@ class Engine:
         self.held = hold(self.module, names, ranks, train, device)
         fill_buffers(self.module, program, ranks.coords)
         mesh = program.mesh
-        self.slices = {n: held(program.dims[n], mesh, ranks.coords) for n in names}
+        self.slices = {n: trained_slice(program.dims[n], mesh, ranks.coords) for n in names}
         self._shares = {n: share(program.dims[n], mesh, ranks.coords) for n in names}
         self.scale = Scale.start(train.loss_scale) if train.precision == "fp16" else None
         self._weights = ranks.group(tuple(n for n in mesh.names if n != DATA))
