@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from tpcompiler.runtime.mesh import Coords, Mesh, part
-from tpcompiler.runtime.runs import Run, Runs, join
+from tpcompiler.runtime.runs import Run, Runs, Slice, join
 
 Over = tuple[str, ...]  # mesh dimensions, in the mesh's order
 
@@ -147,6 +147,11 @@ class Concat(Compound):
 
     def __str__(self) -> str:
         return "(" + " | ".join(map(str, self.parts)) + ")"
+
+
+def slice_on(dims: Iterable[Dim], mesh: Mesh, coords: Coords) -> Slice:
+    """The part of a tensor that the rank at `coords` holds."""
+    return tuple(d.runs(mesh, coords) for d in dims)
 
 
 @dataclass(frozen=True)

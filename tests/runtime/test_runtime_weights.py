@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tpcompiler.errors import WeightsError
-from tpcompiler.runtime import Mesh, Parameters, Ranks, load, weights
+from tpcompiler.runtime import Mesh, Parameters, Ranks, load, stored
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 DEGREE = 2
@@ -51,9 +51,14 @@ def write(directory: Path, dtype: torch.dtype = torch.float32) -> list[dict[str,
     entries[0]["aliases"] = ["head.weight"]
     entries += [{"name": name, "kind": "buffer", "file": "buffers.safetensors"} for name in buffers]
     files = [{"name": p.name, "bytes": p.stat().st_size} for p in directory.glob("*.safetensors")]
-    manifest = {"version": 1, "mesh": [["tensor", DEGREE]], "tensors": entries, "files": files}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    seal(directory, {"mesh": [["tensor", DEGREE]], "tensors": entries, "files": files})
     return [tensors | buffers for tensors in ranks]
+
+
+def seal(directory: Path, manifest: dict[str, Any]) -> None:
+    manifest = {"format": "tpcompiler", "version": 1} | {k: v for k, v in manifest.items() if k != "sha256"}
+    text = json.dumps(manifest).removesuffix("}") + ",\n"
+    (directory / "manifest.json").write_text(text + stored.seal(text.encode()))
 
 
 def ranks(rank: int, **mesh: int) -> Ranks:
@@ -67,7 +72,7 @@ def ranks(rank: int, **mesh: int) -> Ranks:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [8, 1 << 20])
 def test_every_rank_finds_its_own(dtype: torch.dtype, block: int, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(weights, "_BLOCK", block)
+    monkeypatch.setattr(stored, "BLOCK", block)
     written = write(tmp_path, dtype)
     for rank in range(3 * DEGREE):
         model = Model().to(dtype)
@@ -98,14 +103,13 @@ def test_values_take_the_models_dtype_and_memory_order(tmp_path: Path) -> None:
 
 def test_a_program_without_split_weights_loads_alone(tmp_path: Path) -> None:
     write(tmp_path)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"mesh": []}))
+    edit(tmp_path, mesh=[])
     load(Model(), tmp_path, Ranks.single())
 
 
 def edit(directory: Path, **changes: Any) -> None:
     manifest = json.loads((directory / "manifest.json").read_text())
-    (directory / "manifest.json").write_text(json.dumps(manifest | changes))
+    seal(directory, manifest | changes)
 
 
 def cut(path: Path, keep: int) -> None:
@@ -132,19 +136,46 @@ def wrong_kind(model: Model, _: Path) -> None:
     model.steps = model.steps.float()
 
 
+def alter(_: Model, directory: Path) -> None:
+    path = directory / "manifest.json"
+    path.write_text(path.read_text().replace('"head.weight"', '"tail.weight"'))
+
+
+def lengthen(_: Model, directory: Path) -> None:
+    with (directory / "rank-00001.safetensors").open("ab") as file:
+        file.write(b"more")
+
+
+def leave(directory: Path, file: str) -> None:
+    """Writes a manifest, with a right digest, that sends the reader elsewhere."""
+    entries = json.loads((directory / "manifest.json").read_text())["tensors"]
+    edit(directory, tensors=[entry | {"file": file} for entry in entries])
+
+
 ERRORS: dict[str, tuple[Any, str]] = {
-    "no manifest": (lambda m, d: (d / "manifest.json").unlink(), "manifest.json: cannot read"),
-    "not json": (lambda m, d: cut(d / "manifest.json", 40), "manifest.json: not a manifest"),
+    "no manifest": (lambda m, d: (d / "manifest.json").unlink(), "no manifest.json here"),
+    "not json": (lambda m, d: cut(d / "manifest.json", 40), "manifest.json: truncated or not JSON"),
     "other version": (lambda m, d: edit(d, version=2), "version 2"),
     "other degree": (lambda m, d: edit(d, mesh=[["tensor", 4]]), "sharded for tensor 4, and 2 run"),
     "other mesh": (lambda m, d: edit(d, mesh=[["kv", 2], ["tensor", 2]]), "sharded for kv 2, and 1 run"),
-    "no rank file": (lambda m, d: (d / "rank-00001.safetensors").unlink(), "rank-00001.safetensors: cannot read"),
-    "cut in the header": (lambda m, d: cut(d / "rank-00001.safetensors", 30), "not a safetensors file"),
+    "no rank file": (lambda m, d: (d / "rank-00001.safetensors").unlink(), "rank-00001.safetensors: missing"),
+    "cut in the header": (
+        lambda m, d: cut(d / "rank-00001.safetensors", 30),
+        "truncated: 30 bytes",
+    ),
     "cut in the data": (lambda m, d: cut(d / "rank-00001.safetensors", -4), "truncated"),
-    "empty file": (lambda m, d: cut(d / "rank-00001.safetensors", 0), "not a safetensors file"),
+    "empty file": (lambda m, d: cut(d / "rank-00001.safetensors", 0), "truncated: 0 bytes"),
     "wrong shape": (wrong_shape, r"ln.scale has the shape \[\], the model \[2\]"),
     "a name too many in the model": (surplus, "no 'extra.weight', which the model needs"),
     "a name too many in the file": (lacking, "'ln.scale', which the model does not have"),
+    "altered": (alter, "manifest.json: altered"),
+    "no format": (lambda m, d: edit(d, format="other"), "not a manifest of tpcompiler"),
+    "keys missing": (lambda m, d: edit(d, tensors=[{"name": "x"}]), "not a manifest: 'kind'"),
+    "another directory": (lambda m, d: leave(d, "../rank-{rank:05d}.safetensors"), "not a file name: '../rank-"),
+    "another disk": (lambda m, d: leave(d, "/etc/{rank:05d}"), "not a file name"),
+    "any attribute": (lambda m, d: leave(d, "{rank.__class__}"), "not a file name"),
+    "a file longer than it was": (lengthen, "rank-00001.safetensors: altered: .* the manifest says"),
+    "an unlisted file": (lambda m, d: edit(d, files=[]), "the manifest does not list it"),
     "on meta": (on_meta, "to_empty"),
     "wrong kind": (wrong_kind, "steps is int64, in the model float32"),
 }

@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from tpcompiler import weights
 from tpcompiler.errors import WeightsError
-from tpcompiler.layout import Concat, Dim, Factor, Product
+from tpcompiler.layout import Concat, Dim, Factor, Product, slice_on
 from tpcompiler.program import Parameter
+from tpcompiler.runtime import stored as on_disk
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.runs import Run, Runs, bits, intersect, length, positions, put, same_bits, slice_of
+from tpcompiler.runtime.stored import DTYPES, Reader
 from tpcompiler.weights import Entry, Layout, Manifest, RankRuns, Weights, tensor_files
-from tpcompiler.weights.tensor_files import DTYPES, Reader, Spot, Writer, in_order
+from tpcompiler.weights.tensor_files import Spot, Writer, in_order
 from tpcompiler.weights.wire import decode, encode
 
 Tensors = Mapping[str, torch.Tensor]
@@ -99,8 +101,8 @@ def models(draw: st.DrawFn) -> Model:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of a few hundred bytes then take several blocks, and every way of reading."""
-    monkeypatch.setattr(tensor_files, "BLOCK", 64)
-    monkeypatch.setattr(tensor_files, "_SCATTERED", 8)
+    monkeypatch.setattr(on_disk, "BLOCK", 64)
+    monkeypatch.setattr(on_disk, "_SCATTERED", 8)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +283,7 @@ def test_any_rank_of_any_other_mesh_can_load(scratch: Path, model: Model, data: 
             for rank in range(other.size):
                 coords = other.coords(rank)
                 expected = naive(t, [d.runs(other, coords) for d in tree])
-                assert same_bits(source.read_layout(name, tree, other, coords), expected)
+                assert same_bits(source.read(name, slice_on(tree, other, coords)), expected)
 
 
 def resplit(dim: Dim, mesh: Mesh, data: st.DataObject) -> Dim:
@@ -347,8 +349,8 @@ def test_a_mesh_factored_in_two_holds_kv_in_subgroups_and_reshards(tmp_path: Pat
 
 
 def test_memory_stays_below_two_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_files, "BLOCK", 1 << 20)
-    monkeypatch.setattr(tensor_files, "_SCATTERED", 4096)
+    monkeypatch.setattr(on_disk, "BLOCK", 1 << 20)
+    monkeypatch.setattr(on_disk, "_SCATTERED", 4096)
     rows, columns, count = 2048, 1024, 16  # 8 MiB each, 128 MiB in all
     spots = [Spot(f"w{i}", torch.float32, (rows, columns)) for i in range(count)]
     with Writer(tmp_path / "in.safetensors", spots) as writer:
@@ -453,7 +455,8 @@ def test_what_the_model_lacks_is_kept_and_buffers_come_from_the_model(tmp_path: 
         Parameter("slopes", "slopes", (4,), torch.float32, buffer=True, value=torch.arange(4.0)),
     ]
     split = (Factor(4, "h", ("t",)),)
-    weights.shard(stored, parameters, {"w": split, "slopes": split}, Mesh.of({"t": 2}), tmp_path / "d")
+    dims = {"w": split, "slopes": split, "mask": (Factor(2),), "freq": (Factor(3),)}
+    weights.shard(stored, parameters, dims, Mesh.of({"t": 2}), tmp_path / "d")
     assert_equal(load_file(tmp_path / "d/buffers.safetensors"), {"mask": torch.ones(2), "freq": torch.arange(3.0)})
     assert_equal(
         load_file(tmp_path / "d/rank-00001.safetensors"), {"w": stored["w"][2:], "slopes": torch.tensor([2.0, 3.0])}
@@ -467,7 +470,8 @@ def test_without_weights_there_are_buffers_and_a_clear_word(tmp_path: Path) -> N
         Parameter("w", "w", (4,), torch.float32),
         Parameter("freq", "freq", (3,), torch.float32, buffer=True, value=torch.arange(3.0)),
     ]
-    manifest = weights.shard(None, parameters, {"w": (Factor(4, "h", ("t",)),)}, Mesh.of({"t": 2}), tmp_path / "d")
+    dims = {"w": (Factor(4, "h", ("t",)),), "freq": (Factor(3),)}
+    manifest = weights.shard(None, parameters, dims, Mesh.of({"t": 2}), tmp_path / "d")
     assert not manifest.has_weights
     assert sorted(contents(tmp_path / "d")) == ["buffers.safetensors", "manifest.json"]
     assert weights.load_manifest(tmp_path / "d").by_name["w"].layout.local_shape(1) == (2,)

@@ -24,13 +24,13 @@ from tpcompiler.errors import WeightsError
 from tpcompiler.layout import Factor
 from tpcompiler.program import Parameter
 from tpcompiler.runtime.mesh import Mesh
-from tpcompiler.weights import Weights, tensor_files, wire
+from tpcompiler.runtime.stored import Reader, seal
+from tpcompiler.weights import Weights, tensor_files
 from tpcompiler.weights.match import match
-from tpcompiler.weights.tensor_files import Reader
 
 TWO = Mesh.of({"t": 2})
 SHAPES = {"split": (6, 4), "whole": (5,)}
-DIMS = {"split": (Factor(6, "h", ("t",)), Factor(4)), "whole": (Factor(5),)}
+DIMS = {"split": (Factor(6, "h", ("t",)), Factor(4)), "whole": (Factor(5),), "freq": (Factor(3),)}
 PARAMETERS = [
     *(Parameter(n, n, shape, torch.float32) for n, shape in SHAPES.items()),
     Parameter("freq", "freq", (3,), torch.float32, buffer=True, persistent=False, value=torch.ones(3)),
@@ -216,7 +216,7 @@ def test_a_manifest_that_is_none_of_ours_is_refused(tmp_path: Path, change: dict
     data = json.loads(path.read_text()) | change
     del data["sha256"]
     text = json.dumps(data)[:-1].encode() + b","
-    path.write_bytes(text + wire.seal(text).encode())
+    path.write_bytes(text + seal(text).encode())
     with pytest.raises(WeightsError) as error:
         weights.load_manifest(tmp_path / "d")
     says(error, "manifest.json", word)
@@ -362,7 +362,7 @@ def test_merging_again_replaces_the_merged_and_nothing_else(tmp_path: Path) -> N
 def test_a_buffer_without_values_is_refused() -> None:
     buffer = Parameter("freq", "freq", (3,), torch.float32, buffer=True)
     with pytest.raises(WeightsError, match="buffer freq has no values"):
-        match(None, [buffer], weights.entries_of([buffer], {}, TWO), TWO)
+        match(None, [buffer], weights.entries_of([buffer], {"freq": (Factor(3),)}, TWO), TWO)
 
 
 def test_digest_is_what_the_writer_said(tmp_path: Path) -> None:

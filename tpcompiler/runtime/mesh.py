@@ -23,6 +23,12 @@ def part(size: int, degree: int, index: int) -> Run:
     return start, start + q + (1 if index < r else 0)
 
 
+def chunk(size: int, degree: int, index: int) -> Run:
+    """`torch.chunk`'s parts, which are FSDP2's: as long as ceil allows, the last ones short or empty."""
+    longest = -(-size // degree)
+    return min(index * longest, size), min((index + 1) * longest, size)
+
+
 @dataclass(frozen=True)
 class Mesh:
     """Named dimensions of ranks, the last one fastest: rank = ((c0 · d1) + c1) · d2 + …"""

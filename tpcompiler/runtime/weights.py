@@ -1,19 +1,14 @@
 """Fills a program's parameters and buffers from the directory that `tpc shard` or the trainer wrote (docs/format.md).
 
-Needs torch alone. Reads a file once, front to back where the model's order is the file's, a block at a time: a rank
-never has more in memory than its own model and one block.
+Needs torch alone. A file is read once, front to back, a block at a time: a rank never has more in memory than its own
+model and one block. The manifest is checked as `tpcompiler.weights` checks it: its seal, the names and sizes of files.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
-from io import BufferedReader
-from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,46 +16,75 @@ from torch import Tensor, nn
 from tpcompiler.errors import WeightsError
 from tpcompiler.runtime.groups import Ranks
 from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.runtime.stored import (
+    MANIFEST,
+    Reader,
+    blocks,
+    check_file_name,
+    check_size,
+    parse_manifest,
+    read_manifest,
+)
 
-_BLOCK = 32 << 20  # bytes read at once
-_VERSION = 1  # of the manifest
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class _Described:
+    """What the manifest says of a tensor, as far as loading needs it."""
+
+    names: tuple[str, ...]  # the first is its name in the file, the others are those of tied weights
+    buffer: bool
+    file: str
 
 
 def load(model: nn.Module, directory: str | Path, ranks: Ranks) -> None:
     """Fills every parameter and buffer of `model` with this rank's slice, cast to the model's own dtype.
 
-    Errors: `WeightsError`, one line, when a file or a name is missing, a name is left over, a shape does not fit, or a
-    parameter is still on the meta device.
+    Errors: `WeightsError`, one line, when a file or a name is missing or altered, a name is left over, a shape does not
+    fit, or a parameter is still on the meta device.
     """
     directory = Path(directory)
-    manifest = _manifest(directory)
-    mesh = Mesh(tuple((name, degree) for name, degree in manifest["mesh"]))
+    mesh, described, sizes = _manifest(directory)
     rank = _weight_rank(mesh, ranks, directory)
-    entries = [t for t in manifest["tensors"] if t["kind"] in ("parameter", "buffer")]
-    sizes = {f["name"]: f["bytes"] for f in manifest["files"]}
     todo = _targets(model)
-    with torch.no_grad():
-        for file in dict.fromkeys(t["file"] for t in entries):
-            if not file:
-                raise WeightsError(f"{directory}: holds the program alone, no weights; tpc shard --weights writes them")
-            path = directory / file.format(rank=rank)
-            if path.name not in sizes and not any(_names(t) & todo.keys() for t in entries if t["file"] == file):
-                continue
-            source = SafetensorsFile(path)
-            for t in sorted((t for t in entries if t["file"] == file), key=lambda t: source.start(t["name"])):
-                _fill(source, t, todo)
+    for file in dict.fromkeys(t.file for t in described):
+        if not file:
+            raise WeightsError(f"{directory}: holds the program alone, no weights; tpc shard --weights writes them")
+        path = directory / file.format(rank=rank)
+        if path.name not in sizes:
+            raise WeightsError(f"{path}: the manifest does not list it")
+        check_size(path, sizes[path.name])
+        with closing(Reader(path)) as reader:
+            here = [t for t in described if t.file == file]
+            for t in here:
+                if t.names[0] not in reader.tensors:
+                    raise WeightsError(f"{path}: has no {t.names[0]!r}, which {MANIFEST} says it holds")
+            for t in sorted(here, key=lambda t: reader.tensors[t.names[0]].start):
+                _fill(reader, t, todo)
     if todo:
         raise WeightsError(f"{directory}: has no {next(iter(todo))!r}, which the model needs")
 
 
+def _manifest(directory: Path) -> tuple[Mesh, list[_Described], dict[str, int]]:
+    """The mesh, the parameters and buffers, and the size of each file in bytes."""
+    path = directory / MANIFEST
+    data = parse_manifest(read_manifest(directory), path)
+    try:
+        mesh = Mesh(tuple((str(name), int(degree)) for name, degree in data["mesh"]))
+        sizes = {str(f["name"]): int(f["bytes"]) for f in data["files"]}
+        described = [
+            _Described((t["name"], *t.get("aliases", ())), t["kind"] == "buffer", t["file"])
+            for t in data["tensors"]
+            if t["kind"] in ("parameter", "buffer")
+        ]
+        for name in (*(t.file for t in described), *sizes):
+            check_file_name(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise WeightsError(f"{path}: not a manifest: {e}") from None
+    return mesh, described, sizes
+
+
 def _weight_rank(mesh: Mesh, ranks: Ranks, directory: Path) -> int:
-    """The file of this rank: its place on the mesh of the dimensions that split weights."""
+    """The number of this rank's file: its place on the mesh of the dimensions that split weights."""
     for name, degree in mesh.dims:
         running = dict(ranks.mesh.dims).get(name, 1)
         if running != degree:
@@ -68,20 +92,6 @@ def _weight_rank(mesh: Mesh, ranks: Ranks, directory: Path) -> int:
                 f"{directory}: sharded for {name} {degree}, and {running} run; start {mesh} or reshard it (tpc reshard)"
             )
     return mesh.rank({name: ranks.coords.get(name, 0) for name in mesh.names})
-
-
-def _manifest(directory: Path) -> dict[str, Any]:
-    path = directory / "manifest.json"
-    try:
-        out = json.loads(path.read_bytes())
-        version = out["version"]
-    except OSError as e:
-        raise WeightsError(f"{path}: cannot read: {(e.strerror or str(e)).lower()}") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise WeightsError(f"{path}: not a manifest: {e}") from None
-    if version != _VERSION:
-        raise WeightsError(f"{path}: format version {version}; this runtime reads version {_VERSION}")
-    return out
 
 
 def _targets(model: nn.Module) -> dict[str, Tensor]:
@@ -93,101 +103,23 @@ def _targets(model: nn.Module) -> dict[str, Tensor]:
     return dict(named)
 
 
-def _names(entry: Mapping[str, Any]) -> set[str]:
-    return {entry["name"], *entry.get("aliases", ())}
+def _fill(reader: Reader, described: _Described, todo: dict[str, Tensor]) -> None:
+    found = [todo.pop(name) for name in dict.fromkeys(described.names) if name in todo]
+    if not found and not described.buffer:  # a buffer may have been folded away by the program
+        raise WeightsError(f"{reader.path}: holds {described.names[0]!r}, which the model does not have")
+    for target in {id(t): t for t in found}.values():
+        _read_into(reader, described.names[0], target)
 
 
-def _fill(source: SafetensorsFile, entry: Mapping[str, Any], todo: dict[str, Tensor]) -> None:
-    found = [name for name in _names(entry) if name in todo]
-    if not found:
-        if entry["kind"] == "buffer":  # the program may have folded it away
-            return
-        raise WeightsError(f"{source.path}: holds {entry['name']!r}, which the model does not have")
-    filled: list[Tensor] = []
-    for name in found:
-        target = todo.pop(name)
-        if not any(target is t for t in filled):
-            source.read_into(entry["name"], target)
-            filled.append(target)
-
-
-@dataclass(frozen=True)
-class _Spot:
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-class SafetensorsFile:
-    """A safetensors file: where its tensors lie, and their values."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with self._open() as f:
-            self._spots = self._header(f)
-
-    def start(self, name: str) -> int:
-        return self._spot(name).start
-
-    def read_into(self, name: str, target: Tensor) -> None:
-        """Copies the tensor `name` into `target`, of the same shape and of the same or another dtype of its kind."""
-        spot = self._spot(name)
-        if spot.shape != tuple(target.shape):
-            raise WeightsError(f"{self.path}: {name} has the shape {list(spot.shape)}, the model {list(target.shape)}")
-        if spot.dtype != target.dtype and spot.dtype.is_floating_point != target.dtype.is_floating_point:
-            raise WeightsError(f"{self.path}: {name} is {_short(spot.dtype)}, in the model {_short(target.dtype)}")
-        whole = target if target.is_contiguous() else torch.empty(spot.shape, dtype=target.dtype, device=target.device)
-        flat = whole.view(-1)
-        at = 0
-        for piece in self._pieces(spot):
-            flat[at : at + piece.numel()].copy_(piece)
-            at += piece.numel()
-        if whole is not target:
-            target.copy_(whole)
-
-    def _pieces(self, spot: _Spot) -> Iterator[Tensor]:
-        with self._open() as f:
-            f.seek(spot.start)
-            left = spot.stop - spot.start
-            while left:
-                block = bytearray(min(left, _BLOCK))
-                if f.readinto(block) != len(block):
-                    raise WeightsError(f"{self.path}: truncated: ends before byte {spot.stop}")
-                yield torch.frombuffer(block, dtype=spot.dtype)
-                left -= len(block)
-
-    @contextmanager
-    def _open(self) -> Iterator[BufferedReader]:
-        try:
-            with open(self.path, "rb") as f:
-                yield f
-        except OSError as e:
-            raise WeightsError(f"{self.path}: cannot read: {(e.strerror or str(e)).lower()}") from None
-
-    def _spot(self, name: str) -> _Spot:
-        if name not in self._spots:
-            raise WeightsError(f"{self.path}: has no {name!r}, which manifest.json says it holds")
-        return self._spots[name]
-
-    def _header(self, f: BufferedReader) -> dict[str, _Spot]:
-        prefix = f.read(8)
-        n = int.from_bytes(prefix, "little")
-        text = f.read(n) if len(prefix) == 8 and n < 100_000_000 else b""
-        out: dict[str, _Spot] = {}
-        try:
-            for name, e in json.loads(text).items():
-                if name != "__metadata__":
-                    start, stop = (8 + n + offset for offset in e["data_offsets"])
-                    out[name] = _Spot(_DTYPES[e["dtype"]], tuple(e["shape"]), start, stop)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise WeightsError(f"{self.path}: not a safetensors file: {e}") from None
-        for name, s in out.items():
-            if s.stop - s.start != prod(s.shape) * s.dtype.itemsize:
-                what = f"{name} {list(s.shape)} has {s.stop - s.start} bytes"
-                raise WeightsError(f"{self.path}: the header is corrupt: {what}")
-        return out
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+@torch.no_grad()
+def _read_into(reader: Reader, name: str, target: Tensor) -> None:
+    """Copies a tensor into one of the same shape, and of the same or another dtype of its kind."""
+    stored = reader.tensors[name]
+    if stored.shape != tuple(target.shape):
+        raise WeightsError(f"{reader.path}: {name} has the shape {list(stored.shape)}, the model {list(target.shape)}")
+    if stored.dtype != target.dtype and stored.dtype.is_floating_point != target.dtype.is_floating_point:
+        kinds = [str(t).removeprefix("torch.") for t in (stored.dtype, target.dtype)]
+        raise WeightsError(f"{reader.path}: {name} is {kinds[0]}, in the model {kinds[1]}")
+    for block in blocks(stored.shape, stored.dtype.itemsize):
+        rows = target if not block or not block[0] else target[slice(*block[0][0])]
+        rows.copy_(reader.read(name, block))

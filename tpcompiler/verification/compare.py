@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from tpcompiler.api import Sharded
 from tpcompiler.execute.interpret import interpret, interpret_capture
 from tpcompiler.execute.simulate import executed, run_ranks
-from tpcompiler.layout import Dim
+from tpcompiler.layout import Dim, slice_on
 from tpcompiler.program import Parameter, Program
 from tpcompiler.runtime import Mesh, Ranks
 from tpcompiler.runtime.runs import take_rows
@@ -210,7 +210,7 @@ def merged(parts: Sequence[Tensor | None], p: Parameter, program: Program) -> tu
     same = True
     for rank, part in enumerate(parts):
         coords = mesh.coords(rank)
-        runs = tuple(d.runs(mesh, coords) for d in dims)
+        runs = slice_on(dims, mesh, coords)
         if part is None:
             if all(runs):
                 return None, same

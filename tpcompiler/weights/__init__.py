@@ -1,25 +1,25 @@
 """One format for weights and checkpoints (docs/format.md): shard, merge and reshard, slice by slice, bit for bit.
 
-runs.py      index sets as runs, and copying by them
-place.py     layouts resolved to runs per rank
-files.py     safetensors files, read and written in pieces
-manifest.py  what lies in a directory;  wire.py  its text
-source.py    where weights are read from
-match.py     a model's parameters found in a source
-atomic.py    directories that change all at once
-write.py     shard, merge, reshard, verify
+layouts.py       layouts resolved to each rank's runs
+tensor_files.py  safetensors files, written in pieces; runtime/stored.py reads them
+manifest.py      what lies in a directory;  wire.py  its text
+sources.py       where weights are read from
+match.py         a model's parameters found in a source
+atomic.py        directories and files that change all at once
+write.py         shard, merge, reshard, verify
+fill.py          a rank's module given its values
 """
 
 from __future__ import annotations
 
 from tpcompiler.runtime.runs import cut, slice_of
 from tpcompiler.weights.layouts import Layout, RankRuns
-from tpcompiler.weights.manifest import Entry, Manifest, weight_mesh, weight_rank
+from tpcompiler.weights.manifest import Entry, Manifest, weight_mesh
 from tpcompiler.weights.match import entries_of
 from tpcompiler.weights.sources import Source, Weights, open_source
 from tpcompiler.weights.tensor_files import FileInfo, write_file, write_text
 from tpcompiler.weights.wire import load_manifest, save_manifest
-from tpcompiler.weights.write import load_rank, merge, output, reshard, shard, verify, write_shards
+from tpcompiler.weights.write import merge, output, reshard, shard, verify, write_shards
 
 __all__ = [
     "Entry",
@@ -32,7 +32,6 @@ __all__ = [
     "cut",
     "entries_of",
     "load_manifest",
-    "load_rank",
     "merge",
     "open_source",
     "output",
@@ -42,7 +41,6 @@ __all__ = [
     "slice_of",
     "verify",
     "weight_mesh",
-    "weight_rank",
     "write_file",
     "write_shards",
     "write_text",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tpcompiler.errors import WeightsError
-from tpcompiler.weights.tensor_files import disk
+from tpcompiler.runtime.stored import disk
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -32,17 +32,35 @@ def replacing(
         raise WeightsError(f"{directory}: a file of that name is in the way")
     if target.is_dir() and any(target.iterdir()) and not ours(target):
         raise WeightsError(f"{directory}: holds other files; name a new or an empty directory")
-    with disk(directory, "write"):
+    with _temporary(target, directory) as temporary:
+        yield temporary
+        with disk(directory, "write"):
+            _carry(keep(target) if target.is_dir() else [], temporary)
+            put_in_place(temporary, target)
+
+
+@contextmanager
+def replacing_file(path: Path | str) -> Iterator[Path]:
+    """The same for one file. The block writes and syncs the temporary one."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise WeightsError(f"{path}: a directory of that name is in the way")
+    with _temporary(target, path) as temporary:
+        yield temporary / target.name
+        with disk(path, "write"):
+            os.replace(temporary / target.name, target)
+            _sync(target.parent)
+
+
+@contextmanager
+def _temporary(target: Path, name: Path | str) -> Iterator[Path]:
+    """A new directory beside the target, locked, which is gone in the end: removed, or renamed to the target."""
+    with disk(name, "write"):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
         temporary, lock = _make(target)
     try:
         yield temporary
-        with disk(directory, "write"):
-            _carry(keep(target) if target.is_dir() else [], temporary)
-            sync(temporary)
-            _swap(temporary, target)
-            sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
@@ -57,28 +75,16 @@ def _carry(kept: list[Path], into: Path) -> None:
                 shutil.copy2(path, into / path.name, follow_symlinks=False)
 
 
-@contextmanager
-def replacing_file(path: Path | str) -> Iterator[Path]:
-    """The same for one file. The block writes and syncs the temporary one."""
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise WeightsError(f"{path}: a directory of that name is in the way")
-    with disk(path, "write"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        temporary, lock = _make(target)
-    try:
-        yield temporary / target.name
-        with disk(path, "write"):
-            os.replace(temporary / target.name, target)
-            sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
+def put_in_place(new: Path, target: Path) -> None:
+    """Gives a finished directory its name, for good. An old one of that name goes."""
+    _sync(new)
+    _swap(new, target)
+    _sync(target.parent)
+    shutil.rmtree(new, ignore_errors=True)
 
 
-def sync(directory: Path) -> None:
-    """Make a directory's entries last."""
+def _sync(directory: Path) -> None:
+    """Makes a directory's entries last."""
     fd = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tpcompiler.capture import Recorded
+from tpcompiler.layout import slice_on
 from tpcompiler.program import Program
 from tpcompiler.runtime import Mesh, Ranks
 from tpcompiler.runtime.mesh import Coords
@@ -83,13 +84,12 @@ def fill_from(
         **dict(module.named_buffers(remove_duplicate=False)),
     }
     entries = entries_of(capture.parameters, program.dims, mesh)
-    dims = {e.name: [h.tree for h in e.layout.dims] for e in entries}
     with open_source(source) as opened:
         for job in match(opened, capture.parameters, entries, mesh):
-            runs = tuple(d.runs(mesh, place) for d in dims.get(job.entry.name, ()) if d is not None)
+            part = slice_on(program.dims.get(job.entry.name, ()), mesh, place)
             found = [targets.pop(n) for n in (job.entry.name, *job.entry.aliases) if n in targets]
             if found:  # else the program does without it: a buffer, or what the source has beyond the model
-                value = job.read(runs)
+                value = job.read(part)
                 for target in {id(t): t for t in found}.values():
                     target.copy_(value)
     assert not targets, f"no value for {next(iter(targets))}"

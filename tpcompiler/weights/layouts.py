@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 
 from tpcompiler.errors import WeightsError
 from tpcompiler.layout import Dim
 from tpcompiler.runtime.mesh import Mesh
-from tpcompiler.runtime.runs import Run, Runs, Slice, join, shape_of
+from tpcompiler.runtime.runs import Run, Runs, Slice, join, length
+
+_KEPT = 4096  # layouts that are remembered: those of a model's parameters repeat from layer to layer
 
 
 @dataclass(frozen=True)
 class RankRuns:
     """One dimension of a tensor: the runs that each rank holds.
 
-    `runs` are the distinct slices and `rank[r]` says which of them rank r has. `tree` is the layout they come from;
-    None when they come from elsewhere (FSDP's chunks of a slice).
+    `runs` are the distinct sets and `rank[r]` says which of them rank r has. `tree` is the layout they come from; None
+    when they come from elsewhere (FSDP's chunks of a slice).
     """
 
     size: int
@@ -27,18 +29,19 @@ class RankRuns:
     rank: tuple[int, ...]
     tree: Dim | None = None
 
-    @classmethod
-    def of(cls, dim: Dim, mesh: Mesh) -> RankRuns:
+    @staticmethod
+    @lru_cache(_KEPT)
+    def of(dim: Dim, mesh: Mesh) -> RankRuns:
         """A layout on a mesh, written out."""
-        places: dict[tuple[int, ...], Runs] = {}
+        known: dict[int, Runs] = {}
         mine: list[Runs] = []
         for r in range(mesh.size):
             coords = mesh.coords(r)
-            place = tuple(coords[name] for name in dim.over)
-            if place not in places:
-                places[place] = dim.runs(mesh, coords)
-            mine.append(places[place])
-        return cls.of_runs(dim.size, mine, dim)
+            index = mesh.index(dim.over, coords)
+            if index not in known:
+                known[index] = dim.runs(mesh, coords)
+            mine.append(known[index])
+        return RankRuns.of_runs(dim.size, mine, dim)
 
     @classmethod
     def of_runs(cls, size: int, per_rank: Sequence[Runs], tree: Dim | None = None) -> RankRuns:
@@ -46,6 +49,11 @@ class RankRuns:
         maximal = [join(runs) for runs in per_rank]
         distinct = {runs: i for i, runs in enumerate(dict.fromkeys(maximal))}
         return cls(size, tuple(distinct), tuple(distinct[runs] for runs in maximal), tree)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of indices in each of `runs`."""
+        return tuple(map(length, self.runs))
 
     @cached_property
     def is_whole(self) -> bool:
@@ -105,31 +113,36 @@ class Layout:
         return tuple(d.runs[d.rank[rank]] for d in self.dims)
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
-        return shape_of(self.runs(rank))
+        return tuple(d.lengths[d.rank[rank]] for d in self.dims)
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
         """The tensor parted by who holds it. They do not overlap, and together they are the tensor."""
-        out = []
+        return tuple(Cell(tuple(_members(mask)), runs) for mask, runs in self._masked())
+
+    def _masked(self) -> Iterator[tuple[int, Slice]]:
+        """The cells, with the ranks that hold each as a bit mask."""
         for combination in product(*(d.classes for d in self.dims)):
             mask = (1 << self.ranks) - 1
-            for held, _ in combination:
-                mask &= held
-            out.append(Cell(tuple(_members(mask)), tuple(runs for _, runs in combination)))
-        return tuple(out)
+            for holders, _ in combination:
+                mask &= holders
+            yield mask, tuple(runs for _, runs in combination)
 
     def check(self, name: str) -> None:
         """Raises `WeightsError` when some element is held by no rank."""
-        for cell in self.cells:
-            if not cell.ranks:
-                first = [r[0][0] for r in cell.runs]
-                raise WeightsError(f"{name} {list(self.shape)}: no rank holds element {first}: the layout has a hole")
+        hole = _hole(self)
+        if hole is not None:
+            raise WeightsError(f"{name} {list(self.shape)}: no rank holds element {hole}: the layout has a hole")
+
+
+@lru_cache(_KEPT)
+def _hole(layout: Layout) -> list[int] | None:
+    """The first element that no rank holds."""
+    return next(([r[0][0] for r in runs] for mask, runs in layout._masked() if not mask), None)
 
 
 def _members(mask: int) -> Iterator[int]:
-    r = 0
     while mask:
-        if mask & 1:
-            yield r
-        mask >>= 1
-        r += 1
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest

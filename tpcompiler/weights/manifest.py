@@ -28,11 +28,6 @@ def weight_mesh(mesh: Mesh) -> Mesh:
     return Mesh(tuple((name, degree) for name, degree in mesh.dims if name != DATA))
 
 
-def weight_rank(mesh: Mesh, rank: int) -> int:
-    """Which weight-rank's file a rank of the full mesh loads."""
-    return weight_mesh(mesh).rank(mesh.coords(rank))
-
-
 @dataclass(frozen=True)
 class Entry:
     """A tensor, where each rank's slice of it lies.
@@ -105,13 +100,26 @@ class Manifest:
         return {e.name: e for e in self.entries}
 
     @cached_property
-    def contents(self) -> Mapping[str, list[Spot]]:
-        """File → what it holds, in the file's order."""
-        out: dict[str, list[Spot]] = {}
+    def _homes(self) -> Mapping[str, tuple[int, list[Entry]]]:
+        """File → the rank that it belongs to, and its entries."""
+        groups: dict[str, list[Entry]] = {}
         for e in filter(lambda e: e.file, self.entries):
-            for r in range(self.mesh.size if e.per_rank else 1):
-                out.setdefault(e.file_of(r), []).append(e.spot(r))
-        return {file: in_order(spots) for file, spots in out.items()}
+            groups.setdefault(e.file, []).append(e)
+        return {
+            entries[0].file_of(r): (r, entries)
+            for entries in groups.values()
+            for r in range(self.mesh.size if entries[0].per_rank else 1)
+        }
+
+    @property
+    def tensor_files(self) -> Iterable[str]:
+        """The names of the files that tensors lie in."""
+        return self._homes.keys()
+
+    def contents(self, file: str) -> list[Spot]:
+        """What a file holds, in the file's order."""
+        rank, entries = self._homes[file]
+        return in_order(e.spot(rank) for e in entries)
 
     @property
     def has_weights(self) -> bool:

@@ -31,10 +31,10 @@ def whole_layout(shape: Iterable[int], ranks: int) -> Layout:
 
 
 def entries_of(parameters: Iterable[Parameter], dims: Mapping[str, Sequence[Dim]], mesh: Mesh) -> tuple[Entry, ...]:
-    """The manifest's entries of a sharded model. A buffer without a layout is whole on every rank."""
+    """The manifest's entries of a sharded model."""
     out = []
     for p in parameters:
-        tree = tuple(Factor(n) for n in p.shape) if p.buffer and p.name not in dims else tuple(dims[p.name])
+        tree = tuple(dims[p.name])
         assert tuple(d.size for d in tree) == p.shape, f"{p.name} {p.shape} has the layout {[str(d) for d in tree]}"
         entry = Entry.of(p, tree, mesh)
         entry.check()

@@ -14,12 +14,10 @@ from typing import Any, Protocol
 import torch
 
 from tpcompiler.errors import WeightsError
-from tpcompiler.layout import Dim
-from tpcompiler.runtime.mesh import Coords, Mesh
 from tpcompiler.runtime.runs import Slice, intersect, positions, put, same_bits, shape_of, slice_of, whole
+from tpcompiler.runtime.stored import MANIFEST, Reader, check_size, disk
 from tpcompiler.weights.manifest import Entry, Manifest
-from tpcompiler.weights.tensor_files import Reader, disk
-from tpcompiler.weights.wire import NAME, load_manifest
+from tpcompiler.weights.wire import load_manifest
 
 
 @dataclass(frozen=True)
@@ -130,16 +128,6 @@ class Weights:
             put(out, tuple(positions(p, r) for p, r in zip(part, runs, strict=True)), value)
         return torch.empty(shape_of(runs), dtype=entry.dtype) if out is None else out
 
-    def read_layout(self, name: str, dims: Sequence[Dim], mesh: Mesh, coords: Coords) -> torch.Tensor:
-        """One rank's slice of a tensor under another layout than the stored one: loading at any degree.
-
-        `dims` may split over fewer or other mesh dimensions; `coords` is the rank's place on `mesh`.
-        """
-        shape = tuple(d.size for d in dims)
-        if shape != self.entry(name).shape:
-            raise WeightsError(f"{self.where}: {name} is {list(self.entry(name).shape)}, not {list(shape)}")
-        return self.read(name, tuple(d.runs(mesh, coords) for d in dims))
-
     def entry(self, name: str) -> Entry:
         if name not in self.tensors:
             why = "holds no weights, only the program" if name in self.manifest.by_name else f"has no {name}"
@@ -169,7 +157,7 @@ class Weights:
             check_size(path, self._sizes[file])
             reader = Reader(path)
             found = {name: (t.dtype, t.shape) for name, t in reader.tensors.items()}
-            for spot in self.manifest.contents[file]:
+            for spot in self.manifest.contents(file):
                 if found.get(spot.name) != (spot.dtype, spot.shape):
                     reader.close()
                     wanted = f"{spot.dtype} {list(spot.shape)}"
@@ -187,16 +175,6 @@ class Weights:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-def check_size(path: Path, expected: int) -> None:
-    if not path.is_file():
-        raise WeightsError(f"{path}: missing, although the manifest lists it")
-    with disk(path, "read"):
-        size = path.stat().st_size
-    if size != expected:
-        what = "truncated" if size < expected else "altered"
-        raise WeightsError(f"{path}: {what}: {size} bytes, the manifest says {expected}")
 
 
 class Stripped:
@@ -254,7 +232,7 @@ def _open(what: Source | Mapping[str, torch.Tensor] | Path | str) -> Source:
 
 
 def _open_directory(path: Path) -> Source:
-    if (path / NAME).is_file():
+    if (path / MANIFEST).is_file():
         return Weights(path)
     for name in ("model.safetensors", "pytorch_model.bin"):
         for candidate in (path / name, path / f"{name}.index.json"):
@@ -265,7 +243,7 @@ def _open_directory(path: Path) -> Source:
         return FileSource(str(files[0]), files)
     if files:
         raise WeightsError(f"{path}: {len(files)} safetensors files and no index of them: name one of them")
-    raise WeightsError(f"{path}: no weights here: no {NAME}, model.safetensors, pytorch_model.bin or index of parts")
+    raise WeightsError(f"{path}: no weights here: no {MANIFEST}, model.safetensors, pytorch_model.bin or index")
 
 
 def _open_index(path: Path) -> Source:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from itertools import pairwise
@@ -15,18 +14,24 @@ from tpcompiler.errors import WeightsError
 from tpcompiler.layout import Concat, Dim, Factor, Product
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.runs import Runs
+from tpcompiler.runtime.stored import (
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    check_file_name,
+    parse_manifest,
+    read_manifest,
+    seal,
+)
 from tpcompiler.weights.layouts import Layout, RankRuns
 from tpcompiler.weights.manifest import KINDS, Entry, Manifest
-from tpcompiler.weights.tensor_files import CODES, DTYPES, FileInfo, disk, write_text
-
-NAME = "manifest.json"
-FORMAT = "tpcompiler"
-VERSION = 1
+from tpcompiler.weights.tensor_files import CODES, FileInfo, write_text
 
 
 def save_manifest(manifest: Manifest, directory: Path) -> FileInfo:
     """Write `manifest.json`, synced: the last file of a directory, without which the others count for nothing."""
-    return write_text(directory / NAME, encode(manifest))
+    return write_text(directory / MANIFEST, encode(manifest))
 
 
 def load_manifest(directory: Path | str) -> Manifest:
@@ -35,14 +40,7 @@ def load_manifest(directory: Path | str) -> Manifest:
     Errors: `WeightsError` when there is none, it is altered, of another version, contradicts itself, or a layout
     leaves elements out.
     """
-    path = Path(directory) / NAME
-    if not Path(directory).is_dir():
-        raise WeightsError(f"{directory}: no such directory")
-    if not path.is_file():
-        raise WeightsError(f"{directory}: no {NAME} here: not a directory that `tpc shard` or the trainer wrote")
-    with disk(path, "read"):
-        raw = path.read_bytes()
-    return decode(raw, path)
+    return decode(read_manifest(directory), Path(directory) / MANIFEST)
 
 
 class _Strict(BaseModel):
@@ -134,24 +132,9 @@ def _block(items: Iterable[Any]) -> str:
     return f"[\n{lines}\n]" if lines else "[]"
 
 
-def seal(text: bytes) -> str:
-    """The manifest's end: the digest of all the bytes before it."""
-    return f'"sha256": "{hashlib.sha256(text).hexdigest()}"\n}}\n'
-
-
 def decode(raw: bytes, path: Path) -> Manifest:
     """The inverse of `encode`. `path` stands in the messages."""
-    try:
-        data = json.loads(raw)
-    except (ValueError, RecursionError) as e:
-        raise WeightsError(f"{path}: truncated or not JSON: {e}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise WeightsError(f"{path}: not a manifest of tpcompiler")
-    if data.get("version") != VERSION:
-        raise WeightsError(f"{path}: format version {data.get('version')}; this tpcompiler reads version {VERSION}")
-    text = raw[: -len(seal(b""))]
-    if raw != text + seal(text).encode():
-        raise WeightsError(f"{path}: altered: its content does not have the digest that it names")
+    parse_manifest(raw, path)
     try:
         return _build(_Manifest.model_validate_json(raw))
     except ValidationError as e:
@@ -172,8 +155,8 @@ def _build(wire: _Manifest) -> Manifest:
     entries = tuple(_entry(t, dims, mesh) for t in wire.tensors)
     if len({e.name for e in entries}) < len(entries):
         raise ValueError("tensors: a name stands twice")
-    if any("/" in f.name or "\\" in f.name or f.name in ("", ".", "..") for f in wire.files):
-        raise ValueError("files: a name leads out of the directory")
+    for name in (f.name for f in wire.files):
+        check_file_name(name or ".")
     files = tuple(FileInfo(f.name, f.bytes, f.sha256) for f in wire.files)
     return Manifest(mesh, entries, files, wire.spec, wire.tpcompiler, wire.torch)
 
@@ -216,18 +199,11 @@ def _entry(wire: _Tensor, dims: list[RankRuns], mesh: Mesh) -> Entry:
         like=wire.like,
         trainable=wire.trainable,
     )
-    _check_file(entry)
-    entry.check()
-    return entry
-
-
-def _check_file(entry: Entry) -> None:
-    """The file name is a plain one, and one file for all ranks holds all of the tensor."""
-    rest = entry.file.replace("{rank:05d}", "0")
-    if any(c in rest for c in "{}/\\") or rest in (".", ".."):
-        raise ValueError(f"{entry.name}: not a file name: {entry.file!r}")
+    check_file_name(entry.file)
     if entry.file and not entry.per_rank and not entry.layout.is_whole:
         raise ValueError(f"{entry.name}: split, but all ranks share the file {entry.file}")
+    entry.check()
+    return entry
 
 
 def to_tree(dim: Dim) -> Any:

@@ -18,15 +18,16 @@ import torch
 from tpcompiler.errors import WeightsError
 from tpcompiler.layout import Dim
 from tpcompiler.program import Parameter
-from tpcompiler.runtime.mesh import Coords, Mesh
+from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.runs import bits, intersect, positions, slice_of
+from tpcompiler.runtime.stored import MANIFEST, blocks, check_size, disk
 from tpcompiler.weights.atomic import replacing, replacing_file
 from tpcompiler.weights.layouts import Layout
 from tpcompiler.weights.manifest import BUFFER_FILE, EXTRA_FILE, RANK_FILE, Entry, Manifest, weight_mesh
 from tpcompiler.weights.match import Job, entries_of, match, whole_layout
-from tpcompiler.weights.sources import Source, Weights, check_size, open_source
-from tpcompiler.weights.tensor_files import FileInfo, Spot, Writer, blocks, digest, disk, in_order, write_text
-from tpcompiler.weights.wire import NAME, load_manifest, save_manifest
+from tpcompiler.weights.sources import Source, Weights, open_source
+from tpcompiler.weights.tensor_files import FileInfo, Spot, Writer, digest, in_order, write_text
+from tpcompiler.weights.wire import load_manifest, save_manifest
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 Named = tuple[str, Entry]
@@ -105,7 +106,7 @@ def reshard(
         jobs = [_moved(weights, e, dims, weight_mesh(mesh)) for e in old.entries]
         files = list(write_jobs(jobs, new, progress))
         for info in old.files:
-            if info.name not in old.contents:
+            if info.name not in old.tensor_files:
                 with disk(info.name, f"write {info.bytes} bytes"):
                     shutil.copyfile(weights.directory / info.name, new / info.name)
                 files.append(info)
@@ -202,7 +203,7 @@ def write_jobs(jobs: Sequence[Job], into: Path, progress: Progress | None = None
     for group in groups.values():
         files = dict.fromkeys(group[0].entry.file_of(r) for r in range(manifest.mesh.size))
         with ExitStack() as stack:
-            writers = [stack.enter_context(Writer(into / f, manifest.contents[f])) for f in files]
+            writers = [stack.enter_context(Writer(into / f, manifest.contents(f))) for f in files]
             pool = stack.enter_context(ThreadPoolExecutor(min(len(writers), os.cpu_count() or 1)))
             for job in sorted(group, key=lambda j: -j.entry.dtype.itemsize):
                 _write_tensor(job, writers, pool, total)
@@ -260,23 +261,17 @@ def verify(directory: Path | str, files: Iterable[str] | None = None) -> Manifes
     return manifest
 
 
-def load_rank(directory: Path | str, name: str, dims: Sequence[Dim], mesh: Mesh, coords: Coords) -> torch.Tensor:
-    """One rank's slice of one tensor, under a layout of its own choosing. For many, keep a `Weights` open."""
-    with Weights(directory) as weights:
-        return weights.read_layout(name, dims, mesh, coords)
-
-
 def output(directory: Path | str) -> AbstractContextManager[Path]:
     """A temporary directory that becomes `directory`, as a whole, when the block ends well.
 
     It may replace an earlier output of ours; other files in that are carried over.
     """
-    return replacing(directory, lambda old: (old / NAME).is_file(), _foreign)
+    return replacing(directory, lambda old: (old / MANIFEST).is_file(), _foreign)
 
 
 def _foreign(old: Path) -> list[Path]:
     """What in an earlier output we did not write as weights: programs, notes."""
-    ours: set[str] = {NAME}
+    ours: set[str] = {MANIFEST}
     try:
         ours |= {f.name for f in load_manifest(old).files}
     except WeightsError:

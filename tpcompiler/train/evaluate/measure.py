@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpcompiler.errors import TpcError
+from tpcompiler.layout import slice_on
 from tpcompiler.load.target import Inputs, Loaded
 from tpcompiler.runtime import Ranks, Rng
 from tpcompiler.spec.schema import Spec
@@ -115,7 +116,7 @@ def _filled(compiled: Compiled, ranks: Ranks, numbers: Numbers, place: Place, we
     module = compiled.module(ranks, Rng(0, place.device))
     allocate(module, place.device, numbers.compute)
     names = {p.name: p.aliases for p in compiled.capture.parameters if not p.buffer}
-    slices = {n: tuple(d.runs(program.mesh, ranks.coords) for d in program.dims[n]) for n in names}
+    slices = {n: slice_on(program.dims[n], program.mesh, ranks.coords) for n in names}
     with open_source(newest(weights)) as source:
         fill(by_name(module, names), slices, from_source(source, compiled.capture))
     fill_buffers(module, program, ranks.coords)

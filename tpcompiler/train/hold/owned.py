@@ -3,43 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from tpcompiler.layout import Dim, Factor
-from tpcompiler.program import Capture, Parameter, Program
-from tpcompiler.runtime.mesh import Coords, Mesh
-from tpcompiler.runtime.runs import Run, Slice
+from tpcompiler.layout import Dim, slice_on
+from tpcompiler.program import Capture, Program
+from tpcompiler.runtime.mesh import Coords, Mesh, chunk
+from tpcompiler.runtime.runs import Slice, cut, length, shape_of, slice_of
 from tpcompiler.train.optim.clip import local
 from tpcompiler.train.optim.update import MOMENTS
-from tpcompiler.weights import Entry, Layout, RankRuns, Source, cut, slice_of, weight_mesh
+from tpcompiler.weights import Entry, Layout, RankRuns, Source, weight_mesh
 from tpcompiler.weights.manifest import DATA
 
 OPTIMIZER_FILE = "optimizer-{rank:05d}.safetensors"
 
 
-def chunk(n: int, degree: int, index: int) -> Run:
-    """`torch.chunk`'s parts, which are FSDP2's: as long as ceil allows, the last ones short or empty."""
-    size = -(-n // degree)
-    return min(index * size, n), min((index + 1) * size, n)
-
-
 def trained_slice(dims: Sequence[Dim], mesh: Mesh, coords: Coords) -> Slice:
     """The global indices of a parameter that a rank trains. Data ranks share dimension 0 of each rank's slice."""
-    runs = tuple(d.runs(mesh, coords) for d in dims)
-    if not runs or DATA not in mesh or mesh[DATA] == 1:
-        return runs
-    rows = sum(b - a for a, b in runs[0])
-    return (cut(runs[0], *chunk(rows, mesh[DATA], coords[DATA])), *runs[1:])
+    held = slice_on(dims, mesh, coords)
+    if not held or DATA not in mesh or mesh[DATA] == 1:
+        return held
+    return (cut(held[0], *chunk(length(held[0]), mesh[DATA], coords[DATA])), *held[1:])
 
 
-def layout(dims: Sequence[Dim], mesh: Mesh) -> Layout:
+@lru_cache(4096)
+def layout(dims: tuple[Dim, ...], mesh: Mesh) -> Layout:
     """Where the elements of a parameter are trained, on the mesh of `checkpoint_mesh`."""
     if not dims or DATA not in mesh or mesh[DATA] == 1:
         return Layout.of(dims, mesh)
-    first = [trained_slice(dims, mesh, mesh.coords(r))[0] for r in range(mesh.size)]
+    first = [trained_slice(dims[:1], mesh, mesh.coords(r))[0] for r in range(mesh.size)]
     return Layout((RankRuns.of_runs(dims[0].size, first), *(RankRuns.of(d, mesh) for d in dims[1:])), mesh.size)
 
 
@@ -54,7 +49,7 @@ def entries(program: Program, dtype: torch.dtype) -> list[Entry]:
     out = []
     for p in program.capture.parameters:
         if p.buffer:
-            out.append(Entry.of(p, buffer_dims(program, p), program.mesh))
+            out.append(Entry.of(p, program.dims[p.name], program.mesh))
             continue
         where = layout(program.dims[p.name], mesh)
         stored = p.names if p.persistent else ()
@@ -67,10 +62,6 @@ def entries(program: Program, dtype: torch.dtype) -> list[Entry]:
 def state_name(parameter: str, moment: str) -> str:
     """What a checkpoint calls the optimizer's state of a parameter."""
     return f"optimizer.{moment}.{parameter}"
-
-
-def buffer_dims(program: Program, p: Parameter) -> tuple[Dim, ...]:
-    return tuple(program.dims.get(p.name, tuple(Factor(n) for n in p.shape)))
 
 
 def allocate(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
@@ -95,13 +86,9 @@ def fill(masters: Mapping[str, Tensor], slices: Mapping[str, Slice], read: Calla
 
     The largest come first: what is needed besides a parameter's own slice is most while least is there.
     """
-    for name in sorted(masters, key=lambda n: -prod(_sizes(slices[n]))):
+    for name in sorted(masters, key=lambda n: -prod(shape_of(slices[n]))):
         target = local(masters[name])
         target.copy_(read(name, slices[name]).reshape(target.shape))
-
-
-def _sizes(runs: Slice) -> tuple[int, ...]:
-    return tuple(sum(b - a for a, b in r) for r in runs)
 
 
 def from_constructor(replay: Callable[[str], Tensor]) -> Callable[[str, Slice], Tensor]:
@@ -122,7 +109,7 @@ def fill_buffers(module: nn.Module, program: Program, coords: Coords) -> None:
     for p in program.capture.parameters:
         if not p.buffer or p.value is None:
             continue
-        runs = tuple(d.runs(program.mesh, coords) for d in buffer_dims(program, p))
+        part = slice_on(program.dims[p.name], program.mesh, coords)
         for name in p.names:
             if name in targets:
-                targets[name].copy_(slice_of(p.value.contiguous(), runs))
+                targets[name].copy_(slice_of(p.value.contiguous(), part))

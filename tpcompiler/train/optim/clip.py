@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 from math import prod
 
 import torch
@@ -14,8 +13,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from tpcompiler.layout import Dim
 from tpcompiler.runtime.groups import Ranks
-from tpcompiler.runtime.mesh import Coords, Mesh
-from tpcompiler.runtime.runs import Run
+from tpcompiler.runtime.mesh import Coords, Mesh, chunk
+from tpcompiler.runtime.runs import Run, positions
+from tpcompiler.weights.layouts import Layout
 
 Box = tuple[Run, ...]  # local indices [start, stop) of each dimension
 
@@ -41,54 +41,17 @@ def share(dims: Sequence[Dim], mesh: Mesh, coords: Coords) -> Share:
     over = tuple(name for name in mesh.names if any(name in d.over for d in dims))
     if not over:
         return Share()
-    ranks = {mesh.rank({**coords, **dict(zip(over, place, strict=True))}) for place in _places(mesh, over)}
-    held = [tuple(d.runs(mesh, mesh.coords(r)) for d in dims) for r in ranks]
-    mine = tuple(d.runs(mesh, coords) for d in dims)
-    boxes = []
-    for cells in product(*(_cells(mine[i], [h[i] for h in held]) for i in range(len(dims)))):
-        owners = sum(all(_inside(cell[0], h[i]) for i, cell in enumerate(cells)) for h in held)
-        boxes.append((tuple(local_run for _, local_run in cells), 1.0 / owners))
-    if all(weight == 1.0 for _, weight in boxes):
-        return Share(over)
-    return Share(over, _merged(boxes))
-
-
-def _places(mesh: Mesh, over: tuple[str, ...]) -> Iterable[tuple[int, ...]]:
-    return product(*(range(mesh[name]) for name in over))
-
-
-def _cells(mine: tuple[Run, ...], others: Iterable[tuple[Run, ...]]) -> list[tuple[int, Run]]:
-    """This rank's indices of a dimension, cut wherever another rank's runs begin or end: (global start, local run)."""
-    cuts = sorted({edge for runs in others for run in runs for edge in run})
-    cells, offset = [], 0
-    for start, stop in mine:
-        edges = [start, *(c for c in cuts if start < c < stop), stop]
-        cells += [(a, (offset + a - start, offset + b - start)) for a, b in pairwise(edges)]
-        offset += stop - start
-    return cells
-
-
-def _inside(index: int, runs: tuple[Run, ...]) -> bool:
-    place = bisect_right(runs, index, key=lambda run: run[0])
-    return place > 0 and index < runs[place - 1][1]
-
-
-def _merged(boxes: list[tuple[Box, float]]) -> tuple[tuple[Box, float], ...]:
-    """Neighbours along one dimension that have one weight, made one; a slice of one weight becomes one box."""
-    for dim in range(len(boxes[0][0])):
-        out: list[tuple[Box, float]] = []
-        last: dict[Box, int] = {}  # the other dimensions → the place of their latest box in `out`
-        for box, weight in boxes:
-            rest = box[:dim] + box[dim + 1 :]
-            i = last.get(rest)
-            if i is not None and out[i][1] == weight and out[i][0][dim][1] == box[dim][0]:
-                grown = (out[i][0][dim][0], box[dim][1])
-                out[i] = ((*out[i][0][:dim], grown, *out[i][0][dim + 1 :]), weight)
-            else:
-                last[rest] = len(out)
-                out.append((box, weight))
-        boxes = out
-    return tuple(boxes)
+    part = Mesh(tuple((name, mesh[name]) for name in over))
+    rank = part.rank(coords)
+    layout = Layout.of(dims, part)
+    mine = layout.runs(rank)
+    boxes = [
+        (box, 1 / len(cell.ranks))
+        for cell in layout.cells
+        if rank in cell.ranks
+        for box in product(*map(positions, cell.runs, mine))
+    ]
+    return Share(over, None if all(weight == 1 for _, weight in boxes) else tuple(boxes))
 
 
 def grad_norm(
@@ -187,10 +150,8 @@ def _window(g: Tensor) -> Box:
         for i, placement in enumerate(g.placements):
             if not isinstance(placement, Shard):
                 continue
-            dim, degree = placement.dim % g.dim(), g.device_mesh.size(i)
-            start, stop = window[dim]
-            chunk = -(-(stop - start) // degree)  # torch.chunk's: as even as ceil allows, the last ones short or empty
-            first = min(start + chunk * g.device_mesh.get_local_rank(i), stop)
-            window[dim] = (first, min(first + chunk, stop))
+            dim, (start, stop) = placement.dim % g.dim(), window[placement.dim]
+            a, b = chunk(stop - start, g.device_mesh.size(i), g.device_mesh.get_local_rank(i))
+            window[dim] = (start + a, start + b)
         assert prod(b - a for a, b in window) == g.to_local().numel(), "a shard that is not torch.chunk's"
     return tuple(window)

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from tpcompiler.errors import TpcError, WeightsError
+from tpcompiler.runtime.stored import disk
 from tpcompiler.train.run.start import Board
 from tpcompiler.weights import FileInfo, Manifest, load_manifest, save_manifest, write_file, write_text
-from tpcompiler.weights.atomic import sync
-from tpcompiler.weights.tensor_files import disk
+from tpcompiler.weights.atomic import put_in_place
 
 STATE = "state.json"
 _PREFIX = "step-"
@@ -182,11 +182,7 @@ class Writer:
         save_manifest(snapshot.manifest.with_files(files), temporary)
         target = self.directory / name_of(snapshot.state.step)
         with disk(target, "write"):
-            sync(temporary)
-            if target.exists():  # a damaged one that the run went back behind
-                os.rename(target, self.directory / f".{target.name}.old")
-            os.rename(temporary, target)
-            sync(self.directory)
+            put_in_place(temporary, target)  # for a damaged one that the run went back behind, if there is one
 
     def _discard(self, temporary: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
