@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.graphs import call
+from tpcompiler.graphs import call, partial_note
 from tpcompiler.layout import Over
 from tpcompiler.ops.table import PLAIN_SUMS
 from tpcompiler.partition.builder import Builder, Op
+from tpcompiler.program import Cause
 
 aten = torch.ops.aten
 
@@ -41,10 +42,9 @@ def contraction(b: Builder, op: Op, partial: Over) -> fx.Node:
 def reduced(b: Builder, op: Op, new: fx.Node, over: Over) -> fx.Node:
     """The sum over ranks of `new`, a partial form of the op's result."""
     dims = b.dims(op.relation.results[0])
-    b.describe(new, op.node, dims)
-    new.meta["note"] = f"partial over {'·'.join(over)}"
-    because = (op.name, b.split_axes(op.relation.contracted))
-    return b.insert(runtime.reduce, (new, over), op.node, "all-reduce", dims, because)
+    b.describe(new, op.node, dims, partial_note(over))
+    cause = Cause(op.name, b.split_axes(op.relation.contracted))
+    return b.insert(runtime.reduce, (new, over), op.node, "all-reduce", dims, cause)
 
 
 def _add_bias(b: Builder, op: Op, out: fx.Node, bias: fx.Node) -> fx.Node:
@@ -55,7 +55,7 @@ def _add_bias(b: Builder, op: Op, out: fx.Node, bias: fx.Node) -> fx.Node:
     assert mine.dims is not None
     lacking = b.lacking(mine.dims, b.over(result))
     if lacking and bias.name in b.axes.grads:
-        value = b.enter(value, bias, lacking, ("add", b.split_axes(result)))
+        value = b.enter(value, bias, lacking, Cause("add", b.split_axes(result)))
     return b.describe(b.call(aten.add.Tensor, out, value), op.node, b.dims(result))
 
 

@@ -15,9 +15,11 @@ import torch
 from torch import fx
 
 from tpcompiler.axes.infer import Relation
+from tpcompiler.graphs import layout_of
 from tpcompiler.layout import Concat, Dim, LocalSize, Product, size_argument
 from tpcompiler.ops.operands import bind, op_name
 from tpcompiler.partition.builder import Builder
+from tpcompiler.program import Cause
 
 aten = torch.ops.aten
 
@@ -124,7 +126,7 @@ def take_apart(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
         value = b.env[found.x]
         if piece.over and found.x.name in b.axes.grads:
             leaves = tuple(a for a in b.split_axes(terms[-1:]) if set(b.plan.split[a]) <= set(piece.over))
-            value = b.enter(value, found.x, b.in_order(set(piece.over)), (op_name(node), leaves))
+            value = b.enter(value, found.x, b.in_order(set(piece.over)), Cause(op_name(node), leaves))
         new = _product(b, node, value, w, bias, [*lead, piece])
         out.append(new if fused.plain else b.call(aten.unflatten.int, new, at, fused.sizes(part)))
     return _joined(b, out, at, fused, node, dims)
@@ -154,7 +156,9 @@ def _product(
 def _segments(b: Builder, source: fx.Node, along: int, fused: Fused) -> list[fx.Node]:
     """A parameter's segments, as views: `(kv (q | k | v) d)` is three weights `(kv q d)`, `(kv k d)`, `(kv v d)`."""
     value = b.env[source]
-    along %= len(value.meta["dims"])
+    layout = layout_of(value)
+    assert layout is not None
+    along %= len(layout)
     opened = value if fused.plain else b.call(aten.unflatten.int, value, along, fused.sizes(Concat(fused.parts)))
     sizes = [size_argument(p) for p in fused.parts]
     whole = b.call(aten.split_with_sizes.default, opened, sizes, along + fused.place)
@@ -163,7 +167,7 @@ def _segments(b: Builder, source: fx.Node, along: int, fused: Fused) -> list[fx.
         piece = b.call(operator.getitem, whole, i)
         if not fused.plain:
             piece = b.call(aten.flatten.using_ints, piece, along, along + fused.last)
-        dims = list(value.meta["dims"])
+        dims = list(layout)
         dims[along] = fused.around(part)
         piece.meta["val"] = _sized(source.meta["val"], along, dims[along].size)
         out.append(b.describe(piece, source, dims))

@@ -10,6 +10,7 @@ from tpcompiler import runtime
 from tpcompiler.layout import LocalRuns, Over
 from tpcompiler.partition.builder import Builder, Op
 from tpcompiler.partition.contraction import reduced
+from tpcompiler.program import Cause
 
 
 def special_form(b: Builder, op: Op, over: Over) -> fx.Node:
@@ -36,9 +37,9 @@ def _norm(b: Builder, op: Op, over: Over) -> fx.Node:
     names = ("weight", "bias") if op.name == "layer_norm" else ("weight",)
     vectors = (None if args[n] is None else inputs[args[n]] for n in names)
     call = (inputs[args["input"]], over, size, *vectors, args["eps"])
-    because = (op.name, b.split_axes(op.relation.special))
+    cause = Cause(op.name, b.split_axes(op.relation.special))
     dims = b.dims(op.relation.results[0])
-    return b.insert(getattr(runtime, op.name), call, op.node, "all-reduces of a number a token", dims, because)
+    return b.insert(getattr(runtime, op.name), call, op.node, "all-reduces of a number a token", dims, cause)
 
 
 def _cross_entropy(b: Builder, op: Op, over: Over) -> fx.Node:
@@ -48,9 +49,9 @@ def _cross_entropy(b: Builder, op: Op, over: Over) -> fx.Node:
     assert logits.dims is not None
     rows = LocalRuns(b.dim(logits.dims[min(1, len(logits.dims) - 1)]))
     call = (inputs[args["self"]], inputs[args["target"]], over, rows)
-    because = (op.name, b.split_axes(op.relation.special))
+    cause = Cause(op.name, b.split_axes(op.relation.special))
     dims = b.dims(op.relation.results[0])
-    new = b.insert(runtime.cross_entropy, call, op.node, "all-reduces of a few numbers a token", dims, because)
+    new = b.insert(runtime.cross_entropy, call, op.node, "all-reduces of a few numbers a token", dims, cause)
     given = {
         "weight": None if args["weight"] is None else inputs[args["weight"]],
         "reduction": ("none", "mean", "sum")[args["reduction"]],

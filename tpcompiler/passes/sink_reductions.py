@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.graphs import copy_graph, erase_dead, example_size, operand, over, value_meta
+from tpcompiler.graphs import cause_of, copy_graph, copy_value, erase_dead, example_size, operand, over, partial_note
 from tpcompiler.layout import Over
 from tpcompiler.program import Program
 
@@ -78,12 +78,12 @@ def _sink(graph: fx.Graph, node: fx.Node, trainable: set[str], to_meet: bool) ->
         return
     path[0].node.replace_input_with(node, operand(node))
     for step in path:
-        step.node.meta = {**step.node.meta, "note": f"partial over {'·'.join(over(node))}"}
+        copy_value(step.node, step.node, partial_note(over(node)))
     for at, weight in weighed:
         at.replace_input_with(weight, _entered(graph, weight, node, at))
     with graph.inserting_after(best.node):
         total = graph.call_function(runtime.reduce, (best.node, over(node)))
-    total.meta = {**value_meta(best.node), "note": "all-reduce", "because": node.meta.get("because")}
+    copy_value(total, best.node, "all-reduce", cause_of(node))
     best.node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
     graph.erase_node(node)
 
@@ -118,8 +118,7 @@ def _next(value: fx.Node) -> Step | None:
 def _entered(graph: fx.Graph, w: fx.Node, reduction: fx.Node, step: fx.Node) -> fx.Node:
     with graph.inserting_before(step):
         new = graph.call_function(runtime.enter, (w, over(reduction)))
-    new.meta = {**value_meta(w), "note": "backward: all-reduce", "because": reduction.meta.get("because")}
-    return new
+    return copy_value(new, w, "backward: all-reduce", cause_of(reduction))
 
 
 def _carries(node: fx.Node, trainable: set[str]) -> bool:
