@@ -8,6 +8,7 @@ counter-based mask is the same on all ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
 import torch
 from torch import fx
 
