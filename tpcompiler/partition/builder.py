@@ -21,7 +21,7 @@ from tpcompiler.program import Capture, Cause, Placed
 
 
 class CannotSplit(PlanError):
-    """Axes that turned out to have no form on one rank. The plan is made again without them."""
+    """Axes that turn out, once a plan is made, to have no form on one rank. The plan is made again without them."""
 
     def __init__(self, node: str, why: str, leaves: tuple[int, ...]) -> None:
         super().__init__(f"{why} (at {node})")
@@ -29,8 +29,8 @@ class CannotSplit(PlanError):
 
 
 @dataclass(frozen=True)
-class Op:
-    """A node of the plain graph that a rule was applied to, and what its operands are on this rank."""
+class Applied:
+    """A node of the plain graph that a rule was applied to, and its operands on this rank."""
 
     node: fx.Node
     relation: Relation

@@ -13,7 +13,7 @@ from tpcompiler.axes.infer import AxisMap, Relation
 from tpcompiler.graphs import erase_dead, layout_of
 from tpcompiler.layout import Factor, LocalRuns, unsplit
 from tpcompiler.ops.operands import op_name
-from tpcompiler.partition.builder import Builder, Op
+from tpcompiler.partition.builder import Applied, Builder
 from tpcompiler.partition.contraction import contraction
 from tpcompiler.partition.dropout import dropout
 from tpcompiler.partition.folded import Folded, apart, together
@@ -64,7 +64,7 @@ def _op(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
     for term in (*relation.contracted, *relation.special):
         if split_in_part(b.dim(term)):  # a sum over ranks would count the whole segments once a rank
             raise b.refuse(node, f"{op_name(node)} over segments of which some are split", term)
-    op = Op(node, relation, ChainMap(_operands(b, node, relation), b.env))
+    op = Applied(node, relation, ChainMap(_operands(b, node, relation), b.env))
     if special := b.over(relation.special):
         return special_form(b, op, special)
     if partial := b.over(relation.contracted):
@@ -87,7 +87,9 @@ def _operands(b: Builder, node: fx.Node, relation: Relation) -> dict[fx.Node, fx
             lacking = b.lacking(operand.dims, present)
             if lacking and source.name in b.axes.grads:
                 mine = b.split_axes(operand.dims)
-                cause = Cause(op_name(node), tuple(a for a in b.split_axes(everywhere) if a not in mine))
+                cause = Cause(
+                    op_name(node), tuple(a for a in b.split_axes(everywhere) if a not in mine), relation.rule.form
+                )
                 value = b.enter(value, source, lacking, cause)
         else:
             for i, term in enumerate(operand.dims):

@@ -63,9 +63,9 @@ class _Reader:
     # -- by operator ------------------------------------------------------------------------------------------------
 
     def reduce(self, node: fx.Node) -> Iterator[Collective]:
-        op = self.cause(node).op
-        what = "looks up" if op == "embedding" else "contracts"
-        yield self.of_value(node, "all_reduce", FORWARD, f"{op} {what} {self.axis_names(node)}")
+        cause = self.cause(node)
+        what = "looks up" if cause.form == "lookup" else "contracts"
+        yield self.of_value(node, "all_reduce", FORWARD, f"{cause.op} {what} {self.axis_names(node)}")
 
     def enter(self, node: fx.Node) -> Iterator[Collective]:
         yield self.of_value(node, "all_reduce", BACKWARD, f"gradient of what enters {self.axis_names(node)}")
@@ -120,13 +120,13 @@ class _Reader:
 
     def block(self, node: fx.Node) -> str:
         """`h.3.mlp · mlp`: the block whose axis is the reason."""
-        op, axes = self.cause(node).op, self.cause(node).axes
-        if not axes:
+        cause = self.cause(node)
+        if not cause.axes:
             return "model · other"
-        fact = self.plan.facts.axes[axes[0]]
+        fact = self.plan.facts.axes[cause.axes[0]]
         kind = fact.kinds[0]
         if len(fact.kinds) > 1:  # a tied vocabulary is looked up at one end and contracted at the other
-            kind = "embedding" if op == "embedding" else "head" if "head" in fact.kinds else kind
+            kind = "embedding" if cause.form == "lookup" else "head" if "head" in fact.kinds else kind
         split = any(b.kind == kind and fact.parameters[0] in b.parameters for b in self.plan.blocks)
         return f"{common_name(fact.parameters)} · {kind if split else fact.kinds[0]}"
 
