@@ -55,11 +55,6 @@ class Pattern:
         return {x.name for items in side for item in items or () for x in letters_of(item)}
 
     @property
-    def contracted(self) -> set[str]:
-        """Letters that operands have and results do not: when such a letter is split, the result is partial."""
-        return self.letters(self.operands) - self.letters(self.results) - self.dropped - self.marked("whole")
-
-    @property
     def dropped(self) -> set[str]:
         """Letters of segments that do not reach the result: the op leaves them out and does not sum them."""
         segments = {x.name for items in self.operands for item in items or () for x in _segments(item)}
