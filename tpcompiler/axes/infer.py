@@ -174,9 +174,9 @@ class _Inference:
         found: list[int] = []
         for side, dims in zip(fit.results, results, strict=True):
             for (item, _), term in zip(side, dims, strict=True):
-                product = term is not None and isinstance(item, Group) and item.kind == "product"
-                parts = [p for p in item.parts if fit.size(p) != 1] if product and isinstance(item, Group) else []
-                if len(parts) > 1 and any(self.terms.find(fit.term(p)) in roots for p in parts):
+                product = item.parts if isinstance(item, Group) and item.kind == "product" else ()
+                parts = [p for p in product if fit.size(p) != 1]
+                if term is not None and len(parts) > 1 and any(self.terms.find(fit.term(p)) in roots for p in parts):
                     found.append(term)
         if found:
             self.copied[node.name] = tuple(found)
