@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from tpcompiler.api import parallelize as parallelize
     from tpcompiler.api import shard as shard
     from tpcompiler.errors import TpcError as TpcError
+    from tpcompiler.ops.record import OpRule as OpRule
+    from tpcompiler.ops.record import WeightProduct as WeightProduct
     from tpcompiler.ops.table import rule as rule
     from tpcompiler.spec.schema import Spec as Spec
     from tpcompiler.verification.verify import verify as verify
@@ -22,9 +24,11 @@ _HOME = {
     "verify": "verification.verify",
     "Spec": "spec",
     "rule": "ops.table",
+    "OpRule": "ops.record",
+    "WeightProduct": "ops.record",
     "TpcError": "errors",
 }
-__all__ = ["Spec", "TpcError", "parallelize", "rule", "shard", "verify"]
+__all__ = ["OpRule", "Spec", "TpcError", "WeightProduct", "parallelize", "rule", "shard", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -185,7 +185,8 @@ def compile_capture(
             captured = unfuse_dropping_attention(captured)
         captured, axes = infer_for(captured, spec)
     tell("planning")
-    while True:
+    while True:  # an op's missing form is known from its record; only a layout tells what has none in this graph:
+        # segments of which some are split in an op that is no product, and an axis folded into the batch
         with _timed(seconds, "plan"):
             plan = make_plan(captured, axes, spec)
         try:
@@ -202,7 +203,7 @@ def compile_capture(
 
 
 def _without(axes: AxisMap, refused: CannotSplit) -> AxisMap:
-    """The same axes, those that had no form on one rank marked whole: less parallel, never wrong."""
+    """The same axes, with those that have no form on one rank marked whole. That costs parallelism, not correctness."""
     assert refused.leaves, str(refused)
     mark = Mark(refused.node, refused.why)
     return replace(axes, marks=axes.marks | {leaf: (*axes.marks.get(leaf, ()), mark) for leaf in refused.leaves})

@@ -1,14 +1,16 @@
-"""FX graphs: reading and writing nodes with types, which torch leaves open, and copies to work on."""
+"""FX graphs: typed access to nodes, which torch leaves untyped, and copies to work on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from tpcompiler.layout import Over
+from tpcompiler.layout import Dim, Over
+from tpcompiler.program import Cause, Placed
 
 ORIGIN = ("module", "stack", "line")  # keys of `Node.meta`: see `program.Capture`
 
@@ -46,9 +48,56 @@ def origin(node: fx.Node) -> dict[str, Any]:
     return {key: node.meta[key] for key in ORIGIN if key in node.meta}
 
 
-def value_meta(node: fx.Node) -> dict[str, Any]:
-    """Metadata for another node with the same value: all but what is said of this node alone."""
-    return {key: value for key, value in node.meta.items() if key not in ("note", "because")}
+def placed(node: fx.Node) -> Placed:
+    """What partitioning and passes say about a node; an empty record for a node of a plain graph."""
+    found = node.meta.get("placed")
+    return found if isinstance(found, Placed) else Placed()
+
+
+def layouts_of(node: fx.Node) -> tuple[tuple[Dim, ...], ...]:
+    """The layout of each tensor result, a `Dim` for each dimension; empty when none is known (sizes, constants)."""
+    return placed(node).layouts
+
+
+def layout_of(node: fx.Node) -> tuple[Dim, ...] | None:
+    """The layout of a node's one tensor result; None when none is known or when the node has several results."""
+    layouts = placed(node).layouts
+    return layouts[0] if len(layouts) == 1 and isinstance(node.meta.get("val"), torch.Tensor) else None
+
+
+def note_of(node: fx.Node) -> str:
+    """What a node does across ranks, for the reader: "all-reduce", "partial over tensor". Often empty."""
+    return placed(node).note
+
+
+def cause_of(node: fx.Node) -> Cause | None:
+    """The op and the split axes that a collective is for."""
+    return placed(node).cause
+
+
+def place_node(node: fx.Node, about: Placed) -> None:
+    """Set the record of a node whose `val` is known. The keys beside it are for readers that do not use it yet."""
+    node.meta["placed"] = about
+    for key in ("dims", "dims_of", "note"):
+        node.meta.pop(key, None)
+    if about.layouts and isinstance(node.meta.get("val"), torch.Tensor):
+        node.meta["dims"] = about.layouts[0]
+    elif about.layouts:
+        node.meta["dims_of"] = about.layouts
+    if about.note:
+        node.meta["note"] = about.note
+
+
+def partial_note(names: Over) -> str:
+    """The note of a value that is this rank's part of a sum over these mesh dimensions."""
+    return f"partial over {'·'.join(names)}"
+
+
+def copy_value(new: fx.Node, like: fx.Node, note: str = "", cause: Cause | None = None) -> fx.Node:
+    """Give a new node all metadata of `like`, whose value and layout it shares, but a note and a cause of its own."""
+    new.meta = dict(like.meta)
+    place_node(new, replace(placed(like), note=note, cause=cause))
+    return new
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -110,15 +110,33 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class Cause:
+    """Why a collective is in the program: the op that needs it, the split axes, and the op's special form, if any."""
+
+    op: str
+    axes: tuple[int, ...]
+    form: str = ""  # a form of `ops.record`: "lookup", "norm", "loss"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What partitioning and passes say about a node of a `Program`. It stands in `node.meta["placed"]`.
+
+    `graphs` reads it (`layout_of`, `layouts_of`, `note_of`, `cause_of`) and writes it (`place_node`, `copy_value`).
+    """
+
+    layouts: tuple[tuple[Dim, ...], ...] = ()  # one layout for each tensor result, a `Dim` for each dimension of it
+    note: str = ""  # what the node does across ranks, for the reader: "all-reduce", "partial over tensor"
+    cause: Cause | None = None  # of a collective
+
+
+@dataclass(frozen=True)
 class Program:
     """One rank's graph, the same for all ranks (SPMD).
 
     Arguments may be `LocalSize`, `LocalRuns` or `Training`: `resolve` turns them into numbers for one rank. Besides
     ATen ops, nodes call the operators of `tpcompiler.runtime` (enter, reduce, …), whose group argument is here a
-    tuple of mesh dimension names. Besides a capture's, a node's `meta` has
-        dims     the layout of its value: a `Dim` per dimension (`dims_of`: one such tuple per result of several)
-        note     what the runtime's operator does, for the reader: "all-reduce", "partial over tensor"
-        because  (op, axes): the op and the split axes that made the partitioner put it there
+    tuple of mesh dimension names. A node's `meta` has the entries of a capture's nodes, and `placed`: see `Placed`.
     """
 
     graph: fx.Graph

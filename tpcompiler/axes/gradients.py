@@ -1,29 +1,26 @@
-"""Which values a gradient flows back through: only those have one to be summed over ranks."""
+"""Which values gradients flow back through. Only those values have a gradient to be summed over ranks."""
 
 from __future__ import annotations
 
 from torch import fx
 
 from tpcompiler.graphs import tensors
-from tpcompiler.ops.operands import op_name
-
-# Ops whose result has the operand's dimensions but not its gradient.
-NO_GRADIENT = frozenset({"detach", "zeros_like", "ones_like", "full_like", "empty_like"})
+from tpcompiler.ops.table import UNKNOWN, find
 
 
 def carries(node: fx.Node) -> bool:
-    """Whether a node's value is of a type that gradients exist for. Rotations may be complex numbers."""
+    """Whether gradients exist for the type of a node's value: real or, for rotations, complex."""
     return any(v.dtype.is_floating_point or v.dtype.is_complex for v in tensors(node.meta.get("val")))
 
 
 def passes(node: fx.Node) -> bool:
     """Whether a gradient of a node's value becomes one of its operands'."""
-    return node.op == "call_function" and carries(node) and op_name(node) not in NO_GRADIENT
+    return node.op == "call_function" and carries(node) and (find(node.target) or UNKNOWN).gradient
 
 
 def reached(graph: fx.Graph) -> frozenset[str]:
-    """Names of the nodes that an output depends on in a way that gradients follow: not what a model computes under
-    `no_grad` or detaches, as cycles of a recurrent model are."""
+    """Names of the nodes that a gradient of an output reaches. What a model computes under `no_grad` or detaches, such
+    as the cycles of a recurrent model, is not among them."""
     out: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or (node in out and passes(node)):

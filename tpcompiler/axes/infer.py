@@ -1,14 +1,13 @@
-"""Axes of a captured graph: every rule applied once, dimensions unified (docs/architecture.md).
+"""The axes of a captured graph: every rule is applied once and unifies dimensions (docs/architecture.md).
 
-Only values that depend on a parameter take part (*live* values). Masks, positions and rotary tables do not: any rank
-can slice a constant for nothing, so they must not glue the axes of different layers together.
+Only *live* values take part: those that depend on a parameter. Masks, positions and rotary tables do not. Any rank can
+slice a constant at no cost, so constants must not join the axes of different layers.
 """
 
 from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx
 
 from tpcompiler.axes.algebra import Mark, Terms
@@ -19,27 +18,21 @@ from tpcompiler.axes.map import AxisMap, Dims, Operand, Relation
 from tpcompiler.axes.primes import Sizes
 from tpcompiler.errors import RuleError
 from tpcompiler.graphs import tensors
-from tpcompiler.ops.call import Call
 from tpcompiler.ops.notation import Group, parse
 from tpcompiler.ops.operands import bind, op_name, tensor_operands
-from tpcompiler.ops.table import SUMS, find, line_of
+from tpcompiler.ops.record import OpCall, OpRule
+from tpcompiler.ops.table import UNKNOWN, find
 from tpcompiler.ops.views import Shape
 from tpcompiler.program import Capture
 
 __all__ = ["AxisMap", "Dims", "Operand", "Relation", "bind", "infer_axes", "op_name"]
 
-# Ops whose result has the operand's dimensions but not its gradient.
-_NO_GRADIENT = {"detach", "zeros_like", "ones_like", "full_like", "empty_like"}
-# Ops that look at no value, only at sizes that are given: constants, which any rank can make and slice.
-_FROM_SIZES = {"new_empty", "new_zeros", "new_ones", "new_full"}
-_BROADCASTS = {"expand", "expand_as", "broadcast_to", "repeat_interleave", "repeat"}
-
 
 def infer_axes(capture: Capture, cut: frozenset[str] = frozenset()) -> AxisMap:
     """Apply the rule of every live node. Pure: the capture is not changed.
 
-    `cut` names nodes that merge copies with what was copied (heads = kv heads · group): their result's axes are then
-    not tied to their operand's. The node runs whole on every rank, and each takes its slice of what it made.
+    `cut` names nodes that merge copies with what was copied (heads = kv heads · group). The axes of their results are
+    then not tied to those of their operands: every rank runs the node whole and takes its slice of the result.
     """
     return _Inference(capture, cut).run()
 
@@ -48,7 +41,7 @@ class _Inference:
     def __init__(self, capture: Capture, cut: frozenset[str]) -> None:
         self.capture = capture
         self.cut = cut
-        self.copies: set[int] = set()  # factors that a broadcast made
+        self.copies: set[int] = set()  # axes along which values were copied
         self.copied: dict[str, tuple[int, ...]] = {}
         self.terms = Terms()
         self.size = Sizes()
@@ -95,10 +88,11 @@ class _Inference:
             return
         operands = tensor_operands(node)
         given = [n for n in operands if n is not None]
-        if not any(n.name in self.live for n in given) or not self.sizes[node.name] or op_name(node) in _FROM_SIZES:
+        rule = find(node.target) or UNKNOWN
+        if not any(n.name in self.live for n in given) or not self.sizes[node.name] or rule.constant:
             return
         self.live.add(node.name)
-        self.relations[node.name] = relation = self.relate(node, operands)
+        self.relations[node.name] = relation = self.relate(node, operands, rule)
         self.values[node.name] = self.severed(node, relation) if node.name in self.cut else relation.results
         if passes(node) and any(n.name in self.grads for n in given):
             self.grads.add(node.name)
@@ -112,14 +106,13 @@ class _Inference:
             if source.name in self.grads and self.sizes[node.name]:
                 self.grads.add(node.name)
 
-    def relate(self, node: fx.Node, operands: list[fx.Node | None]) -> Relation:
-        shapes = tuple(None if n is None else self.sizes[n.name][0] for n in operands)
-        found = find(node.target) if isinstance(node.target, torch._ops.OpOverload) else None
-        if found is None:
+    def relate(self, node: fx.Node, operands: list[fx.Node | None], rule: OpRule) -> Relation:
+        if rule is UNKNOWN:
             return self.opaque(node, operands, f"{op_name(node)} has no rule")
+        shapes = tuple(None if n is None else self.sizes[n.name][0] for n in operands)
         floating = tuple(n is not None and n.meta["val"].dtype.is_floating_point for n in operands)
-        call = Call(shapes, self.sizes[node.name], bind(node), floating)
-        line = line_of(found, call)
+        call = OpCall(shapes, self.sizes[node.name], bind(node), floating)
+        line = rule.pattern(call)
         if line is None or any(0 in s for s in (*call.results, *shapes) if s):
             return self.opaque(node, operands, f"{op_name(node)} with these arguments has no rule")
         try:
@@ -128,10 +121,10 @@ class _Inference:
             if not any(n in self.size.dynamic for s in (*call.results, *shapes) for n in s or ()):
                 raise
             return self.opaque(node, operands, f"{op_name(node)} relates sizes that are equal at run time only")
-        return self.fitted(node, fit, [n for n in operands if n is not None])
+        return self.fitted(node, fit, [n for n in operands if n is not None], rule, call)
 
     def opaque(self, node: fx.Node, operands: list[fx.Node | None], why: str) -> Relation:
-        """No rule: everything that goes in or comes out stays whole. Costs parallelism, never correctness."""
+        """Without a rule every operand and result stays whole, which costs parallelism but never correctness."""
         mark = Mark(node.name, why)
         seen = []
         for n in operands:
@@ -143,10 +136,10 @@ class _Inference:
             for t in dims:
                 if t is not None:
                     self.terms.mark(t, mark)
-        return Relation("?", tuple(seen), results, (), ())
+        return Relation(UNKNOWN, "?", tuple(seen), results, (), ())
 
-    def fitted(self, node: fx.Node, fit: Fit, given: list[fx.Node]) -> Relation:
-        """Unify what the pattern says is one. Live operands come first: letters then are their axes."""
+    def fitted(self, node: fx.Node, fit: Fit, given: list[fx.Node], rule: OpRule, call: OpCall) -> Relation:
+        """Unify what the pattern says is one axis. Live operands come first, so that letters become their axes."""
         seen: dict[int, Operand] = {}
         for i in sorted(range(len(given)), key=lambda i: given[i].name not in self.live):
             name, side = given[i].name, fit.operands[i]
@@ -155,34 +148,41 @@ class _Inference:
             seen[i] = Operand(name, dims, live)
         results = tuple(fit.result(side) for side in fit.results)
         self.note_copies(node, fit, results)
-        short = op_name(node)
-        for name in fit.whole:
-            if name in fit.atoms:
-                self.terms.mark(fit.atoms[name], Mark(node.name, f"{short} needs it whole"))
-        contracted, special = fit.contracted, fit.terms_of(fit.pattern.marked("special"))
-        if short not in SUMS:
-            for t in contracted:
-                self.terms.mark(t, Mark(node.name, f"{short} has no form for a part of it"))
-        return Relation(fit.pattern.text, tuple(seen[i] for i in range(len(given))), results, contracted, special)
+        contracted, special = fit.terms_of(fit.contracted), fit.terms_of(fit.pattern.marked("special"))
+        self.mark(node, fit.terms_of(fit.whole), "needs it whole")
+        if not rule.adds_up(call.args):
+            self.mark(node, contracted, "has no form for a part of it")
+        elif rule.average and any(self.terms.size(t) in self.size.dynamic for t in contracted):
+            self.mark(node, contracted, "counts what is known at run time only")
+        if not rule.form:
+            self.mark(node, special, "has no form for a part of it")
+        bound = rule.bound(call.args).items()
+        sizes = tuple((*place, fit.atoms[letter]) for letter, place in bound if letter in fit.atoms)
+        operands = tuple(seen[i] for i in range(len(given)))
+        return Relation(rule, fit.pattern.text, operands, results, contracted, special, sizes)
+
+    def mark(self, node: fx.Node, terms: tuple[int, ...], why: str) -> None:
+        for t in terms:
+            self.terms.mark(t, Mark(node.name, f"{op_name(node)} {why}"))
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def note_copies(self, node: fx.Node, fit: Fit, results: tuple[Dims, ...]) -> None:
-        """Remember what a broadcast makes, and where it is merged with what it copies."""
-        if op_name(node) in _BROADCASTS:
-            self.copies.update(fit.made)
+        """Remember the axes along which an op copies, and where such an axis is merged with what was copied."""
+        self.copies.update(fit.terms_of(fit.copies))
         roots = {self.terms.find(t) for t in self.copies}
         found: list[int] = []
         for side, dims in zip(fit.results, results, strict=True):
             for (item, _), term in zip(side, dims, strict=True):
-                parts = item.parts if isinstance(item, Group) and item.kind == "product" else ()
-                if term is not None and any(self.terms.find(fit.term(p)) in roots for p in parts):
+                product = item.parts if isinstance(item, Group) and item.kind == "product" else ()
+                parts = [p for p in product if fit.size(p) != 1]
+                if term is not None and len(parts) > 1 and any(self.terms.find(fit.term(p)) in roots for p in parts):
                     found.append(term)
         if found:
             self.copied[node.name] = tuple(found)
 
     def severed(self, node: fx.Node, relation: Relation) -> tuple[Dims, ...]:
-        """The result's dimensions, the one that copies were merged into as an axis of its own."""
+        """The result's dimensions, with a new axis for the dimension that copies were merged into."""
         merged = set(self.copied[node.name])
         return tuple(
             tuple(self.terms.new(self.terms.size(t)) if t is not None and t in merged else t for t in dims)

@@ -1,10 +1,11 @@
-"""What inference results in: every live value's dimensions as terms, and what each op says of them."""
+"""The result of inference: every live value's dimensions as terms, and what each op says about them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from tpcompiler.axes.algebra import Mark, Terms
+from tpcompiler.ops.record import OpRule
 from tpcompiler.ops.views import Shape
 
 Dims = tuple[int | None, ...]  # a term per dimension; None = one element, nothing to split
@@ -13,24 +14,26 @@ Dims = tuple[int | None, ...]  # a term per dimension; None = one element, nothi
 @dataclass(frozen=True)
 class Operand:
     node: str
-    dims: Dims | None  # as the op sees them; None: its values do not matter to the op
+    dims: Dims | None  # as the op sees them; None: the op does not read the values
     live: bool
 
 
 @dataclass(frozen=True)
 class Relation:
-    """A rule applied to a node: what the op says of its operands and results."""
+    """A rule applied to a node: what the op says about its operands and results."""
 
+    rule: OpRule
     pattern: str
     operands: tuple[Operand, ...]
     results: tuple[Dims, ...]
     contracted: tuple[int, ...]
     special: tuple[int, ...]
+    sizes: tuple[tuple[str, int | None, int], ...] = ()  # argument, place in it when it is a list, the term of its size
 
 
 @dataclass(frozen=True)
 class AxisMap:
-    """What every live value's dimensions are made of. Terms that are not taken apart (`leaves`) are the axes."""
+    """What every live value's dimensions are made of. The axes are the terms that are not taken apart (`leaves`)."""
 
     terms: Terms
     values: dict[str, tuple[Dims, ...]]  # node → a tuple of dims per result
@@ -41,7 +44,7 @@ class AxisMap:
     dynamic: dict[int, str]  # sizes that stand for a batch, a sequence, or a product of such
     marks: dict[int, tuple[Mark, ...]]  # axis → why it must stay whole
     copied: dict[str, tuple[int, ...]]  # node that merges copies into a dimension → its term
-    cut: frozenset[str]  # of those, the ones whose value is not what the node makes, but slices of it
+    cut: frozenset[str]  # those of them whose value is a slice of what the node makes
 
     def leaves(self, term: int | None) -> tuple[int, ...]:
         return () if term is None else tuple(dict.fromkeys(self.terms.leaves(term)))

@@ -1,20 +1,20 @@
-"""Lines of ops that compute: products, sums, attention, norms, the loss, and what needs a dimension whole."""
+"""Lines of ops that compute: products, sums, attention, norms, the loss, and ops that need a dimension whole."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from tpcompiler.ops.call import Call, Line, changed, letters, line
+from tpcompiler.ops.record import Line, OpCall, letters, line
 
 
-def pointwise(call: Call) -> Line:
+def pointwise(call: OpCall) -> Line:
     return ", ".join("..." for s in call.operands if s is not None) + " -> ..."
 
 
-def whole(*names: str) -> Callable[[Call], Line]:
+def whole(*names: str) -> Callable[[OpCall], Line]:
     """An op on one tensor that needs the dimensions in the arguments `names` whole, and keeps every dimension."""
 
-    def rule(call: Call) -> Line:
+    def rule(call: OpCall) -> Line:
         d = letters(call.rank())
         for name in names:
             for i in call.dims(name):
@@ -24,7 +24,7 @@ def whole(*names: str) -> Callable[[Call], Line]:
     return rule
 
 
-def _same_or_reduced(call: Call, d: list[str]) -> Line:
+def _same_or_reduced(call: OpCall, d: list[str]) -> Line:
     """One line for results that keep all dimensions, keep marked ones as `1`, or drop them."""
     sides = []
     for shape in call.results:
@@ -36,13 +36,13 @@ def _same_or_reduced(call: Call, d: list[str]) -> Line:
     return " ".join(d) + " -> " + ", ".join(sides)
 
 
-def reduction(call: Call) -> Line:
-    """sum, mean: the dimensions in `dim` are contracted."""
+def reduction(call: OpCall) -> Line:
+    """sum, mean: contracts the dimensions in `dim`."""
     over, keep, d = call.dims(), bool(call.args.get("keepdim", False)), letters(call.rank())
     return line(d, [("1" if i in over else x) for i, x in enumerate(d) if keep or i not in over])
 
 
-def matmul(call: Call) -> Line:
+def matmul(call: OpCall) -> Line:
     a, b = call.rank(0), call.rank(1)
     left = "k" if a == 1 else "m k" if a == 2 else "... m k"
     right = "k" if b == 1 else "k n" if b == 2 else "... k n"
@@ -50,14 +50,14 @@ def matmul(call: Call) -> Line:
     return f"{left}, {right} -> {out}"
 
 
-def addmm(call: Call) -> Line:
+def addmm(call: OpCall) -> Line:
     batch = "b " if call.rank(1) == 3 else ""
     out = f"{batch}m n".split()
     bias = out[len(out) - call.rank(0) :]
     return f"{' '.join(bias)}, {batch}m k, {batch}k n -> {' '.join(out)}"
 
 
-def einsum(call: Call) -> Line:
+def einsum(call: OpCall) -> Line:
     equation = str(call.args["equation"]).replace(" ", "")
     ins, _, out = equation.partition("->")
     if "->" not in equation:
@@ -73,8 +73,8 @@ def _spaced(term: str) -> str:
     return " ".join("..." if c == "." else c for c in term.replace("...", "."))
 
 
-def attention(call: Call) -> Line:
-    """Scores over t and d are needed whole; heads are batch. With grouped heads, h = (kv group)."""
+def attention(call: OpCall) -> Line:
+    """The scores need s, t and d whole, and heads are a batch. Grouped heads are (kv group)."""
     n = call.rank(0)
     lead = letters(n - 2)
     q, k = call.shape(0), call.shape(1)
@@ -96,8 +96,8 @@ def attention(call: Call) -> Line:
     return f"{', '.join(parts)} -> {h} s! e", sizes
 
 
-def layer_norm(call: Call) -> Line:
-    """Over one dimension there is a form for a part of it: the statistics are reduced."""
+def layer_norm(call: OpCall) -> Line:
+    """A norm over one dimension has a form for a part of it, which reduces the statistics."""
     lead = call.rank() - len(call.args["normalized_shape"])
     mark = "+" if call.rank() - lead == 1 else "!"
     d = [x if i < lead else x + mark for i, x in enumerate(letters(call.rank()))]
@@ -105,19 +105,8 @@ def layer_norm(call: Call) -> Line:
     return ", ".join([" ".join(d)] + [" ".join(d[lead:])] * rest) + " -> " + " ".join(d)
 
 
-def group_norm(call: Call) -> Line:
-    """Channels are (groups width); groups are batch."""
-    before, groups = call.shape(), call.args["num_groups"]
-    width = before[1] // groups
-    channels = "g" if width == 1 else "w!" if groups == 1 else "(g w!)"
-    sizes = {"g": groups} if width == 1 else {"w": width} if groups == 1 else {"g": groups, "w": width}
-    x = " ".join(["n", channels, *(f"d{i}!" for i in range(2, len(before)))])
-    rest = sum(s is not None for s in call.operands[1:])
-    return ", ".join([x] + [channels] * rest) + f" -> {x}", sizes
-
-
-def cross_entropy(call: Call) -> Line:
-    """Classes stand in dimension 1, or 0 of one sample, and have a form for a part of them."""
+def cross_entropy(call: OpCall) -> Line:
+    """The classes are dimension 1, or dimension 0 of a single sample, and have a form for a part of them."""
     if call.floating[1]:
         return None  # targets are probabilities
     n = call.rank()
@@ -128,13 +117,13 @@ def cross_entropy(call: Call) -> Line:
     return f"{' '.join(d)}, {' '.join(target)}{weight} -> {' '.join(target) if call.results[0] else ''}"
 
 
-def last_two_whole(call: Call) -> Line:
+def last_two_whole(call: OpCall) -> Line:
     d = letters(call.rank())
     d[-2:] = [x + "!" for x in d[-2:]]
     return line(d, d)
 
 
-def halves(call: Call) -> Line:
-    """glu: one half of the dimension gates the other."""
-    d, i = letters(call.rank()), call.dim()
-    return changed(d, i, [f"({d[i]} | {d[i]})"], [d[i]]), {d[i]: call.results[0][i]}
+def grouped_product(call: OpCall) -> Line:
+    """Rows times the matrix of their group. Other ranks of operands, a bias or another dtype have no rule."""
+    plain = call.rank(0) == 2 and call.rank(1) == 3 and len([s for s in call.operands if s is not None]) == 3
+    return "m k, e! k n, e! -> m n" if plain and call.args.get("out_dtype") is None else None

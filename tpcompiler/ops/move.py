@@ -7,18 +7,18 @@ from math import prod
 
 import torch
 
-from tpcompiler.ops.call import Call, Line, changed, letters, line
+from tpcompiler.ops.record import Line, OpCall, changed, letters, line
 from tpcompiler.ops.views import view_pattern
 
 
-def view(call: Call) -> Line:
+def view(call: OpCall) -> Line:
     before = call.shape()
     if 0 in before or prod(before) != prod(call.results[0]):  # sizes that are equal at run time only
         return None
     return view_pattern(before, call.results[0])
 
 
-def view_as(call: Call) -> Line:
+def view_as(call: OpCall) -> Line:
     """The other's values do not matter, but its sizes do: they are the result's."""
     said = view(call)
     if said is None:
@@ -28,20 +28,20 @@ def view_as(call: Call) -> Line:
     return f"{before}, {after} -> {after}", sizes
 
 
-def expand(call: Call) -> Line:
+def expand(call: OpCall) -> Line:
     before, after = call.shape(), call.results[0]
     d = letters(len(after))
     lead = len(after) - len(before)
     return line([x if before[i] == after[i + lead] else "1" for i, x in enumerate(d[lead:])], d)
 
 
-def unsqueeze(call: Call) -> Line:
+def unsqueeze(call: OpCall) -> Line:
     d = letters(call.rank())
     i = call.args["dim"] % (call.rank() + 1)
     return line(d, [*d[:i], "1", *d[i:]])
 
 
-def squeeze(call: Call) -> Line:
+def squeeze(call: OpCall) -> Line:
     before = call.shape()
     dims = call.args.get("dim", list(range(len(before))))
     dims = dims if isinstance(dims, list | tuple) else [dims]
@@ -50,35 +50,35 @@ def squeeze(call: Call) -> Line:
     return line(["1" if i in gone else x for i, x in enumerate(d)], [x for i, x in enumerate(d) if i not in gone])
 
 
-def permuted(order: Callable[[Call], list[int]]) -> Callable[[Call], Line]:
-    def rule(call: Call) -> Line:
+def permuted(order: Callable[[OpCall], list[int]]) -> Callable[[OpCall], Line]:
+    def rule(call: OpCall) -> Line:
         d = letters(call.rank())
         return line(d, [d[i] for i in order(call)])
 
     return rule
 
 
-def reversed_(call: Call) -> list[int]:
+def reversed_(call: OpCall) -> list[int]:
     return list(range(call.rank()))[::-1]
 
 
-def last_two_swapped(call: Call) -> list[int]:
+def last_two_swapped(call: OpCall) -> list[int]:
     return _swap(call, -2, -1)
 
 
-def transposed(call: Call) -> list[int]:
+def transposed(call: OpCall) -> list[int]:
     n = max(call.rank(), 1)
     a, b = (call.args.get(f"dim{k}", call.args.get(f"axis{k}")) % n for k in (0, 1))
     return _swap(call, a, b) if call.rank() else []
 
 
-def _swap(call: Call, a: int, b: int) -> list[int]:
+def _swap(call: OpCall, a: int, b: int) -> list[int]:
     order = list(range(call.rank()))
     order[a], order[b] = order[b], order[a]
     return order
 
 
-def moved(call: Call) -> list[int]:
+def moved(call: OpCall) -> list[int]:
     n = call.rank()
     a, b = call.args["source"] % n, call.args["destination"] % n
     order = [i for i in range(n) if i != a]
@@ -86,38 +86,15 @@ def moved(call: Call) -> list[int]:
     return order
 
 
-def repeat_interleave(call: Call) -> Line:
-    if call.args.get("dim") is None or not isinstance(call.args["repeats"], int):
-        return None
-    d, i = letters(call.rank()), call.dim()
-    before = call.shape()
-    if before[i] == 1 or call.args["repeats"] == 1:
-        return line([x if j != i or before[i] != 1 else "1" for j, x in enumerate(d)], d)
-    return changed(d, i, [d[i]], [f"({d[i]} r)"]), {d[i]: before[i], "r": call.args["repeats"]}
-
-
-def repeat(call: Call) -> Line:
-    """Tiling: repeats are the major factor."""
-    before = call.shape()
+def repeat(call: OpCall) -> Line:
+    """Tiling repeats the whole dimension, so that the repeats are its major factor."""
+    before = letters(call.rank())
     lead = len(call.args["repeats"]) - len(before)
-    d, sizes, out = letters(len(before)), dict[str, int](), list[str]()
-    for i, times in enumerate(call.args["repeats"]):
-        if not isinstance(times, int):
-            return None
-        n = before[i - lead] if i >= lead else 1
-        sizes |= {f"r{i}": times, **({f"d{i - lead}": n} if i >= lead else {})}
-        names = [x for x, k in ((f"r{i}", times), (f"d{i - lead}", n)) if k != 1]
-        out.append("1" if not names else names[0] if len(names) == 1 else f"({' '.join(names)})")
-    return line(["1" if n == 1 else x for x, n in zip(d, before, strict=True)], out), sizes
+    return line(before, [f"r{i}" if i < lead else f"(r{i} d{i - lead})" for i in range(lead + len(before))])
 
 
-def select(call: Call) -> Line:
-    d, i = letters(call.rank()), call.dim()
-    return line([*d[:i], d[i] + "!", *d[i + 1 :]], d[:i] + d[i + 1 :])
-
-
-def slice_(call: Call) -> Line:
-    """A slice takes its dimension apart into what is before, in and after it; one with a step takes every k-th."""
+def slice_(call: OpCall) -> Line:
+    """A slice divides its dimension into what is before, in and after it. With a step it takes every k-th element."""
     before, after = call.shape(), call.results[0]
     d, i = letters(call.rank()), call.dim()
     n, m, step = before[i], after[i], call.args.get("step") or 1
@@ -138,7 +115,7 @@ def slice_(call: Call) -> Line:
     return changed(d, i, [f"{d[i]}!"], [f"m{i}!"])
 
 
-def split(call: Call) -> Line:
+def split(call: OpCall) -> Line:
     """split, split_with_sizes, chunk: segments of a dimension."""
     d, i = letters(call.rank()), call.dim()
     sizes = {f"s{k}": shape[i] for k, shape in enumerate(call.results) if shape[i]}
@@ -149,13 +126,13 @@ def split(call: Call) -> Line:
     return " ".join(whole_dim) + " -> " + ", ".join(out), sizes
 
 
-def unbind(call: Call) -> Line:
+def unbind(call: OpCall) -> Line:
     d, i = letters(call.rank()), call.dim()
     one = " ".join(d[:i] + d[i + 1 :])
     return " ".join([*d[:i], d[i] + "!", *d[i + 1 :]]) + " -> " + ", ".join([one] * len(call.results))
 
 
-def cat(call: Call) -> Line:
+def cat(call: OpCall) -> Line:
     d, i = letters(len(call.results[0])), call.args["dim"] % max(len(call.results[0]), 1)
     operands, segments, sizes = [], [], dict[str, int]()
     for k in range(len(call.operands)):
@@ -170,13 +147,13 @@ def cat(call: Call) -> Line:
     return ", ".join(operands) + " -> " + " ".join([*d[:i], joined, *d[i + 1 :]]), sizes
 
 
-def stack(call: Call) -> Line:
+def stack(call: OpCall) -> Line:
     d = letters(call.rank())
     i = call.args["dim"] % (call.rank() + 1)
     return ", ".join([" ".join(d)] * len(call.operands)) + " -> " + " ".join([*d[:i], "n!", *d[i:]])
 
 
-def index(call: Call) -> Line:
+def index(call: OpCall) -> Line:
     """x[…, i, …] with tensors: indexed dimensions are needed whole, the others stay."""
     slots = [*call.args["indices"], *[None] * (call.rank() - len(call.args["indices"]))]
     used = [i for i, s in enumerate(slots) if s is not None]
@@ -190,12 +167,7 @@ def index(call: Call) -> Line:
     return ", ".join(operands) + " -> " + " ".join([*d[: used[0]], *letters(new, "n"), *d[used[-1] + 1 :]])
 
 
-def index_select(call: Call) -> Line:
-    d, i = letters(call.rank()), call.dim()
-    return f"{' '.join([*d[:i], d[i] + '!', *d[i + 1 :]])}, n -> {' '.join([*d[:i], 'n', *d[i + 1 :]])}"
-
-
-def gather(call: Call) -> Line:
+def gather(call: OpCall) -> Line:
     source, picked = call.shape(0), call.shape(1)
     i = call.dim()
     d = [x if j != i and source[j] == picked[j] else x + "!" for j, x in enumerate(letters(call.rank()))]
@@ -203,18 +175,7 @@ def gather(call: Call) -> Line:
     return f"{' '.join(d)}, {' '.join(p)} -> {' '.join(p)}"
 
 
-def resized(name: str = "dim") -> Callable[[Call], Line]:
-    """An op that needs a dimension whole and makes one of another size in its place: topk."""
-
-    def rule(call: Call) -> Line:
-        d, i = letters(call.rank()), call.dim(name)
-        after = " ".join([*d[:i], f"k{i}!", *d[i + 1 :]])
-        return f"{' '.join([*d[:i], d[i] + '!', *d[i + 1 :]])} -> {', '.join([after] * len(call.results))}"
-
-    return rule
-
-
-def padded(call: Call) -> Line:
+def padded(call: OpCall) -> Line:
     d, e, n = letters(call.rank()), letters(call.rank()), call.rank()
     for k in range(len(call.args["pad"]) // 2):
         i = n - 1 - k

@@ -5,9 +5,11 @@
     lookup   "v+ h, ... -> ... h"             + = split only by a form of the op made for it
     split    "... (q | k) -> ... q, ... k"    a concatenation
     view     "b (h d) -> b h d"               a product, major first
+    repeat   "< n > -> < (n r) >"             < and > = the dimensions before and after the argument `dim`
     type_as  "..., _ -> ..."                  _ = an operand whose values do not matter
 
-`...` stands for any dimensions, aligned at the right and broadcast; `1` is a dimension of one element.
+`...` stands for any dimensions, aligned at the right and broadcast, and `...!` for dimensions that are all needed
+whole; `1` is a dimension of one element.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from functools import lru_cache
 
 from tpcompiler.errors import RuleError
 
-ELLIPSIS = "..."
-_TOKEN = re.compile(r"\.\.\.|[A-Za-z][A-Za-z0-9]*[!+]?|1|[()|_]")
+ELLIPSIS, WHOLE_ELLIPSIS = "...", "...!"
+_TOKEN = re.compile(r"\.\.\.!?|[A-Za-z][A-Za-z0-9]*[!+]?|1|[()|_]")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Group:
         return tuple(x for p in self.parts for x in ((p,) if isinstance(p, Letter) else p.letters()))
 
 
-Item = Letter | Group | str  # str: "..." or "1"
+Item = Letter | Group | str  # str: "...", "...!" or "1"
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,8 @@ class Pattern:
         return {x.name for items in side for item in items or () for x in letters_of(item)}
 
     @property
-    def contracted(self) -> set[str]:
-        """Letters that operands have and results have not: split, they leave a partial result."""
-        return self.letters(self.operands) - self.letters(self.results) - self.dropped - self.marked("whole")
-
-    @property
     def dropped(self) -> set[str]:
-        """Letters of segments that do not reach the result: they are left out, not summed."""
+        """Letters of segments that do not reach the result: the op leaves them out and does not sum them."""
         segments = {x.name for items in self.operands for item in items or () for x in _segments(item)}
         return segments - self.letters(self.results)
 
@@ -97,7 +94,7 @@ def _tensor(part: str, text: str) -> tuple[Item, ...]:
     items: list[Item] = []
     while tokens:
         token = tokens.pop()
-        if token in (ELLIPSIS, "1"):
+        if token in (ELLIPSIS, WHOLE_ELLIPSIS, "1"):
             items.append(token)
         elif token == "(":
             items.append(_group(tokens, text))
@@ -129,3 +126,9 @@ def _group(tokens: list[str], text: str) -> Group:
 
 def _letter(token: str) -> Letter:
     return Letter(token.rstrip("!+"), whole=token.endswith("!"), special=token.endswith("+"))
+
+
+def check_line(text: str) -> set[str]:
+    """The letters of a line that may have `<` and `>`. Raises `RuleError` as `parse` does."""
+    pattern = parse(re.sub(r"<|(?<!-)>", "", text))
+    return pattern.letters((*pattern.operands, *pattern.results))

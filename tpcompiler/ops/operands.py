@@ -1,4 +1,4 @@
-"""What a node calls, and with what: the op's name, its arguments by name, its tensor operands."""
+"""The op that a node calls: its name, its arguments by name, its tensor operands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import fx
 
 
 def op_name(node: fx.Node) -> str:
-    """`linear`; of another library's op `mylib::rotate`."""
+    """The name of a node's op: `linear`, or `mylib::rotate` for an op of another library."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.replace("aten::", "")
@@ -30,8 +30,14 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return out
 
 
+def argument_place(node: fx.Node, name: str) -> int:
+    """The position of an argument in a call's schema."""
+    assert isinstance(node.target, torch._ops.OpOverload), f"{node.format_node()} has no schema"
+    return next(i for i, a in enumerate(node.target._schema.arguments) if a.name == name)
+
+
 def tensor_operands(node: fx.Node) -> list[fx.Node | None]:
-    """Tensor operands in schema order, lists flattened, None for those left out. Ops without a schema: as they come."""
+    """Tensor operands in schema order, lists flattened, None for those left out. Without a schema: as fx lists them."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     out: list[fx.Node | None] = []

@@ -1,21 +1,21 @@
-"""The table of rules: one line an op, in the notation of `notation.py`; a function where the line depends on arguments.
+"""The table of ops: one `OpRule` for each, whose line is a function where it depends on the op's arguments.
 
-Contraction means a plain sum: a rule may drop a letter without `!` only if splitting it leaves a result that sums up.
-Ops that are not in the table are unsplittable, never an error. Users add their own with `rule`.
+An op that is not in the table is never split, which is no error. Users add ops of their own with `rule`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from tpcompiler.ops.call import Call, Rule
+from tpcompiler.errors import RuleError
 from tpcompiler.ops.compute import (
     addmm,
     attention,
     cross_entropy,
     einsum,
-    group_norm,
-    halves,
+    grouped_product,
     last_two_whole,
     layer_norm,
     matmul,
@@ -28,16 +28,12 @@ from tpcompiler.ops.move import (
     expand,
     gather,
     index,
-    index_select,
     last_two_swapped,
     moved,
     padded,
     permuted,
     repeat,
-    repeat_interleave,
-    resized,
     reversed_,
-    select,
     slice_,
     split,
     squeeze,
@@ -48,183 +44,155 @@ from tpcompiler.ops.move import (
     view,
     view_as,
 )
-from tpcompiler.ops.notation import parse
-from tpcompiler.ops.windows import convolution, im2col, pooled, unfold
-from tpcompiler.ops.writes import index_add, index_put, scatter, select_scatter, slice_scatter
+from tpcompiler.ops.notation import check_line
+from tpcompiler.ops.record import OpRule, WeightProduct
+from tpcompiler.ops.windows import convolution, im2col, pooled
+from tpcompiler.ops.writes import index_put, scatter, slice_scatter
 
-# Pointwise ops that torch does not tag as such.
-_UNARY = (
-    "dropout dropout_ contiguous clone alias detach float to.dtype to.device to.dtype_layout _to_copy "
-    "zeros_like ones_like full_like empty_like where.ScalarOther where.ScalarSelf "
-    "silu gelu relu relu6 softplus mish hardswish elu selu leaky_relu log_sigmoid square abs floor_divide "
-    "masked_fill.Tensor real imag conj resolve_conj polar complex fill.Scalar "
-    "multiply.Tensor multiply.Scalar divide.Tensor divide.Scalar true_divide.Tensor subtract.Tensor negative absolute "
-    "greater.Tensor greater.Scalar less.Tensor less.Scalar isclose"
-).split()
 
-RULES: dict[str, Rule] = {
+def _each(names: str, record: OpRule) -> dict[str, OpRule]:
+    """The same record for several ATen ops."""
+    return {f"aten::{name}": record for name in names.split()}
+
+
+_POINTWISE = OpRule(pointwise)
+_WHOLE = OpRule(whole("dim"))  # ops that need the dimensions in the argument `dim` whole
+_SEGMENTS = OpRule(split, part="segments")
+_CONVOLUTION = OpRule(convolution, sizes={"g": "groups"}, products=((1, -1),), kept=True)
+_GROUPED = OpRule(grouped_product, sums=True, kept=True)
+
+RULES: dict[str, OpRule] = {
     # products
-    "aten::linear": "... i, o i, o -> ... o",
-    "aten::matmul": matmul,
-    "aten::mm": "m k, k n -> m n",
-    "aten::bmm": "b m k, b k n -> b m n",
-    "aten::mv": "m k, k -> m",
-    "aten::dot": "k, k -> ",
-    "aten::addmm": addmm,
-    "aten::baddbmm": addmm,
-    "aten::einsum": einsum,
-    "aten::outer": "i, j -> i j",
-    "tpcompiler::grouped_mm": "m k, e! k n, e! -> m n",
-    "aten::scaled_dot_product_attention": attention,
+    "aten::linear": OpRule(
+        "... i, o i, o -> ... o", sums=True, product=WeightProduct("input", "weight", "bias", along=0), kept=True
+    ),
+    "aten::matmul": OpRule(matmul, sums=True, product=WeightProduct("self", "other")),
+    "aten::mm": OpRule("m k, k n -> m n", sums=True, product=WeightProduct("self", "mat2"), kept=True),
+    "aten::bmm": OpRule("b m k, b k n -> b m n", sums=True),
+    "aten::mv": OpRule("m k, k -> m", sums=True),
+    "aten::dot": OpRule("k, k -> ", sums=True),
+    "aten::addmm": OpRule(
+        addmm, sums=True, scales=("alpha", "beta"), product=WeightProduct("mat1", "mat2", "self"), kept=True
+    ),
+    "aten::baddbmm": OpRule(
+        addmm, sums=True, scales=("alpha", "beta"), product=WeightProduct("batch1", "batch2", "self")
+    ),
+    "aten::einsum": OpRule(einsum, sums=True),
+    "aten::outer": OpRule("i, j -> i j"),
+    "tpcompiler::grouped_mm": _GROUPED,
+    "aten::_grouped_mm": _GROUPED,
+    "aten::scaled_dot_product_attention": OpRule(attention, products=((0, 1), (2, -1))),
     # tables and losses
-    "aten::embedding": "v+ h, ... -> ... h",
-    "aten::cross_entropy_loss": cross_entropy,
+    "aten::embedding": OpRule("v+ h, ... -> ... h", sums=True, form="lookup"),
+    "aten::cross_entropy_loss": OpRule(cross_entropy, sums=True, form="loss"),
     # over a whole dimension
-    "aten::softmax.int": whole("dim"),
-    "aten::_softmax": whole("dim"),
-    "aten::log_softmax.int": whole("dim"),
-    "aten::_log_softmax": whole("dim"),
-    "aten::logsumexp": whole("dim"),
-    "aten::layer_norm": layer_norm,
-    "aten::rms_norm": layer_norm,
-    "aten::glu": halves,
-    "aten::group_norm": group_norm,
-    "aten::amax": whole("dim"),
-    "aten::amin": whole("dim"),
-    "aten::max.dim": whole("dim"),
-    "aten::min.dim": whole("dim"),
-    "aten::argmax": whole("dim"),
-    "aten::argmin": whole("dim"),
-    "aten::any.dim": whole("dim"),
-    "aten::all.dim": whole("dim"),
-    "aten::var.correction": whole("dim"),
-    "aten::var.dim": whole("dim"),
-    "aten::std.correction": whole("dim"),
-    "aten::std.dim": whole("dim"),
-    "aten::norm.ScalarOpt_dim": whole("dim"),
-    "aten::linalg_vector_norm": whole("dim"),
-    "aten::cumsum": whole("dim"),
-    "aten::cumprod": whole("dim"),
-    "aten::logcumsumexp": whole("dim"),
-    "aten::sort": whole("dim"),
-    "aten::sort.stable": whole("dim"),
-    "aten::argsort": whole("dim"),
-    "aten::argsort.stable": whole("dim"),
-    "aten::topk": resized(),
-    "aten::kthvalue": whole("dim"),
-    "aten::median.dim": whole("dim"),
-    "aten::prod.dim_int": whole("dim"),
-    **dict.fromkeys((f"aten::{name}" for name in "max min any all prod std var norm.Scalar".split()), whole("dim")),
-    "aten::one_hot": "... -> ... n!",
-    "aten::view_as_complex": "... c! -> ...",
-    "aten::view_as_real": "... -> ... c!",
-    "aten::flip": whole("dims"),
-    "aten::roll": whole("dims"),
-    "aten::tril": last_two_whole,
-    "aten::triu": last_two_whole,
-    "aten::constant_pad_nd": padded,
-    "aten::pad": padded,
+    **_each(
+        "softmax.int _softmax log_softmax.int _log_softmax logsumexp amax amin max.dim min.dim argmax argmin", _WHOLE
+    ),
+    **_each("any.dim all.dim var.correction var.dim std.correction std.dim norm.ScalarOpt_dim", _WHOLE),
+    **_each("linalg_vector_norm cumsum cumprod logcumsumexp sort sort.stable argsort argsort.stable", _WHOLE),
+    **_each("kthvalue median.dim prod.dim_int max min any all prod std var norm.Scalar", _WHOLE),
+    "aten::layer_norm": OpRule(layer_norm, form="layer_norm"),
+    "aten::rms_norm": OpRule(layer_norm, form="rms_norm"),
+    "aten::group_norm": OpRule("b (g w!) ...!, (g w!), (g w!) -> b (g w!) ...!", sizes={"g": "num_groups"}),
+    "aten::glu": OpRule("< (n | n) > -> < n >"),
+    "aten::topk": OpRule("< n! > -> < k! >, < k! >"),
+    "aten::one_hot": OpRule("... -> ... n!"),
+    "aten::view_as_complex": OpRule("... c! -> ..."),
+    "aten::view_as_real": OpRule("... -> ... c!"),
+    **_each("flip roll", OpRule(whole("dims"))),
+    **_each("tril triu", OpRule(last_two_whole)),
+    **_each("constant_pad_nd pad", OpRule(padded)),
     # over a neighbourhood
-    **dict.fromkeys(
-        (f"aten::{name}" for name in "conv1d conv2d conv3d conv1d.padding conv2d.padding".split()), convolution
-    ),
-    **dict.fromkeys((f"aten::{x}_pool1d" for x in "max avg adaptive_avg adaptive_max".split()), pooled(1)),
-    **dict.fromkeys((f"aten::{x}_pool2d" for x in "max avg adaptive_avg adaptive_max".split()), pooled(2)),
-    "aten::unfold": unfold,
-    "aten::im2col": im2col,
+    **_each("conv1d conv2d conv3d conv1d.padding conv2d.padding convolution", _CONVOLUTION),
+    **_each("max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d", OpRule(pooled(1))),
+    **_each("max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d", OpRule(pooled(2))),
+    "aten::unfold": OpRule("< n! > -> < m! > k!"),
+    "aten::im2col": OpRule(im2col),
     # sums
-    "aten::sum": reduction,
-    "aten::sum.dim_IntList": reduction,
-    "aten::mean": reduction,
-    "aten::mean.dim": reduction,
+    "aten::sum": OpRule(reduction, sums=True),
+    "aten::sum.dim_IntList": OpRule(reduction, sums=True, linear=(0,)),
+    **_each("mean mean.dim", OpRule(reduction, sums=True, average=True)),
     # the same values in other shapes
-    "aten::view": view,
-    "aten::reshape": view,
-    "aten::_unsafe_view": view,
-    "aten::flatten.using_ints": view,
-    "aten::view_as": view_as,
-    "aten::reshape_as": view_as,
-    "aten::unflatten.int": view,
-    "aten::expand": expand,
-    "aten::expand_as": pointwise,
-    "aten::broadcast_to": expand,
-    "aten::transpose.int": permuted(transposed),
-    "aten::swapdims": permuted(transposed),
-    "aten::swapaxes": permuted(transposed),
-    "aten::permute": permuted(lambda call: call.dims("dims")),
-    "aten::t": permuted(reversed_),
-    "aten::numpy_T": permuted(reversed_),
-    "aten::mT": permuted(last_two_swapped),
-    "aten::movedim.int": permuted(moved),
-    "aten::unsqueeze": unsqueeze,
-    "aten::squeeze": squeeze,
-    "aten::squeeze.dim": squeeze,
-    "aten::squeeze.dims": squeeze,
-    "aten::repeat_interleave.self_int": repeat_interleave,
-    "aten::repeat": repeat,
+    **_each("view _unsafe_view", OpRule(view, shape="size")),
+    "aten::reshape": OpRule(view, shape="shape", linear=(0,)),
+    "aten::flatten.using_ints": OpRule(view, linear=(0,)),
+    "aten::unflatten.int": OpRule(view, shape="sizes", linear=(0,)),
+    **_each("view_as reshape_as", OpRule(view_as)),
+    **_each("expand broadcast_to", OpRule(expand, shape="size")),
+    **_each("swapdims swapaxes", OpRule(permuted(transposed))),
+    "aten::transpose.int": OpRule(permuted(transposed), linear=(0,)),
+    "aten::permute": OpRule(permuted(lambda call: call.dims("dims")), linear=(0,)),
+    **_each("t numpy_T", OpRule(permuted(reversed_))),
+    "aten::mT": OpRule(permuted(last_two_swapped)),
+    "aten::movedim.int": OpRule(permuted(moved)),
+    "aten::unsqueeze": OpRule(unsqueeze, linear=(0,)),
+    "aten::squeeze": OpRule(squeeze),
+    **_each("squeeze.dim squeeze.dims", OpRule(squeeze, linear=(0,))),
+    "aten::repeat_interleave.self_int": OpRule("< n > -> < (n r) >", sizes={"r": "repeats"}, shape="output_size"),
+    "aten::repeat": OpRule(repeat, sizes={"r": "repeats"}),
     # parts of values
-    "aten::select.int": select,
-    "aten::slice.Tensor": slice_,
-    "aten::split.Tensor": split,
-    "aten::split_with_sizes": split,
-    "aten::chunk": split,
-    "aten::tensor_split.sections": split,
-    "aten::tensor_split.indices": split,
-    "aten::unbind.int": unbind,
-    "aten::cat": cat,
-    "aten::concat": cat,
-    "aten::concatenate": cat,
-    "aten::stack": stack,
-    "aten::index.Tensor": index,
-    "aten::index_select": index_select,
-    "aten::gather": gather,
+    "aten::select.int": OpRule("< n! > -> < >", linear=(0,)),
+    "aten::slice.Tensor": OpRule(slice_, part="span", linear=(0,)),
+    **_each("split.Tensor split_with_sizes chunk tensor_split.sections tensor_split.indices", _SEGMENTS),
+    "aten::unbind.int": OpRule(unbind),
+    **_each("cat concat concatenate", OpRule(cat)),
+    "aten::stack": OpRule(stack),
+    "aten::index.Tensor": OpRule(index, linear=(0,)),
+    "aten::index_select": OpRule("< n! >, m -> < m >", linear=(0,)),
+    "aten::gather": OpRule(gather),
     # values written into a part of another
-    "aten::slice_scatter": slice_scatter,
-    "aten::select_scatter": select_scatter,
-    **dict.fromkeys(
-        (f"aten::{x}" for x in "scatter.src scatter.value scatter_add scatter_reduce.two".split()), scatter
-    ),
-    "aten::index_put": index_put,
-    "aten::index_add": index_add,
-    "aten::index_copy": index_add,
+    "aten::slice_scatter": OpRule(slice_scatter, part="span"),
+    "aten::select_scatter": OpRule("< n! >, < > -> < n! >"),
+    **_each("scatter.src scatter.value scatter_add scatter_reduce.two", OpRule(scatter)),
+    "aten::index_put": OpRule(index_put),
+    **_each("index_add index_copy", OpRule("< n! >, m!, < m! > -> < n! >")),
     # values of one operand only
-    "aten::type_as": "..., _ -> ...",
-    "aten::to.other": "..., _ -> ...",
-    **dict.fromkeys((f"aten::{name}" for name in _UNARY), pointwise),
+    **_each("type_as to.other", OpRule("..., _ -> ...")),
+    # sizes of one operand only
+    **_each("detach zeros_like ones_like full_like empty_like", OpRule(pointwise, gradient=False)),
+    **_each("new_empty new_zeros new_ones new_full", OpRule("_ -> ...", constant=True)),
+    # elementwise ops, where torch does not tag them as such or where more than the line is known
+    **_each("mul.Tensor", OpRule(pointwise, linear=(0, 1))),
+    **_each("div.Tensor neg contiguous", OpRule(pointwise, linear=(0,))),
+    **_each("dropout dropout_ clone alias float to.dtype to.device to.dtype_layout _to_copy", _POINTWISE),
+    **_each("where.ScalarOther where.ScalarSelf masked_fill.Tensor fill.Scalar expand_as isclose", _POINTWISE),
+    **_each("silu gelu relu relu6 softplus mish hardswish elu selu leaky_relu log_sigmoid square abs", _POINTWISE),
+    **_each("real imag conj resolve_conj polar complex negative absolute floor_divide true_divide.Tensor", _POINTWISE),
+    **_each("multiply.Tensor multiply.Scalar divide.Tensor divide.Scalar subtract.Tensor", _POINTWISE),
+    **_each("greater.Tensor greater.Scalar less.Tensor less.Scalar", _POINTWISE),
 }
 
-
-# Ops whose contraction is a plain sum, so that the partial results of ranks add up: as they are …
-PLAIN_SUMS = frozenset({*"matmul mm bmm mv dot einsum sum".split(), "tpcompiler::grouped_mm"})
-# … or once a bias, a count or a lookup is taken care of.
-SUMS = PLAIN_SUMS | frozenset("linear addmm baddbmm mean embedding cross_entropy_loss".split())
+UNKNOWN = OpRule("")  # of an op without a rule
 
 
-def rule(op: str, pattern: str) -> None:
-    """Teach the compiler an op of your own: `tpc.rule("mylib::rotate", "... h! -> ... h!")`.
+def rule(op: str, line: str | OpRule, **known: Any) -> None:
+    """Teach the compiler an op of your own.
 
-    `op` is `namespace::name` or `namespace::name.overload`; the operands are the op's tensor arguments in order.
-    Raises `RuleError` when the pattern cannot be read.
+        tpc.rule("mylib::rotate", "... h! -> ... h!")
+        tpc.rule("mylib::project", "... i, i o -> ... o", sums=True, linear=(0, 1))
+
+    `op` is `namespace::name` or `namespace::name.overload`. The operands of the line are the op's tensor arguments, in
+    order. `known` are fields of `OpRule`, which may also be given whole in place of the line. The checker does not
+    trust it. Raises `RuleError` when the line cannot be read or a field is not known.
     """
-    parse(pattern)
-    RULES[op.replace(".default", "")] = pattern
+    try:
+        record = line if isinstance(line, OpRule) else OpRule(line, **known)
+    except (TypeError, ValueError) as e:
+        raise RuleError(f"rule of {op}: {e}") from None
+    if isinstance(record.line, str):
+        letters = check_line(record.line)
+        for letter in record.sizes.keys() - letters:
+            raise RuleError(f"rule {record.line!r} of {op}: sizes names {letter!r}, which is not in it")
+    RULES[op.replace(".default", "")] = record
 
 
-def find(op: torch._ops.OpOverload) -> Rule | None:
-    """The rule of an op: by overload, by name, or pointwise when torch itself tags the op so."""
-    name = op._schema.name
-    overload = op._overloadname
-    key = name if overload in ("", "default") else f"{name}.{overload}"
-    if key in RULES:
-        return RULES[key]
-    if torch.Tag.pointwise in op.tags and torch.Tag.nondeterministic_seeded not in op.tags:
-        return pointwise
-    return RULES.get(name) if overload in ("", "default") else None
-
-
-def line_of(found: Rule, call: Call) -> tuple[str, dict[str, int]] | None:
-    """The pattern of one call, with the sizes that the shapes alone do not tell."""
-    text = found if isinstance(found, str) else found(call)
-    if text is None:
+def find(op: object) -> OpRule | None:
+    """The record of an op: the table's, or a pointwise one when torch itself tags the op so."""
+    if not isinstance(op, torch._ops.OpOverload):
         return None
-    return text if isinstance(text, tuple) else (text, {})
+    name, overload = op._schema.name, op._overloadname
+    found = RULES.get(name if overload in ("", "default") else f"{name}.{overload}")
+    if found is None and torch.Tag.pointwise in op.tags and torch.Tag.nondeterministic_seeded not in op.tags:
+        return _POINTWISE
+    return found

@@ -1,14 +1,14 @@
-"""Lines of ops that write a value into a part of another: the dimension that is written along is needed whole, except
-for a run of it, which is a segment."""
+"""Lines of ops that write a value into a part of another. They need the dimension that is written along whole, unless
+what is written is one stretch of it, a segment."""
 
 from __future__ import annotations
 
 import torch
 
-from tpcompiler.ops.call import Call, Line, letters
+from tpcompiler.ops.record import Line, OpCall, letters
 
 
-def slice_scatter(call: Call) -> Line:
+def slice_scatter(call: OpCall) -> Line:
     base, source = call.shape(0), call.shape(1)
     d, i = letters(call.rank()), call.dim()
     n, m = base[i], source[i]
@@ -22,13 +22,8 @@ def slice_scatter(call: Call) -> Line:
     return _written(_with(d, i, f"({' | '.join(x for x, _ in parts)})"), _with(d, i, f"q{i}")), dict(parts)
 
 
-def select_scatter(call: Call) -> Line:
-    d, i = letters(call.rank()), call.dim()
-    return _written(_with(d, i, f"d{i}!"), d[:i] + d[i + 1 :])
-
-
-def scatter(call: Call) -> Line:
-    """scatter, scatter_add: along the other dimensions an element goes to where it stands, if sizes agree."""
+def scatter(call: OpCall) -> Line:
+    """scatter, scatter_add: along the other dimensions an element keeps its place, if the sizes agree."""
     i, shapes = call.dim(), [s for s in call.operands if s is not None]
     sides = []
     for name, shape in zip("dps", shapes, strict=False):
@@ -37,7 +32,7 @@ def scatter(call: Call) -> Line:
     return f"{', '.join(sides)} -> {sides[0]}"
 
 
-def index_put(call: Call) -> Line:
+def index_put(call: OpCall) -> Line:
     """x[…, i, …] = y: what is indexed is needed whole."""
     slots = [*call.args["indices"], *[None] * (call.rank() - len(call.args["indices"]))]
     used = [i for i, s in enumerate(slots) if s is not None]
@@ -53,13 +48,6 @@ def index_put(call: Call) -> Line:
         return None
     sides = [base, *(new[len(new) - len(s) :] for s in picked), put[len(put) - len(values) :]]
     return f"{', '.join(' '.join(x) for x in sides)} -> {' '.join(base)}"
-
-
-def index_add(call: Call) -> Line:
-    """index_add, index_copy: rows of the second value go to rows of the first."""
-    d, i = letters(call.rank()), call.dim()
-    base = " ".join(_with(d, i, f"d{i}!"))
-    return f"{base}, n!, {' '.join(_with(d, i, 'n!'))} -> {base}"
 
 
 def _with(d: list[str], i: int, item: str) -> list[str]:

@@ -7,24 +7,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import fx
 
 from tpcompiler import runtime
 from tpcompiler.axes.infer import AxisMap, Relation
 from tpcompiler.errors import PlanError
-from tpcompiler.graphs import ORIGIN, call
+from tpcompiler.graphs import ORIGIN, call, layout_of, place_node, placed
 from tpcompiler.layout import Dim, Factor, LocalRuns, Over
 from tpcompiler.ops.operands import bind, op_name
 from tpcompiler.partition.folded import apart, together
 from tpcompiler.plan import Plan
-from tpcompiler.program import Capture
-
-Because = tuple[str, tuple[int, ...]]  # the op and the split axes that a collective is for
+from tpcompiler.program import Capture, Cause, Placed
 
 
 class CannotSplit(PlanError):
-    """Axes that turned out to have no form on one rank. The plan is made again without them."""
+    """Axes that turn out, once a plan is made, to have no form on one rank. The plan is made again without them."""
 
     def __init__(self, node: str, why: str, leaves: tuple[int, ...]) -> None:
         super().__init__(f"{why} (at {node})")
@@ -32,8 +29,8 @@ class CannotSplit(PlanError):
 
 
 @dataclass(frozen=True)
-class Op:
-    """A node of the plain graph that a rule was applied to, and what its operands are on this rank."""
+class Applied:
+    """A node of the plain graph that a rule was applied to, and its operands on this rank."""
 
     node: fx.Node
     relation: Relation
@@ -95,21 +92,28 @@ class Builder:
     def copy(self, node: fx.Node) -> fx.Node:
         return self.describe(self.graph.node_copy(node, self.env.__getitem__), node)
 
-    def describe(self, new: fx.Node, like: fx.Node, dims: Sequence[Dim] | None = None) -> fx.Node:
-        """Give a new node its origin's metadata, and its layout: that of `like` when it is not given."""
+    def describe(
+        self,
+        new: fx.Node,
+        like: fx.Node,
+        dims: Sequence[Dim] | None = None,
+        note: str = "",
+        cause: Cause | None = None,
+    ) -> fx.Node:
+        """Give a new node the metadata of the plain node that it stands for, and its layout (by default the plan's)."""
         for key in ("val", *ORIGIN):
             if key in like.meta and key not in new.meta:
                 new.meta[key] = like.meta[key]
-        if dims is None and like.name in self.axes.cut:
-            dims = self.dims(self.axes.relations[like.name].results[0])
-        if dims is None and like.name in self.axes.values:
-            found = [self.dims(terms) for terms in self.axes.values[like.name]]
-            if isinstance(like.meta.get("val"), torch.Tensor):
-                dims = found[0]
-            else:
-                new.meta["dims_of"] = tuple(found)
+        known = placed(new)
         if dims is not None:
-            new.meta["dims"] = tuple(dims)
+            layouts: tuple[tuple[Dim, ...], ...] = (tuple(dims),)
+        elif like.name in self.axes.cut:
+            layouts = (self.dims(self.axes.relations[like.name].results[0]),)
+        elif like.name in self.axes.values:
+            layouts = tuple(self.dims(terms) for terms in self.axes.values[like.name])
+        else:
+            layouts = known.layouts
+        place_node(new, Placed(layouts, note or known.note, cause or known.cause))
         return new
 
     def insert(
@@ -119,27 +123,23 @@ class Builder:
         like: fx.Node,
         note: str,
         dims: Sequence[Dim] | None = None,
-        because: Because | None = None,
+        cause: Cause | None = None,
     ) -> fx.Node:
-        """A node of the runtime. `because`: of which op and axes, for the list of collectives."""
-        new = self.describe(self.call(target, *args), like, dims)
-        new.meta["note"] = note
-        if because is not None:
-            new.meta["because"] = because
-        return new
+        """Add a call of a runtime operator. `cause` says which op and axes need it, for the list of collectives."""
+        return self.describe(self.call(target, *args), like, dims, note, cause)
 
-    def enter(self, value: fx.Node, source: fx.Node, over: Over, because: Because) -> fx.Node:
+    def enter(self, value: fx.Node, source: fx.Node, over: Over, cause: Cause) -> fx.Node:
         """A value whose gradient is a sum over ranks (Megatron's f). `source`: the plain value that it was made of."""
         if (value, over) not in self._entered:
             self._entered[value, over] = self.insert(
-                runtime.enter, (value, over), source, "backward: all-reduce", value.meta.get("dims"), because
+                runtime.enter, (value, over), source, "backward: all-reduce", layout_of(value), cause
             )
         return self._entered[value, over]
 
     def take(self, value: fx.Node, source: fx.Node, i: int, dim: Dim) -> fx.Node:
         """This rank's part of a value that it holds whole: dimension `i` becomes `dim`."""
         if (value, i, dim) not in self._taken:
-            dims = list(value.meta.get("dims") or [Factor(1)] * source.meta["val"].dim())
+            dims = list(layout_of(value) or [Factor(1)] * source.meta["val"].dim())
             dims[i] = dim
             opened = apart(self.graph, value, i, dim, whole=True)
             args = (opened.value, opened.at, LocalRuns(opened.dim))

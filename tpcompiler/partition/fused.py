@@ -1,7 +1,8 @@
-"""Fused products of which only some segments are split (one kv head: q split, k and v whole) are taken apart.
+"""Takes a fused product apart when only some of its segments are split (one kv head: q is split, k and v are whole).
 
-The input's gradient is the sum of the segments': of the split ones it is partial, of the whole ones it is not, and no
-one `enter` is right for both. So each segment becomes a product of its own, and the results are joined again.
+The input's gradient is the sum of the segments' gradients. Those of split segments are partial and those of whole ones
+are not, so that no single `enter` is right for both. Each segment becomes a product of its own, and the results are
+joined again.
 """
 
 from __future__ import annotations
@@ -9,22 +10,25 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from tpcompiler.axes.infer import Relation
+from tpcompiler.graphs import layout_of
 from tpcompiler.layout import Concat, Dim, LocalSize, Product, size_argument
 from tpcompiler.ops.operands import bind, op_name
+from tpcompiler.ops.record import WeightProduct
 from tpcompiler.partition.builder import Builder
+from tpcompiler.partition.contraction import multiplied
+from tpcompiler.program import Cause
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A dimension `(before (part | part | …) after)` of whose segments only some are split."""
+    """A dimension `(before (part | part | …) after)` with some segments split and others whole."""
 
     before: tuple[Dim, ...]
     parts: tuple[Dim, ...]
@@ -36,7 +40,7 @@ class Fused:
 
     @property
     def place(self) -> int:
-        """Where the segments stand among the dimensions that this one is opened into."""
+        """The place of the segments among the dimensions that this one is opened into."""
         return int(bool(self.before))
 
     @property
@@ -48,19 +52,9 @@ class Fused:
         return part if self.plain else Product((*self.before, part, *self.after))
 
     def sizes(self, part: Dim) -> list[LocalSize | int]:
-        """Sizes of the dimensions that the fused one is opened into, with `part` in the segments' place."""
+        """Sizes of the dimensions that the fused one is opened into, with `part` in place of the segments."""
         dims = [Product(d) if len(d) > 1 else d[0] for d in (self.before, (part,), self.after) if d]
         return [size_argument(d) for d in dims]
-
-
-@dataclass(frozen=True)
-class Multiplied:
-    """A product with one weight: `x @ weight + bias`, or as `linear` has it. `along`: the weight's output dimension."""
-
-    x: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    along: int
 
 
 def uneven_segments(dim: Dim) -> Fused | None:
@@ -75,20 +69,20 @@ def uneven_segments(dim: Dim) -> Fused | None:
 
 
 def _flat(segments: Concat) -> tuple[Dim, ...]:
-    """The segments, those of segments among them."""
+    """The segments, with nested segments listed one by one."""
     return tuple(x for p in segments.parts for x in (_flat(p) if isinstance(p, Concat) else (p,)))
 
 
 def split_in_part(dim: Dim) -> bool:
-    """Whether any segments of a dimension, however deep, are not split alike."""
+    """Whether a dimension has segments, at any depth, that are not split alike."""
     if isinstance(dim, Concat) and len({p.over for p in dim.parts}) > 1:
         return True
     return isinstance(dim, Concat | Product) and any(map(split_in_part, dim.parts))
 
 
 def is_mixed(b: Builder, relation: Relation) -> bool:
-    """Whether the result is split in some of its segments only, and an operand lacks what splits them: its gradient
-    would count the whole segments once a rank."""
+    """Whether the result is split in some of its segments only while an operand is not split. The operand's gradient
+    would then count the whole segments once for each rank."""
     if not any(uneven_segments(d) for dims in relation.results for d in b.dims(dims)):
         return False
     present = b.over([t for dims in relation.results for t in dims])
@@ -99,15 +93,16 @@ def is_mixed(b: Builder, relation: Relation) -> bool:
 
 
 def take_apart(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
-    """A product whose weight is fused from segments, as one product a segment, each with an `enter` of its own.
+    """Replaces a product with a fused weight by one product for each segment, each with an `enter` of its own.
 
-    Raises `CannotSplit` for ops that are no such product.
+    Raises `CannotSplit` for an op that is no such product.
     """
     terms = relation.results[0]
     *lead, last = dims = b.dims(terms)
-    found, fused = _multiplied(node), uneven_segments(last)
+    product, fused, args = relation.rule.product, uneven_segments(last), bind(node)
     if (
-        found is None
+        product is None
+        or not relation.rule.adds_up(args)
         or fused is None
         or any(map(split_in_part, fused.parts))
         or any(d.over for d in lead)
@@ -115,46 +110,43 @@ def take_apart(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
     ):
         uneven = [t for t, d in zip(terms, dims, strict=True) if uneven_segments(d) is not None]
         raise b.refuse(node, f"{op_name(node)} of segments of which some are split", *uneven)
-    weights = _segments(b, found.weight, found.along, fused)
-    biases = [None] * len(weights) if found.bias is None else _segments(b, found.bias, -1, fused)
+    x, bias = args[product.x], args.get(product.bias)
+    weights = _segments(b, args[product.weight], product.along, fused)
+    biases = [None] * len(weights) if bias is None else _segments(b, bias, -1, fused)
     at = len(lead)
     out = []
-    for part, w, bias in zip(fused.parts, weights, biases, strict=True):
+    for part, w, vector in zip(fused.parts, weights, biases, strict=True):
         piece = fused.around(part)
-        value = b.env[found.x]
-        if piece.over and found.x.name in b.axes.grads:
+        value = b.env[x]
+        if piece.over and x.name in b.axes.grads:
             leaves = tuple(a for a in b.split_axes(terms[-1:]) if set(b.plan.split[a]) <= set(piece.over))
-            value = b.enter(value, found.x, b.in_order(set(piece.over)), (op_name(node), leaves))
-        new = _product(b, node, value, w, bias, [*lead, piece])
+            value = b.enter(value, x, b.in_order(set(piece.over)), Cause(op_name(node), leaves))
+        new = _piece(b, node, product, value, w, vector, [*lead, piece])
         out.append(new if fused.plain else b.call(aten.unflatten.int, new, at, fused.sizes(part)))
     return _joined(b, out, at, fused, node, dims)
 
 
-def _multiplied(node: fx.Node) -> Multiplied | None:
-    name, args = op_name(node), bind(node)
-    if name == "linear":
-        return Multiplied(args["input"], args["weight"], args["bias"], 0)
-    if name in ("matmul", "mm"):
-        return Multiplied(args["self"], args[{"mm": "mat2"}.get(name, "other")], None, -1)
-    if name == "addmm" and args["beta"] == 1 and args["alpha"] == 1:
-        return Multiplied(args["mat1"], args["mat2"], args["self"], -1)
-    return None
-
-
-def _product(
-    b: Builder, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, dims: Sequence[Dim]
+def _piece(
+    b: Builder,
+    node: fx.Node,
+    product: WeightProduct,
+    x: fx.Node,
+    weight: fx.Node,
+    bias: fx.Node | None,
+    dims: Sequence[Dim],
 ) -> fx.Node:
-    extra: tuple[Any, ...] = () if bias is None else (bias,)
-    if op_name(node) == "linear":
-        return b.describe(b.call(node.target, x, weight, *extra), node, dims)
-    new = b.describe(b.call(aten.matmul.default, x, weight), node, dims)
+    if bias is not None and product.along == 0:
+        return b.describe(b.call(aten.linear.default, x, weight, bias), node, dims)
+    new = b.describe(multiplied(b, product, x, weight), node, dims)
     return new if bias is None else b.describe(b.call(aten.add.Tensor, new, bias), node, dims)
 
 
 def _segments(b: Builder, source: fx.Node, along: int, fused: Fused) -> list[fx.Node]:
-    """A parameter's segments, as views: `(kv (q | k | v) d)` is three weights `(kv q d)`, `(kv k d)`, `(kv v d)`."""
+    """A parameter's segments as views: `(kv (q | k | v) d)` becomes `(kv q d)`, `(kv k d)` and `(kv v d)`."""
     value = b.env[source]
-    along %= len(value.meta["dims"])
+    layout = layout_of(value)
+    assert layout is not None
+    along %= len(layout)
     opened = value if fused.plain else b.call(aten.unflatten.int, value, along, fused.sizes(Concat(fused.parts)))
     sizes = [size_argument(p) for p in fused.parts]
     whole = b.call(aten.split_with_sizes.default, opened, sizes, along + fused.place)
@@ -163,7 +155,7 @@ def _segments(b: Builder, source: fx.Node, along: int, fused: Fused) -> list[fx.
         piece = b.call(operator.getitem, whole, i)
         if not fused.plain:
             piece = b.call(aten.flatten.using_ints, piece, along, along + fused.last)
-        dims = list(value.meta["dims"])
+        dims = list(layout)
         dims[along] = fused.around(part)
         piece.meta["val"] = _sized(source.meta["val"], along, dims[along].size)
         out.append(b.describe(piece, source, dims))
@@ -171,7 +163,7 @@ def _segments(b: Builder, source: fx.Node, along: int, fused: Fused) -> list[fx.
 
 
 def _joined(b: Builder, pieces: list[fx.Node], at: int, fused: Fused, like: fx.Node, dims: Sequence[Dim]) -> fx.Node:
-    """The segments' results joined again as the fused product gives them."""
+    """Joins the results of the segments as the fused product gives them."""
     if fused.plain:
         return b.describe(b.call(aten.cat.default, pieces, -1), like, dims)
     joined = b.call(aten.cat.default, pieces, at + fused.place)

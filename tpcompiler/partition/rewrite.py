@@ -10,10 +10,10 @@ from torch import fx
 
 from tpcompiler import runtime
 from tpcompiler.axes.infer import AxisMap, Relation
-from tpcompiler.graphs import erase_dead
+from tpcompiler.graphs import erase_dead, layout_of
 from tpcompiler.layout import Factor, LocalRuns, unsplit
 from tpcompiler.ops.operands import op_name
-from tpcompiler.partition.builder import Builder, Op
+from tpcompiler.partition.builder import Applied, Builder
 from tpcompiler.partition.contraction import contraction
 from tpcompiler.partition.dropout import dropout
 from tpcompiler.partition.folded import Folded, apart, together
@@ -21,7 +21,7 @@ from tpcompiler.partition.fused import is_mixed, split_in_part, take_apart
 from tpcompiler.partition.local import local
 from tpcompiler.partition.special import special_form
 from tpcompiler.plan import Plan
-from tpcompiler.program import Capture, Program
+from tpcompiler.program import Capture, Cause, Program
 from tpcompiler.spec.schema import Spec
 
 aten = torch.ops.aten
@@ -64,7 +64,7 @@ def _op(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
     for term in (*relation.contracted, *relation.special):
         if split_in_part(b.dim(term)):  # a sum over ranks would count the whole segments once a rank
             raise b.refuse(node, f"{op_name(node)} over segments of which some are split", term)
-    op = Op(node, relation, ChainMap(_operands(b, node, relation), b.env))
+    op = Applied(node, relation, ChainMap(_operands(b, node, relation), b.env))
     if special := b.over(relation.special):
         return special_form(b, op, special)
     if partial := b.over(relation.contracted):
@@ -87,8 +87,10 @@ def _operands(b: Builder, node: fx.Node, relation: Relation) -> dict[fx.Node, fx
             lacking = b.lacking(operand.dims, present)
             if lacking and source.name in b.axes.grads:
                 mine = b.split_axes(operand.dims)
-                because = (op_name(node), tuple(a for a in b.split_axes(everywhere) if a not in mine))
-                value = b.enter(value, source, lacking, because)
+                cause = Cause(
+                    op_name(node), tuple(a for a in b.split_axes(everywhere) if a not in mine), relation.rule.form
+                )
+                value = b.enter(value, source, lacking, cause)
         else:
             for i, term in enumerate(operand.dims):
                 if b.over([term]):
@@ -102,7 +104,7 @@ def _sliced(b: Builder, node: fx.Node, value: fx.Node) -> fx.Node:
     terms = b.axes.values[node.name][0]
     over = b.over(terms)
     if over and node.name in b.axes.grads:
-        value = b.enter(value, node, over, (op_name(node), b.split_axes(terms)))
+        value = b.enter(value, node, over, Cause(op_name(node), b.split_axes(terms)))
     for i, term in enumerate(terms):
         if b.over([term]):
             value = b.take(value, node, i, b.dim(term))
@@ -127,13 +129,13 @@ def _output(b: Builder, node: fx.Node, spec: Spec) -> None:
 def _whole(b: Builder, value: fx.Node) -> fx.Node:
     """A value as the plain model gives it, every split dimension gathered."""
     new = b.env[value]
-    for i, dim in enumerate(new.meta.get("dims", ())):
+    for i, dim in enumerate(layout_of(new) or ()):
         if dim.over:
-            dims = list(new.meta["dims"])
+            dims = list(layout_of(new) or ())
             dims[i] = unsplit(dim)
             opened = apart(b.graph, new, i, dim, whole=False)
-            because = ("output", b.split_axes([b.axes.values[value.name][0][i]]))
+            cause = Cause("output", b.split_axes([b.axes.values[value.name][0][i]]))
             args = (opened.value, dim.over, opened.at, LocalRuns(opened.dim))
-            new = b.insert(runtime.gather, args, value, "all-gather", dims, because)
+            new = b.insert(runtime.gather, args, value, "all-gather", dims, cause)
             new = b.describe(together(b.graph, new, opened), value, dims)
     return new

@@ -1,4 +1,4 @@
-"""Ops with a form of their own for a part of an axis: lookups, the vocabulary-parallel loss, norms over split axes."""
+"""Ops with a special form for a part of an axis: lookups, the vocabulary-parallel loss, norms over split axes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from torch import fx
 
 from tpcompiler import runtime
 from tpcompiler.layout import LocalRuns, Over
-from tpcompiler.partition.builder import Builder, Op
+from tpcompiler.partition.builder import Applied, Builder
 from tpcompiler.partition.contraction import reduced
+from tpcompiler.program import Cause
 
 
-def special_form(b: Builder, op: Op, over: Over) -> fx.Node:
-    """The runtime's form of the op. Raises `CannotSplit` when there is none: a rule of the user's may ask for any."""
-    if op.name not in _FORMS:
-        raise b.refuse(op.node, f"{op.name} has no form for a part of it", *op.relation.special)
-    return _FORMS[op.name](b, op, over)
+def special_form(b: Builder, op: Applied, over: Over) -> fx.Node:
+    """The runtime's operator that the op's record names as its form."""
+    return _FORMS[op.relation.rule.form](b, op, over)
 
 
-def _lookup(b: Builder, op: Op, over: Over) -> fx.Node:
-    """Rows held elsewhere are zero: the sum over ranks is the embedding."""
+def _lookup(b: Builder, op: Applied, over: Over) -> fx.Node:
+    """Rows that other ranks hold are zero here, so that the sum over ranks is the embedding."""
     table = next(o for o in op.relation.operands if o.node == op.args["weight"].name)
     assert table.dims is not None
     rows = LocalRuns(b.dim(table.dims[0]))
@@ -29,28 +28,29 @@ def _lookup(b: Builder, op: Op, over: Over) -> fx.Node:
     return reduced(b, op, new, over)
 
 
-def _norm(b: Builder, op: Op, over: Over) -> fx.Node:
-    """Statistics are summed over ranks: one number a token, not the value."""
+def _norm(b: Builder, op: Applied, over: Over) -> fx.Node:
+    """Sums statistics over ranks, one number for each token, and never the value itself."""
     args, inputs = op.args, op.inputs
     (size,) = args["normalized_shape"]
-    names = ("weight", "bias") if op.name == "layer_norm" else ("weight",)
+    form = op.relation.rule.form
+    names = ("weight", "bias") if form == "layer_norm" else ("weight",)
     vectors = (None if args[n] is None else inputs[args[n]] for n in names)
     call = (inputs[args["input"]], over, size, *vectors, args["eps"])
-    because = (op.name, b.split_axes(op.relation.special))
+    cause = Cause(op.name, b.split_axes(op.relation.special), op.relation.rule.form)
     dims = b.dims(op.relation.results[0])
-    return b.insert(getattr(runtime, op.name), call, op.node, "all-reduces of a number a token", dims, because)
+    return b.insert(getattr(runtime, form), call, op.node, "all-reduces of a number a token", dims, cause)
 
 
-def _cross_entropy(b: Builder, op: Op, over: Over) -> fx.Node:
-    """Of logits that are split over the vocabulary: they are never gathered."""
+def _cross_entropy(b: Builder, op: Applied, over: Over) -> fx.Node:
+    """The loss of logits that are split over the vocabulary and never gathered."""
     args, inputs = op.args, op.inputs
     logits = op.relation.operands[0]
     assert logits.dims is not None
     rows = LocalRuns(b.dim(logits.dims[min(1, len(logits.dims) - 1)]))
     call = (inputs[args["self"]], inputs[args["target"]], over, rows)
-    because = (op.name, b.split_axes(op.relation.special))
+    cause = Cause(op.name, b.split_axes(op.relation.special), op.relation.rule.form)
     dims = b.dims(op.relation.results[0])
-    new = b.insert(runtime.cross_entropy, call, op.node, "all-reduces of a few numbers a token", dims, because)
+    new = b.insert(runtime.cross_entropy, call, op.node, "all-reduces of a few numbers a token", dims, cause)
     given = {
         "weight": None if args["weight"] is None else inputs[args["weight"]],
         "reduction": ("none", "mean", "sum")[args["reduction"]],
@@ -62,9 +62,9 @@ def _cross_entropy(b: Builder, op: Op, over: Over) -> fx.Node:
     return new
 
 
-_FORMS: dict[str, Callable[[Builder, Op, Over], fx.Node]] = {
-    "embedding": _lookup,
+_FORMS: dict[str, Callable[[Builder, Applied, Over], fx.Node]] = {
+    "lookup": _lookup,
     "layer_norm": _norm,
     "rms_norm": _norm,
-    "cross_entropy_loss": _cross_entropy,
+    "loss": _cross_entropy,
 }

@@ -19,9 +19,20 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.graphs import copy_graph, erase_dead, operand, origin, over
-from tpcompiler.layout import Factor, Over
-from tpcompiler.program import Program
+from tpcompiler.graphs import (
+    cause_of,
+    copy_graph,
+    copy_value,
+    erase_dead,
+    layout_of,
+    note_of,
+    operand,
+    origin,
+    over,
+    place_node,
+)
+from tpcompiler.layout import Dim, Factor, Over
+from tpcompiler.program import Placed, Program
 
 aten = torch.ops.aten
 LARGEST = 64  # nodes between a value and what enters: a norm, a projection with its rotation
@@ -87,7 +98,7 @@ def _meet(graph: fx.Graph, carriers: set[fx.Node]) -> None:
             with graph.inserting_after(x):
                 entered = graph.call_function(runtime.enter, (x, names))
             first = regions[0].enter
-            entered.meta = {**x.meta, "note": first.meta.get("note", ""), "because": first.meta.get("because")}
+            copy_value(entered, x, note_of(first), cause_of(first))
         else:
             x.append(entered)
         for region in regions:
@@ -123,7 +134,7 @@ def _region(enter: fx.Node, carriers: set[fx.Node]) -> Region | None:
     parameters = tuple(sorted(n for n in frontier if n.op == "placeholder"))  # in one order on all ranks
     if len(sources) != 1 or start.op != "call_function" or not isinstance(sources[0].meta.get("val"), torch.Tensor):
         return None
-    if any(set(d.over) & set(over(enter)) for d in sources[0].meta.get("dims", ())):
+    if any(set(d.over) & set(over(enter)) for d in layout_of(sources[0]) or ()):
         return None  # segments of it are split: ranks hold different ones, which cannot be summed
     return Region(enter, sources[0], frozenset(nodes), parameters)
 
@@ -136,7 +147,7 @@ def _replace_source(region: Region, entered: fx.Node) -> None:
 
 def _enter_vectors(graph: fx.Graph, regions: list[Region], names: Over) -> None:
     """The norms' vectors together: one small all-reduce for all of them."""
-    vectors = list(dict.fromkeys(p for r in regions for p in r.parameters if not any(d.over for d in p.meta["dims"])))
+    vectors = list(dict.fromkeys(p for r in regions for p in r.parameters if not any(d.over for d in _layout(p))))
     vectors = [p for p in vectors if p.meta["val"].dim() == 1 and p.meta["val"].dtype == vectors[0].meta["val"].dtype]
     if len(vectors) < 2:
         return
@@ -149,12 +160,15 @@ def _enter_vectors(graph: fx.Graph, regions: list[Region], names: Over) -> None:
         parts = graph.call_function(aten.split_with_sizes.default, (entered, sizes, 0))
         pieces = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(vectors))]
     val = vectors[0].meta["val"].new_empty([sum(sizes)])
-    for node in (joined, entered):
-        node.meta = {**origin(first), "val": val, "dims": (Factor(sum(sizes)),)}
-    entered.meta |= {"note": "backward: all-reduce", "because": regions[0].enter.meta.get("because")}
-    parts.meta = {**origin(first), "val": [p.meta["val"] for p in vectors]}
+    for node in (joined, entered, parts, *pieces):
+        node.meta = {**origin(first), "val": val}
+    parts.meta["val"] = [p.meta["val"] for p in vectors]
+    whole = ((Factor(sum(sizes)),),)
+    place_node(joined, Placed(whole))
+    place_node(entered, Placed(whole, "backward: all-reduce", cause_of(regions[0].enter)))
     for piece, p in zip(pieces, vectors, strict=True):
-        piece.meta = {**origin(first), "val": p.meta["val"], "dims": p.meta["dims"]}
+        piece.meta["val"] = p.meta["val"]
+        place_node(piece, Placed((_layout(p),)))
         for node in inside:
             node.replace_input_with(p, piece)
 
@@ -165,7 +179,7 @@ def _enter_parameters(graph: fx.Graph, region: Region, names: Over) -> list[fx.N
     for p in region.parameters:
         if not any(p in node.all_input_nodes for node in region.nodes):
             continue  # entered together with others
-        split = {n for d in p.meta.get("dims", ()) for n in d.over}
+        split = {n for d in _layout(p) for n in d.over}
         lacking = tuple(n for n in names if n not in split)
         if not lacking:
             continue
@@ -175,12 +189,16 @@ def _enter_parameters(graph: fx.Graph, region: Region, names: Over) -> list[fx.N
         if entered is None:
             with graph.inserting_before(first):
                 entered = graph.call_function(runtime.enter, (p, lacking))
-            about = {"note": "backward: all-reduce", "because": region.enter.meta.get("because")}
-            entered.meta = {**p.meta, **about, **origin(first)}
+            copy_value(entered, p, "backward: all-reduce", cause_of(region.enter))
+            entered.meta.update(origin(first))
         out.append(entered)
         for node in region.nodes:
             node.replace_input_with(p, entered)
     return out
+
+
+def _layout(node: fx.Node) -> tuple[Dim, ...]:
+    return layout_of(node) or ()
 
 
 def _ordered(program: Program, names: Iterable[str]) -> Over:

@@ -8,15 +8,14 @@ counter-based mask is the same on all ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.graphs import copy_graph, erase_dead, operand, over, value_meta
+from tpcompiler.graphs import cause_of, copy_graph, copy_value, erase_dead, operand, over, partial_note
 from tpcompiler.layout import Over
-from tpcompiler.program import Program
+from tpcompiler.program import Cause, Program
 
 aten = torch.ops.aten
 
@@ -28,7 +27,7 @@ class Open:
     partial: fx.Node
     over: Over
     rest: fx.Node | None
-    because: Any
+    cause: Cause | None
 
 
 def merge_reductions(program: Program) -> Program:
@@ -71,8 +70,8 @@ def _merge(graph: fx.Graph, node: fx.Node) -> None:
         a, b = _open(graph, operand(node)), _open(graph, operand(node, 1))
         partial = _add(graph, a.partial, b.partial, node)
         total = graph.call_function(runtime.reduce, (partial, a.over))
-        total.meta = {**node.meta, "note": "all-reduce", "because": a.because}
-        partial.meta["note"] = f"partial over {'·'.join(a.over)}"
+        copy_value(total, node, "all-reduce", a.cause)
+        copy_value(partial, node, partial_note(a.over))
         out = total
         for rest in (a.rest, b.rest):
             if rest is not None:
@@ -82,7 +81,7 @@ def _merge(graph: fx.Graph, node: fx.Node) -> None:
 
 def _open(graph: fx.Graph, node: fx.Node) -> Open:
     if node.target is runtime.reduce:
-        return Open(operand(node), over(node), None, node.meta.get("because"))
+        return Open(operand(node), over(node), None, cause_of(node))
     if node.target is runtime.dropout:
         inner = _open(graph, operand(node))
         return replace(
@@ -97,9 +96,7 @@ def _open(graph: fx.Graph, node: fx.Node) -> Open:
 
 
 def _add(graph: fx.Graph, a: fx.Node, b: fx.Node, like: fx.Node) -> fx.Node:
-    new = graph.call_function(aten.add.Tensor, (a, b))
-    new.meta = value_meta(like)
-    return new
+    return copy_value(graph.call_function(aten.add.Tensor, (a, b)), like)
 
 
 def _dropped(graph: fx.Graph, x: fx.Node, dropout: fx.Node) -> fx.Node:
@@ -113,6 +110,4 @@ def _expanded(graph: fx.Graph, x: fx.Node, like: fx.Node) -> fx.Node:
     source = operand(like)
     if x.meta["val"].shape == source.meta["val"].shape:
         return x
-    new = graph.call_function(aten.expand_as.default, (x, source))
-    new.meta = value_meta(source)
-    return new
+    return copy_value(graph.call_function(aten.expand_as.default, (x, source)), source)

@@ -14,32 +14,13 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.graphs import copy_graph, erase_dead, example_size, operand, over, value_meta
+from tpcompiler.graphs import cause_of, copy_graph, copy_value, erase_dead, example_size, operand, over, partial_note
 from tpcompiler.layout import Over
+from tpcompiler.ops.operands import tensor_operands
+from tpcompiler.ops.table import UNKNOWN, find
 from tpcompiler.program import Program
 
 aten = torch.ops.aten
-
-# Linear in the first operand, the others being no values that a gradient is taken of.
-_LINEAR = frozenset(
-    {
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.contiguous.default,
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.index.Tensor,
-        aten.index_select.default,
-        aten.neg.default,
-        aten.sum.dim_IntList,
-    }
-)
 
 
 def sink_reductions(program: Program) -> Program:
@@ -55,7 +36,7 @@ def sink_reductions(program: Program) -> Program:
 
 
 @dataclass(frozen=True)
-class Step:
+class LinearStep:
     """An op that is linear in the value before it, and what it scales that by, if anything."""
 
     node: fx.Node
@@ -63,7 +44,7 @@ class Step:
 
 
 def _sink(graph: fx.Graph, node: fx.Node, trainable: set[str], to_meet: bool) -> None:
-    path: list[Step] = []
+    path: list[LinearStep] = []
     while (step := _next(path[-1].node if path else node)) is not None:
         path.append(step)
     if not path:
@@ -78,12 +59,12 @@ def _sink(graph: fx.Graph, node: fx.Node, trainable: set[str], to_meet: bool) ->
         return
     path[0].node.replace_input_with(node, operand(node))
     for step in path:
-        step.node.meta = {**step.node.meta, "note": f"partial over {'·'.join(over(node))}"}
+        copy_value(step.node, step.node, partial_note(over(node)))
     for at, weight in weighed:
         at.replace_input_with(weight, _entered(graph, weight, node, at))
     with graph.inserting_after(best.node):
         total = graph.call_function(runtime.reduce, (best.node, over(node)))
-    total.meta = {**value_meta(best.node), "note": "all-reduce", "because": node.meta.get("because")}
+    copy_value(total, best.node, "all-reduce", cause_of(node))
     best.node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
     graph.erase_node(node)
 
@@ -98,7 +79,7 @@ def _meets(value: fx.Node, names: Over) -> bool:
     return reduced and over(other) == names  # type: ignore[arg-type]
 
 
-def _next(value: fx.Node) -> Step | None:
+def _next(value: fx.Node) -> LinearStep | None:
     """The op that a value goes to, when it is linear in it, keeps its dtype, and nobody else uses the value."""
     if len(value.users) != 1:
         return None
@@ -107,19 +88,17 @@ def _next(value: fx.Node) -> Step | None:
     fx.map_arg((node.args, node.kwargs), used.append)
     if not isinstance(made, torch.Tensor) or made.dtype != value.meta["val"].dtype or used.count(value) != 1:
         return None
-    others = [n for n in used if n is not value]
-    if node.target in _LINEAR and node.args[0] is value:
-        return Step(node, None)
-    if node.target is aten.mul.Tensor or (node.target is aten.div.Tensor and node.args[0] is value):
-        return Step(node, others[0] if others else None)
-    return None
+    operands = tensor_operands(node)
+    if operands.index(value) not in (find(node.target) or UNKNOWN).linear:
+        return None
+    weights = [n for n in operands if n is not None and n is not value and n.meta["val"].is_floating_point()]
+    return LinearStep(node, weights[0] if weights else None)
 
 
 def _entered(graph: fx.Graph, w: fx.Node, reduction: fx.Node, step: fx.Node) -> fx.Node:
     with graph.inserting_before(step):
         new = graph.call_function(runtime.enter, (w, over(reduction)))
-    new.meta = {**value_meta(w), "note": "backward: all-reduce", "because": reduction.meta.get("because")}
-    return new
+    return copy_value(new, w, "backward: all-reduce", cause_of(reduction))
 
 
 def _carries(node: fx.Node, trainable: set[str]) -> bool:

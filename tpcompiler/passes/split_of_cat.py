@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tpcompiler.graphs import call, copy_graph, erase_dead, operand, value_meta
+from tpcompiler.graphs import call, copy_graph, copy_value, erase_dead, layout_of, operand
 from tpcompiler.layout import Concat, Dim, LocalSize
 from tpcompiler.program import Program
 
@@ -54,7 +54,7 @@ def _pieces(node: fx.Node) -> list[list[fx.Node]] | None:
 
 def _same(parts: list[fx.Node], along: int, size: LocalSize | int) -> bool:
     """Whether values laid end to end are what a size, of this rank, says."""
-    dims = [x for p in parts for x in _segments(p.meta["dims"][along])]
+    dims = [x for p in parts for x in _segments((layout_of(p) or ())[along])]
     if isinstance(size, LocalSize):
         return dims == _segments(size.dim)
     return not any(d.over for d in dims) and sum(d.size for d in dims) == size
@@ -69,5 +69,4 @@ def _joined(graph: fx.Graph, parts: list[fx.Node], use: fx.Node) -> fx.Node:
         return parts[0]
     with graph.inserting_before(use):
         new = call(graph, aten.cat.default, (parts, operand(use).args[2]))
-    new.meta = value_meta(use)
-    return new
+    return copy_value(new, use)

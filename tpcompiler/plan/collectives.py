@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.graphs import example_size, operand, over
+from tpcompiler.graphs import cause_of, example_size, layout_of, operand, over
 from tpcompiler.plan import Plan, common_name
-from tpcompiler.program import Collective, Program
+from tpcompiler.program import Cause, Collective, Program
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -63,9 +63,9 @@ class _Reader:
     # -- by operator ------------------------------------------------------------------------------------------------
 
     def reduce(self, node: fx.Node) -> Iterator[Collective]:
-        op, _ = self.because(node)
-        what = "looks up" if op == "embedding" else "contracts"
-        yield self.of_value(node, "all_reduce", FORWARD, f"{op} {what} {self.axis_names(node)}")
+        cause = self.cause(node)
+        what = "looks up" if cause.form == "lookup" else "contracts"
+        yield self.of_value(node, "all_reduce", FORWARD, f"{cause.op} {what} {self.axis_names(node)}")
 
     def enter(self, node: fx.Node) -> Iterator[Collective]:
         yield self.of_value(node, "all_reduce", BACKWARD, f"gradient of what enters {self.axis_names(node)}")
@@ -111,22 +111,22 @@ class _Reader:
         size = dtype.itemsize * prod(shape)
         return Collective(kind, direction, tuple(names), shape, dtype, node.name, self.block(node), reason, size)
 
-    def because(self, node: fx.Node) -> tuple[str, tuple[int, ...]]:
-        """The op and the axes that made the partitioner put it there."""
-        return node.meta.get("because", ("", ()))
+    def cause(self, node: fx.Node) -> Cause:
+        """The op and the split axes that need the collective."""
+        return cause_of(node) or Cause("", ())
 
     def axis_names(self, node: fx.Node) -> str:
-        return " and ".join(dict.fromkeys(self.plan.names[a] for a in self.because(node)[1]))
+        return " and ".join(dict.fromkeys(self.plan.names[a] for a in self.cause(node).axes))
 
     def block(self, node: fx.Node) -> str:
         """`h.3.mlp · mlp`: the block whose axis is the reason."""
-        op, axes = self.because(node)
-        if not axes:
+        cause = self.cause(node)
+        if not cause.axes:
             return "model · other"
-        fact = self.plan.facts.axes[axes[0]]
+        fact = self.plan.facts.axes[cause.axes[0]]
         kind = fact.kinds[0]
         if len(fact.kinds) > 1:  # a tied vocabulary is looked up at one end and contracted at the other
-            kind = "embedding" if op == "embedding" else "head" if "head" in fact.kinds else kind
+            kind = "embedding" if cause.form == "lookup" else "head" if "head" in fact.kinds else kind
         split = any(b.kind == kind and fact.parameters[0] in b.parameters for b in self.plan.blocks)
         return f"{common_name(fact.parameters)} · {kind if split else fact.kinds[0]}"
 
@@ -134,7 +134,7 @@ class _Reader:
         """A value's shape on rank 0 at the example's sizes."""
         mesh = self.program.mesh
         shape = [example_size(n) for n in node.meta["val"].shape]
-        for i, dim in enumerate(node.meta.get("dims") or ()):
+        for i, dim in enumerate(layout_of(node) or ()):
             if not dim.over:
                 continue
             if dim.dynamic_size:

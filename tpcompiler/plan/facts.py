@@ -17,7 +17,6 @@ from torch import fx
 
 from tpcompiler.axes.algebra import Mark
 from tpcompiler.axes.map import AxisMap, Dims
-from tpcompiler.ops.operands import op_name
 from tpcompiler.plan.tally import HEAD, Tally
 from tpcompiler.program import Capture
 
@@ -63,7 +62,7 @@ def gather_facts(capture: Capture, axes: AxisMap) -> Facts:
                 if p.name not in members[leaf]:
                     members[leaf].append(p.name)
                 roles[leaf]["parameter", p.shape, i, place] += 1
-    tables = [r.operands[0].node for n, r in axes.relations.items() if op_name(nodes[n]) == "embedding"]
+    tables = [r.operands[0].node for r in axes.relations.values() if r.rule.form == "lookup"]
     tally = Tally(axes, nodes, roles, max((prod(axes.sizes[t][0]) for t in tables), default=0))
     for name, relation in axes.relations.items():
         tally.relation(nodes[name], relation)

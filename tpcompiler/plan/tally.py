@@ -50,11 +50,12 @@ class Tally:
         inside = {leaf for dims in relation.results for leaf in axes.axes_of(dims)} | contracted
         for leaf in inside:
             self.roles[leaf][op, relation.pattern, leaf in contracted] += 1
-        if op == "scaled_dot_product_attention" or relation.contracted:
-            self._attention(relation, inside, fused=not relation.contracted)
+        fused = len(relation.rule.products) > 1
+        if fused or relation.contracted:
+            self._attention(relation, inside, fused=fused)
         self._special(node, relation)
         for leaf in contracted:
-            elements = 1 if op == "cross_entropy_loss" else self._static(node.name)[0]
+            elements = 1 if relation.rule.form == "loss" else self._static(node.name)[0]
             self.forward[leaf] += elements * self._share(node.name)
         for operand in relation.operands:
             if operand.live and operand.dims is not None:
@@ -101,13 +102,11 @@ class Tally:
         return 1.0 if len(self._symbols(name)) >= self.depth or free_unbacked_symbols(val) else 1 / _TOKENS
 
     def _special(self, node: fx.Node, relation: Relation) -> None:
-        op = op_name(node)
+        kind = {"lookup": EMBEDDING, "loss": HEAD}.get(relation.rule.form)
         for leaf in {leaf for t in relation.special for leaf in self.axes.leaves(t)}:
-            if op == "embedding":
-                self.kinds[leaf].add(EMBEDDING)
-            elif op == "cross_entropy_loss":
-                self.kinds[leaf].add(HEAD)
-            else:  # a norm: a few numbers a token
+            if kind is not None:
+                self.kinds[leaf].add(kind)
+            else:  # a norm reduces a few numbers for each token
                 elements = self._static(node.name)[0] / self.axes.terms.size(leaf)
                 self.forward[leaf] += elements * self._share(node.name)
 

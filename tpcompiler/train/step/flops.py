@@ -1,30 +1,31 @@
-"""Model FLOPs, counted from the matrix products of the plain graph, so that every degree reports the same."""
+"""Model FLOPs, counted from the matrix products of the plain graph, so that every degree reports the same number."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-Size = tuple[int, ...]
+from tpcompiler.graphs import tensors
+from tpcompiler.ops.measured import Measured
+from tpcompiler.ops.notation import parse
+from tpcompiler.ops.operands import bind, tensor_operands
+from tpcompiler.ops.record import OpCall
+from tpcompiler.ops.table import UNKNOWN, find
+from tpcompiler.ops.views import Shape
 
 
 def forward_flops(graph: fx.Graph, shapes: Mapping[str, Sequence[int]] | None = None) -> int:
-    """Floating-point operations of the graph's matrix products, 2·m·n·k each; everything else counts nothing.
+    """Floating-point operations of the graph's matrix products, as the ops' records tell them: 2·m·n·k for each.
 
-    `shapes` are those of the input placeholders: they give the graph's symbolic sizes their values. Attention counts
-    whole even where it is causal, as the paper does (arXiv 1909.08053; the formula of arXiv 2104.04473, §5.1).
+    Other ops count nothing. `shapes` are those of the input placeholders, which give the graph's symbolic sizes their
+    values. Attention counts whole even where it is causal, as the paper does (arXiv 1909.08053; the formula of
+    arXiv 2104.04473, §5.1).
     """
     values = _symbols(graph, shapes or {})
-    total = 0
-    for node in graph.nodes:
-        rule = _RULES.get(_op(node)) if node.op == "call_function" else None
-        if rule is not None:
-            total += rule(node, lambda n: _shape(n, values))
-    return total
+    return sum(_product_flops(node, values) for node in graph.nodes if node.op == "call_function")
 
 
 def flops_per_token(graph: fx.Graph, shapes: Mapping[str, Sequence[int]], tokens: int) -> float:
@@ -32,69 +33,20 @@ def flops_per_token(graph: fx.Graph, shapes: Mapping[str, Sequence[int]], tokens
     return 3 * forward_flops(graph, shapes) / tokens
 
 
-ShapeOf = Callable[[Any], Size]
-Rule = Callable[[fx.Node, ShapeOf], int]
-
-
-def _linear(node: fx.Node, shape: ShapeOf) -> int:
-    return 2 * prod(shape(node.args[0])) * shape(node.args[1])[0]
-
-
-def _product(first: int) -> Rule:
-    """The operands stand at `first` and after it; the left one's last dimension is contracted."""
-    return lambda node, shape: 2 * prod(shape(node)) * shape(node.args[first])[-1]
-
-
-def _attention(node: fx.Node, shape: ShapeOf) -> int:
-    query, key = shape(node.args[0]), shape(node.args[1])
-    return 2 * (prod(query) + prod(shape(node))) * key[-2]
-
-
-def _convolution(node: fx.Node, shape: ShapeOf) -> int:
-    return 2 * prod(shape(node)) * prod(shape(node.args[1])[1:])
-
-
-def _einsum(node: fx.Node, shape: ShapeOf) -> int:
-    """Two operands multiply every combination of their indices once; each operand more does so again."""
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    assert isinstance(operands, (list, tuple))
-    if len(operands) < 2:
+def _product_flops(node: fx.Node, values: Mapping[Any, int]) -> int:
+    rule = find(node.target) or UNKNOWN
+    if not rule.sums and not rule.products:
         return 0
-    sizes: dict[str, int] = {}
-    for letters, operand in zip(equation.split("->")[0].split(","), operands, strict=True):
-        for index, size in _named(letters, shape(operand)):
-            sizes[index] = max(size, sizes.get(index, 1))
-    return 2 * (len(operands) - 1) * prod(sizes.values())
-
-
-def _named(letters: str, sizes: Size) -> Iterator[tuple[str, int]]:
-    """Dimensions under an ellipsis are named by their distance from its end, as they broadcast."""
-    before, dots, after = letters.partition("...")
-    hidden = len(sizes) - len(before) - len(after)
-    names = [*before, *(f"...{hidden - i}" for i in range(hidden if dots else 0)), *after]
-    return zip(names, sizes, strict=True)
-
-
-_RULES: dict[str, Rule] = {
-    "aten::linear": _linear,
-    "aten::mm": _product(0),
-    "aten::bmm": _product(0),
-    "aten::matmul": _product(0),
-    "aten::mv": _product(0),
-    "aten::_grouped_mm": _product(0),
-    "aten::addmm": _product(1),
-    "aten::baddbmm": _product(1),
-    "aten::einsum": _einsum,
-    "aten::scaled_dot_product_attention": _attention,
-    "aten::convolution": _convolution,
-    "aten::conv1d": _convolution,
-    "aten::conv2d": _convolution,
-}
-
-
-def _op(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name if schema is not None else ""
+    operands = tensor_operands(node)
+    shapes = tuple(None if n is None else _shape(n.meta["val"], n, values) for n in operands)
+    results = tuple(_shape(v, node, values) for v in tensors(node.meta["val"]))
+    floating = tuple(n is not None and n.meta["val"].is_floating_point() for n in operands)
+    call = OpCall(shapes, results, bind(node), floating)
+    line = rule.pattern(call)
+    if line is None:
+        return 0
+    sizes = {n for shape in (*results, *shapes) for n in shape or ()}
+    return Measured(node.name, parse(line[0]), line[1], call, sizes).flops(rule, call)
 
 
 def _symbols(graph: fx.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[Any, int]:
@@ -107,7 +59,7 @@ def _symbols(graph: fx.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[Any, 
     return values
 
 
-def _shape(node: Any, values: Mapping[Any, int]) -> Size:
+def _shape(value: torch.Tensor, node: fx.Node, values: Mapping[Any, int]) -> Shape:
     def size(n: int | torch.SymInt) -> int:
         if not isinstance(n, torch.SymInt):
             return n
@@ -115,7 +67,7 @@ def _shape(node: Any, values: Mapping[Any, int]) -> Size:
         assert expr.is_number, f"size {n} of {node}: not given by the inputs' shapes"
         return int(expr)
 
-    return tuple(size(n) for n in node.meta["val"].shape)
+    return tuple(size(n) for n in value.shape)
 
 
 # Dense peak rates of matrix products, TFLOP/s, from the makers' data sheets: (16 bit, 32 bit as torch computes it).

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tpcompiler.ops.table import UNKNOWN, find
 from tpcompiler.train.run.config import Train
 
 Forward = Callable[..., Any]
@@ -74,10 +75,7 @@ def _recomputing(selective: bool, forward: Forward) -> Forward:
     return run
 
 
-_PRODUCTS = frozenset({"mm", "addmm", "linear", "_grouped_mm", "convolution"})
-
-
 def _kept(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if op.namespace == "_c10d_functional" or op.overloadpacket.__name__ in _PRODUCTS:
+    if op.namespace == "_c10d_functional" or (find(op) or UNKNOWN).kept:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

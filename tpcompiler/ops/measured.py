@@ -1,0 +1,133 @@
+"""A pattern laid on the shapes of one call: which dimension each letter is, and of what size."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from math import prod
+
+from tpcompiler.errors import RuleError
+from tpcompiler.ops.notation import ELLIPSIS, WHOLE_ELLIPSIS, Group, Item, Letter, Pattern, letters_of
+from tpcompiler.ops.record import OpCall, OpRule
+from tpcompiler.ops.views import Shape
+
+Side = list[tuple[Item, int]]  # one tensor: for each dimension, an item of the pattern and its size
+
+
+class Measured:
+    """The sides of a pattern, and the sizes of its letters. `operands` are those that the call gives, None where the
+    pattern says that an operand's values do not matter.
+
+    `dynamic` holds sizes that stand for ones known at run time only. Raises `RuleError`, with the pattern, the shapes
+    and `where`, when the pattern does not fit.
+    """
+
+    def __init__(
+        self, where: str, pattern: Pattern, sizes: dict[str, int], call: OpCall, dynamic: Container[int]
+    ) -> None:
+        self.where, self.pattern = where, pattern
+        self.whole = set(pattern.marked("whole"))
+        shapes = [s for s in call.operands if s is not None]
+        wanted = _present(pattern, call.operands)
+        if len(wanted) != len(shapes) or len(pattern.results) != len(call.results):
+            raise self.misfit(f"does not fit operands {shapes}")
+        self.operands = [None if x is None else self._side(x, s) for x, s in zip(wanted, shapes, strict=True)]
+        self.results = [self._side(x, s) for x, s in zip(pattern.results, call.results, strict=True)]
+        self._part(dynamic)
+        self.sizes = dict(sizes)
+        self._measure([x for x in self.operands if x is not None] + self.results)
+
+    def misfit(self, why: str) -> RuleError:
+        return RuleError(f"{self.where}: {self.pattern.text!r}: {why}")
+
+    @property
+    def contracted(self) -> set[str]:
+        """Letters that are summed: operands have them, results do not."""
+        return _names(self.operands) - _names(self.results) - self.whole - self.pattern.dropped
+
+    @property
+    def copies(self) -> set[str]:
+        """Letters along which the op copies: results have them, operands do not."""
+        return _names(self.results) - _names(self.operands) - self.whole
+
+    def size(self, item: Letter | Group) -> int:
+        if isinstance(item, Letter):
+            return self.sizes.get(item.name, 1)
+        sizes = [self.size(p) for p in item.parts]
+        return prod(sizes) if item.kind == "product" else sum(sizes)
+
+    def flops(self, rule: OpRule, call: OpCall) -> int:
+        """Floating-point operations of the op's products: one multiplication and one addition for each combination of
+        the letters of two operands."""
+        sides = [*self.operands, *self.results]
+        if rule.products:
+            return sum(2 * self._volume(_names([sides[i], sides[j]])) for i, j in rule.products)
+        if not rule.sums or rule.form:
+            return 0
+        bias = rule.product is not None and call.args.get(rule.product.bias) is not None
+        multiplied = sum(call.floating) - bias
+        return 2 * max(multiplied - 1, 0) * self._volume(_names(self.results) | self.contracted)
+
+    def _volume(self, names: set[str]) -> int:
+        return prod(self.sizes.get(name, 1) for name in names)
+
+    def _side(self, items: tuple[Item, ...], shape: Shape) -> Side:
+        """The letters that `...` covers are numbered from the right."""
+        dots = sum(item in (ELLIPSIS, WHOLE_ELLIPSIS) for item in items)
+        extra = len(shape) - len(items) + dots
+        if extra < 0 or (not dots and extra):
+            raise self.misfit(f"does not fit shape {list(shape)}")
+        covered = [f"~{k}" for k in range(extra - 1, -1, -1)]
+        flat: list[Item] = []
+        for item in items:
+            flat.extend(map(Letter, covered) if item in (ELLIPSIS, WHOLE_ELLIPSIS) else [item])
+            if item == WHOLE_ELLIPSIS:
+                self.whole.update(covered)
+        return list(zip(flat, shape, strict=True))
+
+    def _part(self, dynamic: Container[int]) -> None:
+        """Takes a letter of two sizes, which are equal at run time only, apart into two letters, each needed whole."""
+        sides = [x for x in self.operands if x is not None] + self.results
+        found: dict[str, set[int]] = {}
+        for item, n in (pair for side in sides for pair in side):
+            if isinstance(item, Letter) and n != 1:
+                found.setdefault(item.name, set()).add(n)
+        apart = {name for name, sizes in found.items() if len(sizes) > 1 and any(n in dynamic for n in sizes)}
+        apart -= {x.name for side in sides for item, _ in side if isinstance(item, Group) for x in item.letters()}
+        for side in sides:
+            for k, (item, n) in enumerate(side):
+                if isinstance(item, Letter) and item.name in apart:
+                    side[k] = (Letter(f"{item.name}@{n}", whole=True), n)
+                    self.whole.add(f"{item.name}@{n}")
+
+    def _measure(self, sides: list[Side]) -> None:
+        for side in sides:
+            for item, n in side:
+                if isinstance(item, Letter) and n != 1 and self.sizes.setdefault(item.name, n) != n:
+                    raise self.misfit(f"{item.name} is {self.sizes[item.name]} and {n}")
+        for side in sides:
+            for item, n in side:
+                if isinstance(item, Group) and n != 1:
+                    self._solve(item, n)
+
+    def _solve(self, group: Group, n: int) -> None:
+        """Deduces the one size that a group of known size leaves open, and checks the rest."""
+        unknown = list(dict.fromkeys(x.name for x in group.letters() if x.name not in self.sizes))
+        if len(unknown) > 1:
+            raise self.misfit(f"sizes of {' and '.join(unknown)} are open")
+        for name in unknown:
+            self.sizes[name] = 1
+            base = self.size(group)
+            self.sizes[name] = n // base if group.kind == "product" else n - base + 1
+        if self.size(group) != n:
+            raise self.misfit(f"{self.size(group)} elements for a dimension of {n}")
+
+
+def _names(sides: Sequence[Side | None]) -> set[str]:
+    return {x.name for side in sides for item, _ in side or () for x in letters_of(item)}
+
+
+def _present(pattern: Pattern, operands: Sequence[Shape | None]) -> tuple[tuple[Item, ...] | None, ...]:
+    """A pattern's operands without those that the call leaves out, such as a bias or a mask."""
+    if len(pattern.operands) == sum(s is not None for s in operands):
+        return pattern.operands
+    return tuple(items for items, s in zip(pattern.operands, operands, strict=False) if s is not None)

@@ -1,0 +1,151 @@
+"""`OpRule`, the one record of what any stage knows about an op, and `OpCall`, the call that its line is written for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpcompiler.ops.views import Shape
+
+FORMS = ("", "lookup", "layer_norm", "rms_norm", "loss")
+PARTS = ("", "span", "segments")
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One call of an op: the shapes of its tensor operands in schema order, lists flattened, None where left out."""
+
+    operands: tuple[Shape | None, ...]
+    results: tuple[Shape, ...]
+    args: Mapping[str, Any]  # every argument by its schema name, defaults filled in; tensors are left as nodes
+    floating: tuple[bool, ...] = ()  # whether each operand has a floating dtype
+
+    def shape(self, i: int = 0) -> Shape:
+        shape = self.operands[i]
+        assert shape is not None
+        return shape
+
+    def rank(self, i: int = 0) -> int:
+        return len(self.shape(i))
+
+    def dim(self, name: str = "dim") -> int:
+        return int(self.args[name]) % max(self.rank(), 1)
+
+    def dims(self, name: str = "dim") -> list[int]:
+        """The dimensions that an argument lists. As in torch, none listed means all of them."""
+        given, n = self.args.get(name), self.rank()
+        if given is None or given == [] or n == 0:
+            return list(range(n))
+        return [i % n for i in (given if isinstance(given, list | tuple) else [given])]
+
+
+Line = str | tuple[str, dict[str, int]] | None  # with sizes of letters; None: no rule for these arguments
+
+
+@dataclass(frozen=True)
+class WeightProduct:
+    """The names of the arguments of an op that computes `x @ weight + bias`."""
+
+    x: str
+    weight: str
+    bias: str = ""
+    along: int = -1  # the weight's output dimension: 0 for a weight [out, in], as `linear` has it
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """What axes, plan, partition, passes, the FLOP counter and recomputation know about an op.
+
+    `line` is in the notation of `notation.py`, or a function that writes it for one call.
+
+    What the dimensions are
+        sizes     letter → the argument that is its size; a list gives the sizes of `r0`, `r1`, …. When the letter is
+                  split, the partitioner replaces the argument by this rank's size.
+        shape     the argument that lists the result's sizes, from dimension `dim` on if the op has such an argument
+        part      "span": `start` and `end` are positions along dimension `dim`; "segments": the results are segments
+                  of dimension `dim`, as `split_with_sizes` gives them
+    What the op computes
+        sums      a contracted letter may be split: the partial results of the ranks add up
+        average   the sum is divided by the number of elements that are summed
+        scales    arguments that must be 1 for the sum to be one of products and a bias
+        form      the runtime's operator for a part of a letter marked `+`: "lookup", "layer_norm", "rms_norm", "loss".
+                  It reads the op's arguments by the names that torch's own op has
+        product   the op is `x @ weight + bias`
+        products  pairs of operands that are multiplied (-1: the result) where `sums` does not say it: for FLOPs. Two
+                  pairs are attention
+        linear    the operands in each of which the op is linear while the others stay
+    What happens around it
+        gradient  whether a gradient of the result becomes one of the operands'
+        constant  the op reads no values, only given sizes: any rank can compute it
+        kept      selective recomputation keeps the result
+    """
+
+    line: str | Callable[[OpCall], Line]
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    shape: str = ""
+    part: str = ""
+    sums: bool = False
+    average: bool = False
+    scales: tuple[str, ...] = ()
+    form: str = ""
+    product: WeightProduct | None = None
+    products: tuple[tuple[int, int], ...] = ()
+    linear: tuple[int, ...] = ()
+    gradient: bool = True
+    constant: bool = False
+    kept: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("form", FORMS), ("part", PARTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not known: use one of {', '.join(known[1:])}")
+
+    def adds_up(self, args: Mapping[str, Any]) -> bool:
+        """Whether the ranks' partial results of a call with these arguments add up."""
+        return self.sums and all(args[name] == 1 for name in self.scales)
+
+    def bound(self, args: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
+        """For each letter whose size is an argument: the argument, and the place in it when it is a list."""
+        out: dict[str, tuple[str, int | None]] = {}
+        for letter, name in self.sizes.items():
+            if isinstance(args[name], list | tuple):
+                out |= {f"{letter}{i}": (name, i) for i in range(len(args[name]))}
+            else:
+                out[letter] = (name, None)
+        return out
+
+    def pattern(self, call: OpCall) -> tuple[str, dict[str, int]] | None:
+        """The line of one call, and the sizes that shapes alone do not tell. None when no rule covers the call."""
+        said = self.line if isinstance(self.line, str) else self.line(call)
+        text, sizes = said if isinstance(said, tuple) else (said, {})
+        if text is not None and "<" in text:
+            text = _around(text, call)
+        for letter, (name, i) in self.bound(call.args).items():
+            value = call.args[name] if i is None else call.args[name][i]
+            if not isinstance(value, int):
+                return None
+            sizes = {**sizes, letter: value}
+        return None if text is None else (text, sizes)
+
+
+def _around(text: str, call: OpCall) -> str | None:
+    """A line with `<` and `>` written out as the letters before and after the first operand's dimension `dim`."""
+    name = "dim" if "dim" in call.args else "dimension"
+    if call.args.get(name) is None:
+        return None
+    d, i = letters(call.rank()), call.dim(name)
+    return text.replace("<", " ".join(d[:i])).replace("->", "\0").replace(">", " ".join(d[i + 1 :])).replace("\0", "->")
+
+
+def letters(n: int, prefix: str = "d") -> list[str]:
+    return [f"{prefix}{i}" for i in range(n)]
+
+
+def line(operand: list[str], result: list[str]) -> str:
+    return f"{' '.join(operand)} -> {' '.join(result)}"
+
+
+def changed(d: list[str], i: int, before: list[str], after: list[str]) -> str:
+    """The line of an op that changes dimension `i` alone."""
+    return line(d[:i] + before + d[i + 1 :], d[:i] + after + d[i + 1 :])
