@@ -104,7 +104,7 @@ def _dissect(node: fx.Node) -> Dissection:
             return "operand"
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             numbers.append((path, value))
-            return type(value)
+            return type(value).__name__
         if isinstance(value, (list, tuple)):
             return tuple(form(v, (*path, i)) for i, v in enumerate(value))
         if isinstance(value, slice):

@@ -18,9 +18,8 @@ _LONGEST = 200  # the most statements in an iteration
 _SAVED = 6  # the fewest statements that a loop must save
 _TRIED = 8  # the number of candidates that are tried
 
-BodyPart = (
-    Statement | Loop | LoopEnd
-)  # The statements of a loop's first iteration stand between a Loop and its LoopEnd.
+# The statements of a loop's first iteration stand between a Loop and its LoopEnd.
+BodyPart = Statement | Loop | LoopEnd
 
 
 def with_loops(found: list[Statement], body: Frame, comparer: Comparer, outputs: list[NodeResult]) -> list[BodyPart]:

@@ -44,8 +44,8 @@ class Layer:
 def outline(body: Frame, comparer: Comparer, root: bool) -> list[Layer]:
     """The layers that are written apart from `body`, in the order of their first calls.
 
-    The largest calls are chosen first, if a class for them makes the file shorter. Directly under the root, every member
-    of a list of modules becomes a class unless it is only a few lines.
+    The largest calls are chosen first, if a class for them makes the file shorter. Directly under the root, every
+    member of a list of modules becomes a class unless it is only a few lines.
     """
     inside = list(body.walk())
     by_name: dict[str, set[Any]] = defaultdict(set)

@@ -94,8 +94,8 @@ def _ends(run: list[fx.Node], position: Mapping[fx.Node, int]) -> list[NodeResul
     inside, last = set(run), position[run[-1]]
     out: list[NodeResult] = []
     for n in run:
-        results = [((n, i), picked) for i, picked in sorted(items(n).items())] or [(n, n)]
-        out += [v for v, node in results if not _reaches(node, inside - {n}, position, last)]
+        results: list[tuple[NodeResult, fx.Node]] = [((n, i), picked) for i, picked in sorted(items(n).items())]
+        out += [v for v, node in results or [(n, n)] if not _reaches(node, inside - {n}, position, last)]
     return out
 
 

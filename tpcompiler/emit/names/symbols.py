@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def told_by(result: NodeResult) -> list[str]:
     return [s if s not in found[:i] else "" for i, s in enumerate(found)]
 
 
-def shape(node: fx.Node, names: dict[str, str], mesh: Mesh) -> str | None:
+def shape(node: fx.Node, names: Mapping[str, str], mesh: Mesh) -> str | None:
     """`[b, s, heads/8·96]`: a tensor's shape in axis names, each split axis with its degree. None for no tensor."""
     val = val_of(node)
     if not isinstance(val, torch.Tensor):
@@ -59,7 +59,7 @@ def shape(node: fx.Node, names: dict[str, str], mesh: Mesh) -> str | None:
     return f"[{', '.join(parts)}]"
 
 
-def _dim(dim: Dim | None, size: Any, names: dict[str, str], mesh: Mesh) -> str:
+def _dim(dim: Dim | None, size: Any, names: Mapping[str, str], mesh: Mesh) -> str:
     if dim is None or not dim.over:
         return _size(size, names) if isinstance(size, torch.SymInt) or dim is None else str(size)
     if isinstance(dim, Factor):
@@ -72,7 +72,7 @@ def _dim(dim: Dim | None, size: Any, names: dict[str, str], mesh: Mesh) -> str:
     return "·".join(i for i in inner if i != "1") or "1"
 
 
-def _size(size: Any, names: dict[str, str]) -> str:
+def _size(size: Any, names: Mapping[str, str]) -> str:
     """A size for a reader: `b`, `768`, `2·s`."""
     if key(size) in names:
         return names[key(size)]

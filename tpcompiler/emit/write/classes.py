@@ -74,7 +74,7 @@ class ClassWriter:
         outputs = [result_of(n) for n in flat if isinstance(n, fx.Node) and not is_size(n)]
         parts = self._parts(root, inner, outputs)
         scope = Scope.of(self.file, fields, root, parts, inputs, {})
-        arguments = {node: self.signature.tensors[node.name] for node in inputs}
+        arguments: dict[NodeResult, str] = {node: self.signature.tensors[node.name] for node in inputs}
         body = write_body(scope, parts, arguments, outputs, self.signature.constants)
         structure = returned_structure(capture.out_spec, [body.scope.expr(n).text for n in flat])
         opening, missing = self._sizes(body)
