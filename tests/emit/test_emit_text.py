@@ -16,13 +16,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tpcompiler.emit.names.names import targets
+from tpcompiler.emit.names.hints import targets
 from tpcompiler.emit.ops.exact import spell
-from tpcompiler.emit.ops.remarks import amount
-from tpcompiler.emit.text.expr import ADD, MULTIPLY, UNARY, Expr, binary, constant
+from tpcompiler.emit.text.expr import ADD, MULTIPLY, UNARY, Expr, binary, constant, progression
 from tpcompiler.emit.text.subscript import select, slice_, unsqueeze
 from tpcompiler.emit.text.wrap import LIMIT, wrap
-from tpcompiler.emit.write.constructor import progression
+from tpcompiler.emit.write.remarks import amount
 
 aten = torch.ops.aten
 leaves = st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=8))
@@ -248,7 +247,7 @@ def test_an_idiom_computes_what_the_call_does(name: str) -> None:
 
     arguments = tuple(node(a) for a in args)
     call = graph.call_function(op, arguments, kwargs)
-    text = spell(call, arguments, kwargs, Names()).text
+    text = spell(call, (arguments, kwargs), Names()).text
     torch.testing.assert_close(run(text, **operands), op(*args, **kwargs), rtol=0, atol=0)
 
 
@@ -274,7 +273,7 @@ def test_an_idiom_is_the_call_itself(name: str) -> None:
         return [node(v) for v in value] if isinstance(value, list) else value
 
     arguments = tuple(node(a) for a in args)
-    text = spell(graph.call_function(op, arguments, kwargs), arguments, kwargs, Names()).text
+    text = spell(graph.call_function(op, arguments, kwargs), (arguments, kwargs), Names()).text
 
     def called(function: Any) -> list[str]:
         traced = make_fx(function, tracing_mode="fake")(*flat)

@@ -1,1 +1,1 @@
-"""Which module calls make up a program, and which of them are the same layer."""
+"""The module calls that a program consists of, which of them are equal, and what becomes a loop."""

@@ -1,34 +1,30 @@
-"""What one layer makes for others too, out of nothing of its own, is made before it.
+"""Moves calls that a layer makes for other layers too, from nothing of its own, to before that layer.
 
-The first of several layers that read an encoder's output also prepares it (`enter`, a mask's cast). By its stack that
-call is the first layer's, which would for that alone be unlike the others.
+The first of several layers that read an encoder's output also prepares that output (`enter`, the cast of a mask). The
+preparing call is part of the first layer according to its stack, which would make that layer unlike the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import getitem
+from itertools import takewhile
 
 from torch import fx
 
-from tpcompiler.emit.layers.tidy import RANDOM, aten_name
+from tpcompiler.emit.ops.values import RANDOM, Stack, aten_name, is_item, runtime_name
 
-Stack = tuple[tuple[str, str, int], ...]  # of module calls: qualified name, class, call number
+Owns = Callable[[str, fx.Node], bool]  # (module, parameter): is the parameter the module's?
 
 
-def hoist(
-    nodes: list[fx.Node], stacks: dict[fx.Node, Stack], owns: Callable[[str, fx.Node], bool]
-) -> tuple[list[fx.Node], dict[fx.Node, Stack]]:
-    """The nodes in a new order, and their stacks, such calls being before the layer that made them.
-
-    `owns(module, parameter)` tells whether a parameter is a module's.
-    """
+def hoist(nodes: list[fx.Node], stacks: dict[fx.Node, Stack], owns: Owns) -> tuple[list[fx.Node], dict[fx.Node, Stack]]:
+    """The nodes in their new order, and their stacks without the layers that they have left."""
     order, stacks = list(nodes), dict(stacks)
     for node in nodes:
-        if getattr(node.target, "__name__", "") in _ON_THE_WAY:
+        # An operator that stands between a value and its readers belongs to the calls that they have in common.
+        if runtime_name(node) in ("enter", "take"):
             stacks[node] = _shared([stacks[n] for n in (node, *node.users) if n in stacks])
     for node in nodes:
-        depth = _leaves(node, stacks, owns)
+        depth = _depth_to_leave(node, stacks, owns)
         if depth is None:
             continue
         left = stacks[node][: depth + 1]
@@ -41,22 +37,18 @@ def hoist(
     return order, stacks
 
 
-# Runtime operators that stand between who makes a value and who uses it, whatever their stack says.
-_ON_THE_WAY = {"enter", "take"}
-
-
 def _shared(stacks: list[Stack]) -> Stack:
     """The calls that all stacks begin with."""
-    out = stacks[0]
-    for s in stacks[1:]:
-        out = out[: next((i for i, (a, b) in enumerate(zip(out, s, strict=False)) if a != b), min(len(out), len(s)))]
-    return out
+    levels = takewhile(lambda level: len(set(level)) == 1, zip(*stacks, strict=False))
+    return tuple(level[0] for level in levels)
 
 
-def _leaves(node: fx.Node, stacks: dict[fx.Node, Stack], owns: Callable[[str, fx.Node], bool]) -> int | None:
-    """How deep in its stack the outermost call is that a node serves others beside, and owes nothing."""
-    name = aten_name(node) or getattr(node.target, "__name__", "")
-    if name in RANDOM or any(u.target is getitem for u in (node, *node.users)):
+def _depth_to_leave(node: fx.Node, stacks: dict[fx.Node, Stack], owns: Owns) -> int | None:
+    """The depth in the stack of the outermost call that a node can leave.
+
+    The node is read both inside and outside of that call, and reads nothing that the call made or its module owns.
+    """
+    if aten_name(node) in RANDOM or runtime_name(node) in RANDOM or any(map(is_item, (node, *node.users))):
         return None
     stack = stacks[node]
     for depth, (module, _, _) in enumerate(stack):

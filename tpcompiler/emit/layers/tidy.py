@@ -1,4 +1,4 @@
-"""A program's graph without what no one would write: identities, assertions, dead calls. Values stay bit for bit."""
+"""Removes what no one would write from a program's graph: identities, assertions and unused calls."""
 
 from __future__ import annotations
 
@@ -8,77 +8,64 @@ from typing import Any
 import torch
 from torch import fx
 
-_RELAYING = {"reshape", "flatten", "contiguous"}  # they copy by themselves where strides ask for it
+from tpcompiler.emit.ops.values import aten_name, line_of, stack_of, val_of
+
+_COPIES_IF_NEEDED = {"reshape", "flatten", "contiguous"}
 _ALIASES = {"alias", "lift_fresh", "lift"}
 _SILENT = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async"}
 _SILENT |= {"sym_constrain_range", "sym_constrain_range_for_size"}
-
-
-# Calls that draw random numbers, ATen's and the run-time library's.
-RANDOM = set("dropout native_dropout bernoulli rand randn rand_like randn_like randint multinomial".split())
+_PIECES = {"slice", "select", "unsqueeze", "view", "transpose", "expand"}
 
 
 def tidy(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` (whose nodes keep their names and meta), tidied."""
+    """A tidied copy of `graph`. Nodes keep their names and their meta."""
     copy = fx.Graph()
     twin: dict[fx.Node, fx.Node] = {}
     seen: dict[Any, fx.Node] = {}
-    scaled = {_line(n) for n in graph.nodes if aten_name(n) in ("add", "mul") and not _is_neutral(n)}
+    scaled = {_written(n) for n in graph.nodes if aten_name(n) in ("add", "mul") and not _is_neutral(n)}
     for node in graph.nodes:
         if aten_name(node) in _SILENT:
             continue
-        kept = _source(node, scaled)
-        if kept is not None:
-            twin[node] = twin[kept]
-            continue
-        key = _key(node, twin)
-        if key is not None and key in seen:
-            twin[node] = seen[key]
-            continue
-        twin[node] = copy.node_copy(node, twin.__getitem__)
-        if key is not None:
-            seen[key] = twin[node]
+        repeated = _repeated(node, scaled)
+        piece = _piece(node, twin) if repeated is None else None
+        if repeated is not None:
+            twin[node] = twin[repeated]
+        elif piece is not None and piece in seen:
+            twin[node] = seen[piece]
+        else:
+            twin[node] = copy.node_copy(node, twin.__getitem__)
+            if piece is not None:
+                seen[piece] = twin[node]
     for node in reversed(copy.nodes):
         if node.op == "call_function" and not node.users:
             copy.erase_node(node)
     return copy
 
 
-def aten_name(node: fx.Node) -> str:
-    """`linear` of a call of `aten.linear.default`; "" for anything else."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
-        return target._schema.name.removeprefix("aten::")
-    return ""
-
-
-def _key(node: fx.Node, twin: dict[fx.Node, fx.Node]) -> Any:
-    """What two pieces of one table share that one module call takes out of it twice, in a loop over its layers say."""
+def _piece(node: fx.Node, twin: dict[fx.Node, fx.Node]) -> Any:
+    """Equal for two nodes that take the same piece out of the same value in one module call."""
     if aten_name(node) not in _PIECES or not isinstance(node.args[0], fx.Node):
         return None
     arguments = fx.map_arg((node.args, dict(node.kwargs)), lambda n: twin[n].name)
-    return node.target, repr(arguments), node.meta.get("stack")
+    return node.target, repr(arguments), stack_of(node)
 
 
-_PIECES = {"slice", "select", "unsqueeze", "view", "transpose", "expand"}
+def _written(node: fx.Node) -> Any:
+    return aten_name(node), line_of(node)
 
 
-def _line(node: fx.Node) -> Any:
-    return aten_name(node), node.meta.get("line")
+def _repeated(node: fx.Node, scaled: set[Any]) -> fx.Node | None:
+    """The node whose value `node` only repeats, if there is one.
 
-
-def _source(node: fx.Node, scaled: set[Any]) -> fx.Node | None:
-    """The node whose value `node` repeats, if it does.
-
-    A neutral number stays where the same line of the model has another one elsewhere (in `scaled`): there it is one of
-    a row that tells equal layers apart.
+    A neutral number stays if the same line of the model computes with another number elsewhere (the line is in
+    `scaled`): the number is then one of several that tell equal layers apart.
     """
     name = aten_name(node)
     if (
         name in _ALIASES
         or (name == "slice" and _is_whole(node.args))
-        or (name == "contiguous" and node.users and all(aten_name(u) in _RELAYING for u in node.users))
-        or (_is_neutral(node) and _line(node) not in scaled)
+        or (name == "contiguous" and node.users and all(aten_name(u) in _COPIES_IF_NEEDED for u in node.users))
+        or (_is_neutral(node) and _written(node) not in scaled)
     ):
         source = node.args[0]
         return source if isinstance(source, fx.Node) else None
@@ -91,13 +78,13 @@ def _is_whole(args: tuple[Any, ...]) -> bool:
 
 
 def _is_neutral(node: fx.Node) -> bool:
-    """`x + 0` of integers and `x * 1.0`, where the result has the type of `x`."""
+    """Is the call `x + 0` of integers, or `x * 1.0`, with a result of the type of `x`?"""
     if aten_name(node) not in ("add", "mul") or node.kwargs:
         return False
     x, other = node.args[0], node.args[1]
     if not isinstance(x, fx.Node) or type(other) not in (int, float):
         return False
-    before, after = x.meta.get("val"), node.meta.get("val")
+    before, after = val_of(x), val_of(node)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
         return False
     if aten_name(node) == "mul":

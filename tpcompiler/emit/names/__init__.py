@@ -1,1 +1,1 @@
-"""What values, sizes and attributes are called."""
+"""The names of variables, sizes and attributes."""

@@ -1,1 +1,1 @@
-"""Calls as source: idioms, exact spellings, and the remarks behind them."""
+"""What a graph node stands for, and how one ATen call is written by hand."""

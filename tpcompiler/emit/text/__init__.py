@@ -1,1 +1,1 @@
-"""Expressions and statements as lines of text."""
+"""Pieces of Python as text: expressions, subscripts, line breaks and comments."""

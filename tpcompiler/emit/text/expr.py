@@ -1,28 +1,29 @@
-"""Python expressions as text with a precedence, so that parentheses stand where they must and nowhere else."""
+"""Python expressions as text with a precedence, so that parentheses appear only where they are needed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
 
 import torch
 
-# Python's precedence, loosest first (the reference manual's table, the levels used here).
+# Python's precedence, loosest first (the table of the reference manual, reduced to the levels used here).
 TERNARY, OR, AND, NOT, COMPARE, BIT_OR, BIT_XOR, BIT_AND, SHIFT, ADD, MULTIPLY, UNARY, POWER, ATOM = range(14)
 
 
 @dataclass(frozen=True)
 class Expr:
-    """A piece of Python. `index` is set on a subscript (`base[index]`), so that a further one can join it."""
+    """A Python expression. A subscript `base[entries]` keeps its parts in `index`, so that another can join it."""
 
     text: str
     level: int = ATOM
     index: tuple[Expr, tuple[str, ...]] | None = None
 
     def at(self, level: int) -> str:
-        """The text, in parentheses where an operator of `level` would tear it apart."""
+        """The text as an operand of an operator of `level`, in parentheses if that operator binds tighter."""
         return self.text if self.level >= level else f"({self.text})"
 
     def __str__(self) -> str:
@@ -30,7 +31,7 @@ class Expr:
 
 
 def binary(left: Expr, symbol: str, right: Expr, level: int) -> Expr:
-    """`left symbol right`; left-associative, comparisons not associative at all."""
+    """`left symbol right`. Operators associate to the left; comparisons do not associate."""
     return Expr(f"{left.at(level + (level == COMPARE))} {symbol} {right.at(level + 1)}", level)
 
 
@@ -39,9 +40,41 @@ def call(function: str, args: Iterable[str]) -> Expr:
 
 
 def tuple_of(items: Iterable[str]) -> str:
+    """A tuple in parentheses."""
     items = list(items)
     return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
 
+
+def list_of(items: Iterable[str]) -> str:
+    return f"[{', '.join(items)}]"
+
+
+def attribute(base: str, path: str) -> Expr:
+    """`self.h[0].attn.weight` for "h.0.attn.weight"."""
+    text = base
+    for part in path.split("."):
+        if part.isdigit():
+            text += f"[{part}]"
+        elif part.isidentifier() and not iskeyword(part):
+            text += f".{part}"
+        else:
+            text = f"getattr({text}, {constant(part)})"
+    return Expr(text, ATOM)
+
+
+def progression(values: Sequence[int | float], start: int) -> str | None:
+    """`3 * i + 1` for 1, 4, 7, …, where `i` counts from `start`; None if the values are no arithmetic progression."""
+    if len(values) < 2 or not all(isinstance(v, int) for v in values):
+        return None
+    step = values[1] - values[0]
+    base = values[0] - step * start
+    if any(v != base + step * i for i, v in enumerate(values, start)):
+        return None
+    term = "i" if step == 1 else f"{step} * i"
+    return term if base == 0 else f"{term} + {base}" if base > 0 else f"{term} - {-base}"
+
+
+# --- literals ---------------------------------------------------------------------------------------------------------
 
 _FINFO = {
     getattr(torch.finfo(dtype), which): f"torch.finfo({dtype}).{which}"
@@ -51,21 +84,22 @@ _FINFO = {
 
 
 def number(value: int | float | complex) -> Expr:
-    """A literal that evaluates to `value` exactly, negative zero, infinities and NaN included."""
-    if isinstance(value, float) and not math.isfinite(value):
+    """A literal that evaluates to exactly `value`, including negative zero, infinities and NaN."""
+    if isinstance(value, float):
         if math.isnan(value):
             return Expr("torch.nan")
-        return Expr("torch.inf") if value > 0 else Expr("-torch.inf", UNARY)
-    if isinstance(value, float) and abs(value) > 1e4 and value in _FINFO:
-        return Expr(_FINFO[value])
-    if isinstance(value, float) and (root := _root(value)) is not None:
-        return root
+        if math.isinf(value):
+            return Expr("torch.inf") if value > 0 else Expr("-torch.inf", UNARY)
+        if abs(value) > 1e4 and value in _FINFO:
+            return Expr(_FINFO[value])
+        if (root := _root(value)) is not None:
+            return root
     text = repr(value)
     return Expr(text, UNARY if text.startswith("-") else ATOM)
 
 
 def _root(value: float) -> Expr | None:
-    """`128**-0.5`, where a value is just that: the model's author will know the number again."""
+    """`128**-0.5` where that equals the value exactly: the model's author will recognize the number."""
     square = value * value
     if not 1e-9 < square < 1e9:
         return None
@@ -76,11 +110,13 @@ def _root(value: float) -> Expr | None:
 
 
 def constant(value: Any) -> Expr:
-    """A literal of a value that graphs carry: numbers, strings, None, dtypes, formats, slices, containers of them."""
+    """A literal of any constant that graphs contain. An `Expr` stands for itself."""
     if isinstance(value, Expr):
         return value
-    if value is None or value is Ellipsis or isinstance(value, bool):
-        return Expr("..." if value is Ellipsis else repr(value))
+    if value is None or isinstance(value, bool):
+        return Expr(repr(value))
+    if value is Ellipsis:
+        return Expr("...")
     if isinstance(value, (int, float, complex)):
         return number(value)
     if isinstance(value, str):
@@ -94,14 +130,14 @@ def constant(value: Any) -> Expr:
     if isinstance(value, tuple):
         return Expr(tuple_of(constant(v).text for v in value))
     if isinstance(value, list):
-        return Expr(f"[{', '.join(constant(v).text for v in value)}]")
+        return Expr(list_of(constant(v).text for v in value))
     if isinstance(value, dict):
         return Expr("{" + ", ".join(f"{constant(k)}: {constant(v)}" for k, v in value.items()) + "}")
     raise AssertionError(f"no literal for {value!r}")
 
 
 def quoted(text: str) -> str:
-    """A string literal in double quotes."""
+    """A string literal, in double quotes unless the text contains some."""
     inner = repr(text)[1:-1]
     if '"' in text or repr(text)[0] == '"':
         return repr(text)

@@ -1,16 +1,16 @@
-"""Lines of at most 120 columns: long statements are broken at their outermost brackets."""
+"""Long statements broken at their outermost brackets, so that lines have at most 120 columns."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 LIMIT = 120
 
 
 def wrap(line: str, indent: int) -> list[str]:
-    """The statement at `indent` columns, as few lines as fit."""
+    """The statement at `indent` columns, in as few lines as fit. A statement without brackets stays one line."""
     pad = " " * indent
-    if indent + len(line) <= LIMIT:
-        return [pad + line]
-    found = _brackets(line)
+    found = None if indent + len(line) <= LIMIT else _brackets(line)
     if found is None:
         return [pad + line]
     start, stop = found
@@ -26,57 +26,45 @@ def wrap(line: str, indent: int) -> list[str]:
         body = [*wrap(joined[:at], indent + 4), *wrap(joined[at + 1 :], indent + 4)]
     else:
         called = line[start] == "(" and start > 0 and (line[start - 1].isalnum() or line[start - 1] in "_)]")
-        comma = (
-            "," if len(inside) > 1 or called or tuple_of_one else ""
-        )  # after a value alone in its brackets it would make a tuple
+        # A comma behind a single value in plain parentheses would make it a tuple.
+        comma = "," if len(inside) > 1 or called or tuple_of_one else ""
         body = [text for piece in inside for text in wrap(piece + comma, indent + 4)]
     tail_lines = wrap(tail, indent) if indent + len(tail) > LIMIT else [pad + tail]
     return [pad + head, *body, *tail_lines]
 
 
-def _brackets(line: str) -> tuple[int, int] | None:
-    """The longest outermost pair of brackets."""
-    best, depth, start, quote = None, 0, 0, ""
-    for i, c in enumerate(line):
+def _outside_strings(text: str) -> Iterator[tuple[int, str, int]]:
+    """(index, character, depth in brackets) of what is not in a string. A bracket has the depth around it."""
+    depth, quote = 0, ""
+    for i, c in enumerate(text):
         if quote:
             quote = "" if c == quote else quote
-        elif c in "\"'":
+            continue
+        if c in "\"'":
             quote = c
-        elif c in "([{":
-            if depth == 0:
-                start = i
-            depth += 1
-        elif c in ")]}":
-            depth -= 1
-            if depth == 0 and i > start + 1 and (best is None or i - start > best[1] - best[0]):
-                best = (start, i)
+        depth -= c in ")]}"
+        yield i, c, depth
+        depth += c in "([{"
+
+
+def _brackets(line: str) -> tuple[int, int] | None:
+    """The longest outermost pair of brackets with something inside."""
+    best, start = None, 0
+    for i, c, depth in _outside_strings(line):
+        if depth == 0 and c in "([{":
+            start = i
+        elif depth == 0 and c in ")]}" and i > start + 1 and (best is None or i - start > best[1] - best[0]):
+            best = (start, i)
     return best
 
 
 def _pieces(text: str) -> list[str]:
-    """Split at the commas outside of brackets."""
-    out, depth, start, quote = [], 0, 0, ""
-    for i, c in enumerate(text):
-        if quote:
-            quote = "" if c == quote else quote
-        elif c in "\"'":
-            quote = c
-        elif c in "([{":
-            depth += 1
-        elif c in ")]}":
-            depth -= 1
-        elif c == "," and depth == 0:
-            out.append(text[start:i].strip())
-            start = i + 1
-    rest = text[start:].strip()
-    return out + ([rest] if rest else [])
+    """The text split at its outermost commas."""
+    commas = [i for i, c, depth in _outside_strings(text) if c == "," and depth == 0]
+    pieces = [text[a:b].strip() for a, b in zip([0, *(i + 1 for i in commas)], [*commas, len(text)], strict=True)]
+    return pieces if pieces[-1] else pieces[:-1]
 
 
 def _comprehension(text: str) -> int | None:
-    """Where the ` for ` of a comprehension stands."""
-    depth = 0
-    for i, c in enumerate(text):
-        depth += (c in "([{") - (c in ")]}")
-        if depth == 0 and text.startswith(" for ", i):
-            return i
-    return None
+    """Where the ` for ` of an outermost comprehension begins."""
+    return next((i for i, _, depth in _outside_strings(text) if depth == 0 and text.startswith(" for ", i)), None)

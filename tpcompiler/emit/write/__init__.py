@@ -1,1 +1,1 @@
-"""The file: classes, constructors, forwards, the header."""
+"""Functions, constructors, classes and the whole file."""

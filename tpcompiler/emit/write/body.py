@@ -1,98 +1,116 @@
-"""One forward function, statement by statement: variables get their names here."""
+"""One forward function, statement by statement. The variables get their names here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from torch import fx
 
-from tpcompiler.emit.layers.nesting import nesting, step_reads
-from tpcompiler.emit.layers.outline import count
-from tpcompiler.emit.layers.roll import AnyStep, Repeat
-from tpcompiler.emit.layers.steps import Apply, Op
-from tpcompiler.emit.layers.tidy import aten_name
-from tpcompiler.emit.names.fields import attribute
-from tpcompiler.emit.names.names import POOL, Namer, Value
-from tpcompiler.emit.names.scope import Scope, runtime_name
-from tpcompiler.emit.ops import remarks
+from tpcompiler.emit.layers.loop_proof import Loop, LoopEnd
+from tpcompiler.emit.layers.loops import BodyPart
+from tpcompiler.emit.layers.statements import LayerCalls, Operation
+from tpcompiler.emit.names.namer import POOL, Namer
+from tpcompiler.emit.ops.values import NodeResult, aten_name, count, runtime_name
 from tpcompiler.emit.text.expr import Expr, constant
-from tpcompiler.emit.text.lines import Line
+from tpcompiler.emit.text.lines import CodeLine
+from tpcompiler.emit.write import remarks
+from tpcompiler.emit.write.calls import call_numbers, callee, loop_head, sizes
+from tpcompiler.emit.write.nesting import nested_calls, reads
+from tpcompiler.emit.write.scope import Scope
 
-# Their result is another thing than what they are made from, and is not called the same.
+# The result of these operators is another thing than their operand, so it does not take over the operand's name.
 _NEW_THING = set(
     """scaled_dot_product_attention cross_entropy_loss cross_entropy embedding lookup matmul bmm einsum
     eq ne lt le gt ge""".split()
 )
 
 
-class Body:
-    """Writes one function: `arguments` are the values that come in, with their names, `outputs` those that go out."""
+@dataclass(frozen=True)
+class WrittenBody:
+    """The statements of a function, without the sizes at the top and the return at the end."""
 
-    def __init__(self, scope: Scope, steps: list[AnyStep], arguments: list[Value], outputs: list[Value]) -> None:
-        self.scope, self.steps, self.outputs = scope, steps, outputs
-        self.namer = Namer(set(scope.file.letters.values()), scope.file.hints)
-        if any(isinstance(s, Repeat) for s in steps):
-            self.namer.taken.add("i")
-        self.names: dict[Value, str] = dict.fromkeys(arguments, "")
-        scope.reference = next((v for v in arguments if _is_tensor(v)), None)
+    lines: list[CodeLine]
+    arguments: dict[NodeResult, str]
+    scope: Scope  # writes values by their names at the end of the function
 
-    def argument(self, v: Value, name: str) -> None:
-        """Names an argument, or something like it if the name is in use."""
-        self.names[v] = self.namer.argument(v, name)
 
-    def write(self) -> list[Line]:
-        """The statements, without the sizes at the top and the return at the end."""
-        self.inlined = nesting(self.steps, self.outputs, self.scope)
-        self.scope.say = self._named
+def write_body(
+    scope: Scope,
+    parts: Sequence[BodyPart],
+    arguments: Mapping[NodeResult, str],
+    outputs: list[NodeResult],
+    taken: Iterable[str],
+) -> WrittenBody:
+    """Writes a function that is given `arguments` (values and the names wanted for them) and returns `outputs`.
+
+    `taken` are names that no variable may have.
+    """
+    body = _Body(scope, parts, arguments, outputs, taken)
+    lines = [line for i in range(len(parts)) for line in body.lines(i)]
+    return WrittenBody(lines, body.arguments, body.scope)
+
+
+class _Body:
+    def __init__(
+        self,
+        scope: Scope,
+        parts: Sequence[BodyPart],
+        arguments: Mapping[NodeResult, str],
+        outputs: list[NodeResult],
+        taken: Iterable[str],
+    ) -> None:
+        self.file, self.parts, self.outputs = scope.file, parts, outputs
+        counter = {"i"} if any(isinstance(p, Loop) for p in parts) else set()
+        self.namer = Namer({*self.file.letters.values(), *taken, *counter}, self.file.hints)
+        self.arguments = {v: self.namer.argument(v, name) for v, name in arguments.items()}
+        self.nested = nested_calls(parts, outputs, scope)
+        self.texts: dict[fx.Node, Expr] = {}  # of nested calls
+        self.scope = replace(scope, say=self._variable, nested=self.texts)
         self.last = self._last_uses()
-        dies: dict[int, list[Value]] = {}
+        self.dying: dict[int, list[NodeResult]] = {}
         for v, i in self.last.items():
-            dies.setdefault(i, []).append(v)
-        self.namer.release(v for v in self.names if v not in self.last)
-        out: list[Line] = []
-        for i, step in enumerate(self.steps):
-            indent = "    " if self.scope.loop is not None else ""
-            out += [replace(x, text=indent + x.text) for x in self._lines(step, dies.get(i, [])) if x.text]
-        return out
+            self.dying.setdefault(i, []).append(v)
+        self.namer.release(v for v in self.arguments if v not in self.last)
 
-    def say(self, v: Value) -> str:
-        """A value as the return statement says it."""
-        return self.scope.value(v).text
-
-    def _named(self, v: Value) -> Expr:
+    def _variable(self, v: NodeResult) -> Expr:
         assert v in self.namer.names, f"{v} has no name in {self.scope.frame.name or 'the model'}"
         return Expr(self.namer.names[v])
 
-    def _last_uses(self) -> dict[Value, int]:
-        """For each value, the step that reads it last (the return is one step after all)."""
-        root: dict[Value, int] = {}
-        last: dict[Value, int] = dict.fromkeys(self.outputs, len(self.steps))
-        for i in reversed(range(len(self.steps))):
-            step = self.steps[i]
-            at = root[step.node] if isinstance(step, Op) and step.node in self.inlined else i
-            for v in step_reads(step, self.scope):
+    def _last_uses(self) -> dict[NodeResult, int]:
+        """For each value, the index of the part that reads it last. The return follows the last part."""
+        written_at: dict[NodeResult, int] = {}  # nested calls
+        last: dict[NodeResult, int] = dict.fromkeys(self.outputs, len(self.parts))
+        for i in reversed(range(len(self.parts))):
+            part = self.parts[i]
+            at = written_at[part.node] if isinstance(part, Operation) and part.node in self.nested else i
+            for v in reads(part, self.scope):
                 last[v] = max(last.get(v, -1), at)
-                if v in self.inlined:
-                    root[v] = at
+                if v in self.nested:
+                    written_at[v] = at
         return last
 
-    def _lines(self, step: AnyStep, dead: list[Value]) -> Iterable[Line]:
-        if isinstance(step, Op):
-            if step.node in self.inlined:
-                self.scope.nested[step.node] = self.scope.spell(step.node)
-                return []
-            return [self._statement(step, dead)]
-        if isinstance(step, Apply):
-            return list(self._loop_of_calls(step, dead) if len(step.frames) > 1 else self._call(step, dead))
-        return self._begin(step) if isinstance(step, Repeat) else self._end(step.start, dead)
+    def lines(self, i: int) -> list[CodeLine]:
+        """The statements of part `i`."""
+        indent = "    " if self.scope.loop is not None else ""
+        part, dead = self.parts[i], self.dying.get(i, [])
+        if isinstance(part, Operation):
+            found = self._operation(part, dead)
+        elif isinstance(part, LayerCalls):
+            found = self._loop_of_calls(part, dead) if len(part.frames) > 1 else self._call(part, dead)
+        else:
+            found = self._begin(part) if isinstance(part, Loop) else self._end(part, dead)
+        return [replace(line, text=indent + line.text) for line in found]
 
-    # --- statements ---------------------------------------------------------------------------------------------------
+    # --- operations ---------------------------------------------------------------------------------------------------
 
-    def _statement(self, step: Op, dead: list[Value]) -> Line:
-        node, file = step.node, self.scope.file
-        text = self.scope.spell(node).text
+    def _operation(self, part: Operation, dead: list[NodeResult]) -> Iterator[CodeLine]:
+        """`y = f(x)`"""
+        node = part.node
+        text = self.scope.spell(node)
+        if node in self.nested:
+            self.texts[node] = text
+            return
         leaves = [v for v in dict.fromkeys(self._leaves(node)) if v in self.namer.names]
         reuse = self._reused(node, leaves, dead)
         self.namer.release(dead)
@@ -104,138 +122,95 @@ class Body:
         else:
             names = [self.namer.fresh((node, k)) if (node, k) in self.last else "_" for k in range(several)]
             target = ", ".join(names) + ("," if len(names) == 1 else "")
-        if text == target:
-            return Line("")
-        note = ", ".join(n for m in self._together(node) if (n := remarks.notes(file, m)))
-        return Line(f"{target} = {text}", remarks.shape(file, node, leaves[0] if leaves else None), note, step.section)
+        if text.text != target:
+            note = ", ".join(n for m in self._together(node) if (n := remarks.notes(self.file, m)))
+            shape = remarks.new_shape(self.file, node, leaves[0] if leaves else None)
+            yield CodeLine(f"{target} = {text}", shape, note, part.section)
 
-    def _reused(self, node: fx.Node, leaves: list[Value], dead: list[Value]) -> str | None:
-        """`y = f(y)`: the name of the value that a statement replaces, where a person would keep it."""
+    def _reused(self, node: fx.Node, leaves: list[NodeResult], dead: list[NodeResult]) -> str | None:
+        """The name of the value that the statement replaces, where a person would write `y = f(y)`."""
         if not leaves or leaves[0] not in dead or (aten_name(node) or runtime_name(node)) in _NEW_THING:
             return None
-        if not self.scope.frame.name and leaves[0] in self.names:  # the model's own arguments keep their names
+        if not self.scope.frame.name and leaves[0] in self.arguments:  # The model's own arguments keep their names.
             return None
         name = self.namer.names[leaves[0]]
         return name if len(leaves) == 1 or name in POOL else None
 
     def _together(self, node: fx.Node) -> list[fx.Node]:
         """The calls of a statement, innermost first."""
-        inner = [v for v in self.scope.reads(node) if isinstance(v, fx.Node) and v in self.inlined]
+        inner = [v for v in self.scope.reads(node) if isinstance(v, fx.Node) and v in self.nested]
         return [m for v in inner for m in self._together(v)] + [node]
 
-    def _leaves(self, node: fx.Node) -> list[Value]:
-        """The values that a statement reads, in order, through what is nested in it."""
-        out: list[Value] = []
+    def _leaves(self, node: fx.Node) -> list[NodeResult]:
+        """The values that a statement reads, in order, through the calls nested in it."""
+        out: list[NodeResult] = []
         for v in self.scope.reads(node):
-            out.extend(self._leaves(v) if isinstance(v, fx.Node) and v in self.inlined else [v])
+            out.extend(self._leaves(v) if isinstance(v, fx.Node) and v in self.nested else [v])
         return out
 
     # --- calls of layers ----------------------------------------------------------------------------------------------
 
-    def _call(self, step: Apply, dead: list[Value]) -> Iterable[Line]:
+    def _call(self, step: LayerCalls, dead: list[NodeResult]) -> Iterator[CodeLine]:
         """`x = self.layer(x, mask)`"""
-        layer, frame, file = step.layer, step.frames[0], self.scope.file
-        inputs, outputs = step.inputs(), step.outputs()
-        given = [self.scope.value(v).text for v in inputs] + self._sizes(step)
-        given += [f"{n.name}={constant(n.values[id(frame)])}" for n in layer.numbers if n.by_call]
+        inputs, outputs, hinted = step.inputs, step.results, self.file.hints
+        given = [self.scope.value(v).text for v in inputs] + sizes(step, self.scope)
+        given += [f"{n.name}={constant(n.values[step.frames[0]])}" for n in step.layer.numbers if n.by_call]
         first = next((v for v in inputs if v in dead and v in self.namer.names), None)
         reuse = None if first is None else self.namer.names[first]
         self.namer.release(dead)
         results = dict.fromkeys(outputs, "_")
-        for v in sorted((v for v in outputs if v in self.last), key=lambda v: v in file.hints):
-            alike = first is not None and remarks.shape_of(file, v) == remarks.shape_of(file, first)
-            if v not in file.hints and alike and reuse is not None and self.namer.free(reuse):
+        for v in sorted((v for v in outputs if v in self.last), key=lambda v: v in hinted):
+            alike = first is not None and remarks.shape_of(self.file, v) == remarks.shape_of(self.file, first)
+            if v not in hinted and alike and reuse is not None and self.namer.free(reuse):
                 results[v] = self.namer.bind(v, reuse)
             else:
                 results[v] = self.namer.fresh(v)
-        callee = self.scope.callees.get(id(frame)) or attribute("self", self.scope.relative(frame))
-        yield Line(f"{', '.join(results.values())} = {callee}({', '.join(given)})", section=(layer.name, ""))
+        text = f"{', '.join(results.values())} = {callee(step, self.scope)}({', '.join(given)})"
+        yield CodeLine(text, section=(step.made.name, ""))
 
-    def _loop_of_calls(self, step: Apply, dead: list[Value]) -> Iterable[Line]:
-        """`for block in self.h:` and a call that takes what the one before gave."""
-        inputs, outputs = step.inputs(), step.outputs()
+    def _loop_of_calls(self, step: LayerCalls, dead: list[NodeResult]) -> Iterator[CodeLine]:
+        """`for block in self.h:` with a call that takes what the call before it returned."""
+        inputs, outputs = step.inputs, step.results
         names = [self.scope.value(v).text for v in inputs]
-        results: dict[Value, str] = {}
+        results: dict[NodeResult, str] = {}
         for i, o in step.carried.items():
             out = outputs[o]
             if out not in results:
-                own = self.namer.names.get(inputs[i])
-                if own is not None and inputs[i] in dead and self.namer.live.get(own) == inputs[i]:
+                if inputs[i] in dead and self.namer.holds(inputs[i]):
                     self.namer.release([inputs[i]])
-                    results[out] = self.namer.bind(out, own)
+                    results[out] = self.namer.bind(out, self.namer.names[inputs[i]])
                 else:
                     results[out] = self.namer.fresh(out)
-                    yield Line(f"{results[out]} = {names[i]}")
+                    yield CodeLine(f"{results[out]} = {names[i]}")
             names[i] = results[out]
         for v in outputs:
             if v in self.last and v not in results:
                 results[v] = self.namer.fresh(v)
         self.namer.release(dead)
         self.namer.release(v for v in outputs if v not in self.last)
-        section = (step.layer.name, "")
-        callee, head = self._over(step)
-        by_call = [f"{n.name}={n.name}" for n in step.layer.numbers if n.by_call]
-        yield Line(f"for {head}:", section=section)
+        section = (step.made.name, "")
+        called, head = loop_head(step, self.scope, self.namer.free)
+        given = names + sizes(step, self.scope) + [f"{n}={n}" for n in call_numbers(step)]
+        yield CodeLine(f"for {head}:", section=section)
         target = ", ".join(results.get(v, "_") for v in outputs)
-        yield Line(f"    {target} = {callee}({', '.join(names + self._sizes(step) + by_call)})", section=section)
-
-    def _over(self, step: Apply) -> tuple[str, str]:
-        """What a loop calls, and its head: ("block", "block in self.h")."""
-        by_call = [n for n in step.layer.numbers if n.by_call]
-        rows = [", ".join(constant(n.values[id(f)]).text for n in by_call) for f in step.frames]
-        listed = f"({', '.join(f'({r})' if len(by_call) > 1 else r for r in rows)})"
-        names = ", ".join(n.name for n in by_call)
-        if step.frames[0].name == step.frames[-1].name:
-            callee = attribute("self", self.scope.relative(step.frames[0])).text
-            return callee, f"{names} in {listed}" if by_call else f"_ in range({len(step.frames)})"
-        callee, over = self._list(step)
-        if not by_call:
-            return callee, f"{callee} in {over}"
-        return callee, f"{callee}, {f'({names})' if len(by_call) > 1 else names} in zip({over}, {listed})"
-
-    def _list(self, step: Apply) -> tuple[str, str]:
-        """The loop's variable and the list: ("block", "self.h[1:]")."""
-        first, last = step.frames[0], step.frames[-1]
-        container, _, start = self.scope.relative(first).rpartition(".")
-        stop = int(last.name.rpartition(".")[2]) + 1
-        base = attribute("self", container).text if container else "self"
-        qualified = first.name.rpartition(".")[0]
-        longer = any(int(n.split(".")[0]) >= stop for n, _ in self.scope.file.names.under(qualified))
-        word = "".join(f" {c}" if c.isupper() else c for c in step.layer.title).split()[-1].lower()
-        word = "".join(c for c in word if c.isalpha())
-        variable = next(w for w in (word, "layer", "module", "each", "this") if w and self.namer.free(w))
-        if start == "0" and not longer:
-            return variable, base
-        return variable, f"{base}[{start if start != '0' else ''}:{stop if longer else ''}]"
-
-    def _sizes(self, step: Apply) -> list[str]:
-        """The sizes that a layer is given, since none of its inputs tells them."""
-        self.scope.needed.update(dict.fromkeys(step.layer.sizes))
-        return [self.scope.file.letters[s] for s in step.layer.sizes]
+        yield CodeLine(f"    {target} = {called}({', '.join(given)})", section=section)
 
     # --- loops --------------------------------------------------------------------------------------------------------
 
-    def _begin(self, loop: Repeat) -> list[Line]:
+    def _begin(self, loop: Loop) -> Iterator[CodeLine]:
         for v, made, _ in loop.carried:
-            self.namer.preferred[made] = self.namer.names[v]
-        self.scope.loop = loop
-        return [Line(f"for i in range({loop.count}):")]
+            self.namer.prefer(made, self.namer.names[v])
+        self.scope = self.scope.inside(loop)
+        yield CodeLine(f"for i in range({loop.count}):")
 
-    def _end(self, loop: Repeat, dead: list[Value]) -> list[Line]:
-        """What an iteration made goes where the next looks for it, and is there after the last."""
-        names = [self.namer.names[v] for v, _, _ in loop.carried]
-        made = [self.namer.names[out] for _, out, _ in loop.carried]
-        moved = [(n, m) for n, m in zip(names, made, strict=True) if n != m]
-        self.namer.release([out for _, out, _ in loop.carried])
-        self.namer.release(dead)
-        self.namer.release([before for before, _, _ in loop.carried])
-        for name, (_, _, final) in zip(names, loop.carried, strict=True):
-            self.namer.bind(final, name)
-        self.scope.loop = None
-        if not moved:
-            return []
-        return [Line(f"{', '.join(n for n, _ in moved)} = {', '.join(m for _, m in moved)}")]
-
-
-def _is_tensor(v: Value) -> bool:
-    return isinstance(v, tuple) or isinstance(v.meta.get("val"), torch.Tensor)
+    def _end(self, end: LoopEnd, dead: list[NodeResult]) -> Iterator[CodeLine]:
+        """Moves what an iteration made to where the next one looks for it. After the loop the results are there too."""
+        before, made, final = zip(*end.loop.carried, strict=True)
+        names = [self.namer.names[v] for v in before]
+        moved = [(n, m) for n, v in zip(names, made, strict=True) if n != (m := self.namer.names[v])]
+        self.namer.release([*made, *dead, *before])
+        for name, v in zip(names, final, strict=True):
+            self.namer.bind(v, name)
+        self.scope = self.scope.inside(None)
+        if moved:
+            yield CodeLine(f"{', '.join(n for n, _ in moved)} = {', '.join(m for _, m in moved)}")

@@ -4,223 +4,198 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import cast
 
 import torch
 
-from tpcompiler.emit.layers.frames import Names
-from tpcompiler.emit.layers.outline import Layer, Number
-from tpcompiler.emit.names.fields import Fields, attribute
-from tpcompiler.emit.text.expr import constant, tuple_of
+from tpcompiler.emit.layers.frames import Frame
+from tpcompiler.emit.layers.parameters import ParameterNames
+from tpcompiler.emit.layers.statements import LayerClass
+from tpcompiler.emit.names.fields import Fields
+from tpcompiler.emit.text.expr import attribute, constant, list_of, progression, tuple_of
 from tpcompiler.layout import Dim
 from tpcompiler.program import Parameter
 
-Dims = Mapping[str, tuple[Dim, ...]]
+Layouts = Mapping[str, tuple[Dim, ...]]  # by parameter
 
 
-@dataclass
-class Space:
-    """A module that is only a namespace: what stands under each name."""
-
-    inside: dict[str, Space | Parameter | Instance] = field(default_factory=dict)
-    made: set[str] = field(default_factory=set)  # those that are there already
+def constructor(
+    frame: Frame, inner: list[LayerClass], names: ParameterNames, dims: Layouts, fields: Fields
+) -> list[str]:
+    """The statements that register a module's parameters, buffers and layers (instances of `inner`)."""
+    root, ties = _tree(frame, inner, names)
+    lines = _Registrations(dims, fields).module("self", root)
+    return lines + [f"{attribute('self', name)} = {attribute('self', first)}" for name, first in ties]
 
 
 @dataclass(frozen=True)
 class Instance:
-    layer: Layer
-    name: str  # qualified
+    """A module that is a layer, by its qualified name."""
+
+    made: LayerClass
+    name: str
+
+    @property
+    def numbers(self) -> dict[str, int | float]:
+        """The arguments of the layer's constructor that tell its instances apart."""
+        return {n.name: n.of(self.name) for n in self.made.layer.numbers if not n.by_call}
 
 
-class Constructor:
-    """Writes the statements that register a module's parameters, buffers and layers."""
+@dataclass
+class Namespace:
+    """A module without code of its own: what it contains, by name."""
 
-    def __init__(self, prefix: str, layers: list[Layer], names: Names, dims: Dims, fields: Fields) -> None:
+    members: dict[str, Namespace | Parameter | Instance] = field(default_factory=dict)
+    made: frozenset[str] = frozenset()  # members that exist already and only need their own members
+
+    def put(self, name: str, item: Namespace | Parameter | Instance) -> None:
+        """Adds an item under a dotted name."""
+        first, _, rest = name.partition(".")
+        if not rest:
+            self.members.setdefault(first, item)
+            return
+        inside = self.members.setdefault(first, Namespace())
+        assert isinstance(inside, Namespace), f"{name}: {first} contains nothing else"
+        inside.put(rest, item)
+
+
+def _tree(frame: Frame, inner: list[LayerClass], names: ParameterNames) -> tuple[Namespace, list[tuple[str, str]]]:
+    """What the module contains, and its tied parameters as (name, first name)."""
+    instances = {frame.relative(n): Instance(made, n) for made in inner for n in made.layer.instances}
+    root, ties = Namespace(), []
+    first: dict[str, tuple[str, str]] = {}
+    for name, parameter in names.under(frame.name):
+        parts = name.split(".")
+        within = next((p for i in range(1, len(parts)) if (p := ".".join(parts[:i])) in instances), "")
+        before = first.setdefault(parameter.name, (name, within))
+        if within:
+            root.put(within, instances[within])
+        if before[0] != name and not (within and before[1] == within):
+            ties.append((name, before[0]))
+            if not within and "." in name:
+                root.put(name.rpartition(".")[0], Namespace())
+        elif not within:
+            root.put(name, parameter)
+    for name, instance in instances.items():
+        root.put(name, instance)
+    return root, ties
+
+
+class _Registrations:
+    """Writes the statements that register the members of namespaces."""
+
+    def __init__(self, dims: Layouts, fields: Fields) -> None:
         self.dims, self.fields = dims, fields
-        self.ties: list[tuple[str, str]] = []
-        self.out: list[str] = []
-        self.tree = self._tree(prefix, layers, names)
 
-    def lines(self) -> list[str]:
-        self._module("self", self.tree)
-        for name, first in self.ties:
-            self.out.append(f"{attribute('self', name)} = {attribute('self', first)}")
-        return self.out
-
-    def _tree(self, prefix: str, layers: list[Layer], names: Names) -> Space:
-        lead = len(prefix) + 1 if prefix else 0
-        instances = {n[lead:]: Instance(layer, n) for layer in layers for n in layer.instances}
-        root = Space()
-        first: dict[str, tuple[str, str]] = {}
-        for name, parameter in names.under(prefix):
-            parts = name.split(".")
-            within = next((p for i in range(1, len(parts)) if (p := ".".join(parts[:i])) in instances), "")
-            before = first.setdefault(parameter.name, (name, within))
-            if within:
-                _put(root, within, instances[within])
-            if before[0] != name and not (within and before[1] == within):
-                self.ties.append((name, before[0]))
-                if not within:
-                    _put(root, name.rpartition(".")[0], Space()) if "." in name else None
-            elif not within:
-                _put(root, name, parameter)
-        for name, instance in instances.items():
-            _put(root, name, instance)
-        return root
-
-    # --- modules ------------------------------------------------------------------------------------------------------
-
-    def _module(self, base: str, space: Space) -> None:
-        """Registers what stands in `space` under the module that `base` says."""
-        for name, item in space.inside.items():
+    def module(self, base: str, space: Namespace) -> list[str]:
+        """The statements that register the members of `space` under the module that `base` says."""
+        out: list[str] = []
+        for name, item in space.members.items():
             target = attribute(base, name).text
             if isinstance(item, Parameter):
-                self._single(base, target, name, item)
+                out.append(self._parameter(base, target, name, item))
             elif isinstance(item, Instance):
-                self.out.append(f"{target} = {self._call(item)}")
+                out.append(f"{target} = {self._instance(item)}")
             elif name in space.made:
-                self._module(target, item)
+                out += self.module(target, item)
             else:
-                self._space(target, item)
+                made, rest = self._namespace(item)
+                out += [f"{target} = {made}", *self.module(target, rest)]
+        return out
 
-    def _space(self, target: str, space: Space) -> None:
-        made, rest = self._made(space)
-        self.out.append(f"{target} = {made}")
-        self._module(target, rest)
-
-    def _made(self, space: Space) -> tuple[str, Space]:
-        """The expression that makes a namespace with what it can be given at once, and the rest."""
-        members = list(space.inside)
-        if members and all(m.isdigit() for m in members):
-            return self._list({int(n): item for n, item in space.inside.items()})
-        own = {n: p for n, p in space.inside.items() if isinstance(p, Parameter)}
-        parameters = {n: p for n, p in own.items() if not p.buffer and n.isidentifier()}
-        frozen = bool(parameters) and not any(p.trainable for p in parameters.values())
-        dtype = next((p.dtype for p in parameters.values()), torch.float32)
-        parameters = {n: p for n, p in parameters.items() if p.trainable is not frozen and p.dtype == dtype}
-        rest = Space({n: i for n, i in space.inside.items() if n not in parameters})
-        shapes = ", ".join(f"{n}={self._shape(p)}" for n, p in parameters.items())
+    def _namespace(self, space: Namespace) -> tuple[str, Namespace]:
+        """The expression that makes a namespace with all that it can be given at once, and the rest."""
+        if space.members and all(m.isdigit() for m in space.members):
+            return self._list({int(n): item for n, item in space.members.items()})
+        found = {
+            n: p for n, p in space.members.items() if isinstance(p, Parameter) and not p.buffer and n.isidentifier()
+        }
+        frozen = bool(found) and not any(p.trainable for p in found.values())
+        dtype = next((p.dtype for p in found.values()), torch.float32)
+        given = {n: p for n, p in found.items() if p.trainable is not frozen and p.dtype == dtype}
+        rest = Namespace({n: i for n, i in space.members.items() if n not in given})
+        shapes = ", ".join(f"{n}={self._shape(p)}" for n, p in given.items())
         kind = "" if dtype == torch.float32 else f".to({dtype})"
         return f"Parameters({shapes}){kind}{'.requires_grad_(False)' if frozen else ''}", rest
 
-    def _list(self, items: dict[int, Space | Parameter | Instance]) -> tuple[str, Space]:
-        if all(isinstance(i, Parameter) for i in items.values()):
-            return self._parameter_list(items), Space()  # type: ignore[arg-type]
-        if all(isinstance(i, Instance) for i in items.values()) and sorted(items) == list(range(len(items))):
-            return self._layer_list([items[i] for i in range(len(items))]), Space()  # type: ignore[misc]
-        rows, later = [], Space()
-        for i in range(max(items) + 1):
-            item = items.get(i, Space())
-            if isinstance(item, Instance):
-                rows.append(self._call(item))
-                continue
-            assert isinstance(item, Space), "a list of modules and parameters"
-            made, rest = self._made(item)
-            rows.append(made)
-            if rest.inside:
-                later.inside[str(i)] = rest
-                later.made.add(str(i))
-        if len(rows) > 2 and len(set(rows)) == 1:
-            return f"nn.ModuleList({rows[0]} for _ in range({len(rows)}))", later
-        return f"nn.ModuleList([{', '.join(rows)}])", later
+    # --- lists --------------------------------------------------------------------------------------------------------
 
-    def _parameter_list(self, items: dict[int, Parameter]) -> str:
-        shapes = [self._empty(items[i]) for i in sorted(items)]
-        if len(set(shapes)) == 1:
-            return f"nn.ParameterList({shapes[0]} for _ in range({len(shapes)}))"
-        return f"nn.ParameterList([{', '.join(shapes)}])"
+    def _list(self, items: dict[int, Namespace | Parameter | Instance]) -> tuple[str, Namespace]:
+        """A list of parameters, of layers, or of namespaces and layers."""
+        if all(isinstance(i, Parameter) for i in items.values()):
+            empties = [self._empty(cast(Parameter, items[i])) for i in sorted(items)]
+            return f"nn.ParameterList({_repeated(empties, 1)})", Namespace()
+        if all(isinstance(i, Instance) for i in items.values()) and sorted(items) == list(range(len(items))):
+            return self._layer_list([cast(Instance, items[i]) for i in range(len(items))]), Namespace()
+        rows, later = [], {}
+        for i in range(max(items) + 1):
+            item = items.get(i, Namespace())
+            if isinstance(item, Instance):
+                rows.append(self._instance(item))
+                continue
+            assert isinstance(item, Namespace), "a list of modules and parameters"
+            made, rest = self._namespace(item)
+            rows.append(made)
+            if rest.members:
+                later[str(i)] = rest
+        return f"nn.ModuleList({_repeated(rows, 3)})", Namespace(dict(later), frozenset(later))
 
     def _layer_list(self, items: list[Instance]) -> str:
-        """`nn.ModuleList(Block(ranks, site=3 * i) for i in range(72))`, runs of one class one comprehension each."""
-        runs: list[list[Instance]] = []
-        for item in items:
-            if runs and runs[-1][0].layer is item.layer:
-                runs[-1].append(item)
-            else:
-                runs.append([item])
+        """`nn.ModuleList(Block(ranks, site=3 * i) for i in range(72))`, with one comprehension for each class."""
         start, parts = 0, []
-        for run in runs:
+        for _, group in groupby(items, key=lambda item: item.made):
+            run = list(group)
             each = self._each(run, start)
-            parts.append(f"*({each})" if len(run) > 1 else self._call(run[0]))
-            if len(runs) == 1 and len(run) > 1:
+            if len(run) == len(items) > 1:
                 return f"nn.ModuleList({each})"
+            parts.append(f"*({each})" if len(run) > 1 else self._instance(run[0]))
             start += len(run)
-        return f"nn.ModuleList([{', '.join(parts)}])"
+        return f"nn.ModuleList({list_of(parts)})"
 
     def _each(self, run: list[Instance], start: int) -> str:
-        layer = run[0].layer
-        said = []
-        for n in _kept(layer):
-            values = [_number(n, layer, i.name) for i in run]
-            said.append(progression(values, start))
+        """A comprehension over instances of one class. The first is member `start` of its list."""
+        made, names = run[0].made, list(run[0].numbers)
+        rows = [tuple(i.numbers.values()) for i in run]
+        said = [progression([row[k] for row in rows], start) for k in range(len(names))]
         if all(s is not None for s in said):
-            args = ", ".join(f"{n.name}={s}" for n, s in zip(_kept(layer), said, strict=True))
-            stop = start + len(run)
-            counter = "i" if said else "_"
-            return f"{self._new(layer, args)} for {counter} in range({f'{start}, ' if start else ''}{stop})"
-        rows = [tuple(_number(n, layer, i.name) for n in _kept(layer)) for i in run]
-        names = [n.name for n in _kept(layer)]
-        args = ", ".join(f"{n}={n}" for n in names)
-        values_ = ", ".join(constant(r if len(r) > 1 else r[0]).text for r in rows)
-        return f"{self._new(layer, args)} for {', '.join(names)} in ({values_})"
+            args = ", ".join(f"{n}={s}" for n, s in zip(names, said, strict=True))
+            where = f"{start}, {start + len(run)}" if start else f"{len(run)}"
+            return f"{self._new(made, args)} for {'i' if said else '_'} in range({where})"
+        values = ", ".join(constant(r if len(r) > 1 else r[0]).text for r in rows)
+        return f"{self._new(made, ', '.join(f'{n}={n}' for n in names))} for {', '.join(names)} in ({values})"
 
-    def _call(self, instance: Instance) -> str:
-        layer = instance.layer
-        numbers = [f"{n.name}={constant(_number(n, layer, instance.name))}" for n in _kept(layer)]
-        return self._new(layer, ", ".join(numbers))
+    def _instance(self, instance: Instance) -> str:
+        """`Block(ranks, site=3)`"""
+        return self._new(instance.made, ", ".join(f"{n}={constant(v)}" for n, v in instance.numbers.items()))
 
-    def _new(self, layer: Layer, args: str) -> str:
-        given = ["ranks"] + ([self.fields.rng()] if layer.draws else []) + ([args] if args else [])
-        return f"{layer.name}({', '.join(given)})"
+    def _new(self, made: LayerClass, args: str) -> str:
+        given = ["ranks"] + ([self.fields.rng()] if made.draws else []) + ([args] if args else [])
+        return f"{made.name}({', '.join(given)})"
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     def _shape(self, p: Parameter) -> str:
         dims = self.dims.get(p.name)
-        if dims is None:
-            return tuple_of(map(str, p.shape))
-        return tuple_of(self.fields.size(d).text for d in dims)
+        return tuple_of(map(str, p.shape) if dims is None else (self.fields.size(d).text for d in dims))
 
     def _empty(self, p: Parameter) -> str:
-        shape = self._shape(p)
-        inner = shape[1:-1].rstrip(",") or "()"
+        inner = self._shape(p)[1:-1].rstrip(",") or "()"
         return f"torch.empty({inner}{'' if p.dtype == torch.float32 else f', dtype={p.dtype}'})"
 
-    def _single(self, base: str, target: str, name: str, p: Parameter) -> None:
+    def _parameter(self, base: str, target: str, name: str, p: Parameter) -> str:
+        """The statement that registers one parameter or buffer."""
         if p.buffer:
             keep = "" if p.persistent else ", persistent=False"
-            self.out.append(f"{base}.register_buffer({constant(name)}, {self._empty(p)}{keep})")
-            return
+            return f"{base}.register_buffer({constant(name)}, {self._empty(p)}{keep})"
         made = f"nn.Parameter({self._empty(p)}{'' if p.trainable else ', requires_grad=False'})"
         if target.startswith("getattr") or name.isdigit():
-            self.out.append(f"{base}.register_parameter({constant(name)}, {made})")
-        else:
-            self.out.append(f"{target} = {made}")
+            return f"{base}.register_parameter({constant(name)}, {made})"
+        return f"{target} = {made}"
 
 
-def _put(root: Space, name: str, item: Space | Parameter | Instance) -> None:
-    parts = name.split(".")
-    for part in parts[:-1]:
-        inner = root.inside.setdefault(part, Space())
-        assert isinstance(inner, Space), f"{name}: {part} is no namespace"
-        root = inner
-    root.inside.setdefault(parts[-1], item)
-
-
-def _kept(layer: Layer) -> list[Number]:
-    return [n for n in layer.numbers if not n.by_call]
-
-
-def _number(n: Number, layer: Layer, instance: str) -> int | float:
-    return next(n.values[id(f)] for f in layer.frames if f.name == instance)
-
-
-def progression(values: list[int | float], start: int) -> str | None:
-    """`3 * i + 1` for 1, 4, 7, … where i counts from `start`; None when the values are no such row."""
-    if len(values) < 2 or not all(isinstance(v, int) for v in values):
-        return None
-    step = values[1] - values[0]
-    base = values[0] - step * start
-    if any(v != base + step * i for i, v in enumerate(values, start)):
-        return None
-    term = "i" if step == 1 else f"{step} * i"
-    return term if base == 0 else f"{term} + {base}" if base > 0 else f"{term} - {-base}"
+def _repeated(rows: list[str], least: int) -> str:
+    """The rows as a list, or as a comprehension if they are all the same and at least `least`."""
+    if len(rows) >= least and len(set(rows)) == 1:
+        return f"{rows[0]} for _ in range({len(rows)})"
+    return list_of(rows)

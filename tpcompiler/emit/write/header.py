@@ -1,4 +1,4 @@
-"""What stands above the code: what it was made from, what it communicates, how to run it."""
+"""The docstring of the file: what it was made from, what is communicated, and how to run it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from textwrap import wrap
 from typing import Any
 
-from tpcompiler.emit.ops.remarks import amount
 from tpcompiler.emit.text.expr import quoted
 from tpcompiler.emit.text.wrap import LIMIT
+from tpcompiler.emit.write.remarks import amount
 from tpcompiler.program import Collective, Program
 
 
@@ -42,7 +42,7 @@ def _plain(text: str) -> str:
 
 
 def _collectives(collectives: tuple[Collective, ...]) -> Iterable[str]:
-    """A table of what is communicated a step, equal layers in one line."""
+    """A table of what is communicated in a step. Equal layers share a line."""
     found: dict[tuple[Any, ...], int] = {}
     for c in collectives:
         row = (re.sub(r"\d+", "*", c.block), c.kind, c.direction, c.over, c.bytes, c.reason)

@@ -1,4 +1,4 @@
-"""Emitted source as a module, without a file."""
+"""Runs emitted source as a module, without a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 
 
 def load_source(text: str, name: str = "emitted") -> ModuleType:
-    """Runs `text` as a new module `name`, in `sys.modules` and known to inspect, tracebacks and torch.compile."""
+    """Runs `text` as a new module in `sys.modules` whose lines inspect, tracebacks and torch.compile can see."""
     module = ModuleType(name)
     module.__file__ = f"<{name}>"
     linecache.cache[module.__file__] = (len(text), None, text.splitlines(keepends=True), module.__file__)

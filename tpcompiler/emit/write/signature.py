@@ -1,4 +1,4 @@
-"""The forward of the emitted model: the plain model's own arguments, and the structure that it returns."""
+"""The signature of the emitted model's forward and the structure that it returns, both the plain model's own."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tpcompiler.program import Capture, InputLeaf
 
 @dataclass
 class Signature:
-    """How the model is called: `parameters` as source, and what the forward does first."""
+    """How the model is called, and the statements that the forward begins with."""
 
-    parameters: list[str]
+    parameters: list[str]  # as source
     tensors: dict[str, str]  # placeholder → variable
     lines: list[str] = field(default_factory=list)
-    constants: set[str] = field(default_factory=set)  # parameters that are no tensors
+    constants: set[str] = field(default_factory=set)  # the names of parameters that are no tensors
 
 
 def signature(capture: Capture) -> Signature:
-    """Tensor inputs keep their names. An argument that was a constant in the trace may only be that constant."""
+    """The plain model's signature. An argument that was a constant in the trace may only be that constant."""
     tree = pytree.tree_unflatten(list(range(len(capture.input_leaves))), capture.in_spec)
     args, kwargs = tree
     named = iter(capture.arg_names)
@@ -59,15 +59,15 @@ def _plain(value: Any) -> str:
     return repr(value).replace('"', "'")
 
 
-def _positional(place: int, value: Any, names: dict[int, str]) -> str:
+def _positional(position: int, value: Any, names: dict[int, str]) -> str:
     for _, i in _leaves(value, ""):
         if i in names:
             return names[i].split(".")[0]
-    return f"argument_{place}"
+    return f"argument_{position}"
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, int]]:
-    """(how to get at it, number) of the leaves of one argument."""
+    """The leaves of one argument: the expression behind the argument that reads it, and the leaf's number."""
     for keys, leaf in pytree.tree_flatten_with_path(value)[0]:
         yield path + "".join(map(_access, keys)), leaf
 
@@ -81,15 +81,15 @@ def _access(key: Any) -> str:
 
 
 @dataclass
-class Result:
-    """What the forward returns: an expression, and the class it needs if the plain model has one of its own."""
+class Returned:
+    """What the forward returns: an expression, and the definitions of the classes that the expression uses."""
 
     text: str
-    definition: list[str] = field(default_factory=list)
+    definitions: list[str] = field(default_factory=list)
 
 
-def result(spec: pytree.TreeSpec, leaves: list[str]) -> Result:
-    """The flat outputs in the plain model's structure. A class of its own becomes a named tuple with its fields."""
+def returned_structure(spec: pytree.TreeSpec, leaves: list[str]) -> Returned:
+    """The flat outputs in the plain model's structure. A class other than a built-in one becomes a named tuple."""
     definition: list[str] = []
     rest = iter(leaves)
 
@@ -110,7 +110,7 @@ def result(spec: pytree.TreeSpec, leaves: list[str]) -> Result:
         return f"{name}({', '.join(f'{f}={c}' for f, c in zip(fields, children, strict=True))})"
 
     text = build(spec)
-    return Result(text[1:-1] if text.startswith("(") and spec.type is tuple and len(leaves) > 1 else text, definition)
+    return Returned(text[1:-1] if text.startswith("(") and spec.type is tuple and len(leaves) > 1 else text, definition)
 
 
 def _fields(s: pytree.TreeSpec) -> list[str]:

@@ -1,38 +1,36 @@
-"""What stands behind a statement: the shape where it changes, what crosses ranks."""
+"""The comments behind statements: shapes where they change, and what is communicated."""
 
 from __future__ import annotations
 
 from torch import fx
 
-from tpcompiler.emit.layers.outline import count, items
-from tpcompiler.emit.names.names import Value
-from tpcompiler.emit.names.scope import File
+from tpcompiler.emit.names import symbols
+from tpcompiler.emit.ops.values import NodeResult, count, items, node_of, note_of
+from tpcompiler.emit.write.scope import File
 
 
-def shape_of(file: File, v: Value) -> str | None:
+def shape_of(file: File, v: NodeResult) -> str | None:
     """`[b, s, heads/8·96]`"""
-    if isinstance(v, fx.Node):
-        return file.shape(v)
-    picked = items(v[0]).get(v[1])
-    return None if picked is None else file.shape(picked)
+    node = node_of(v)
+    return None if node is None else symbols.shape(node, file.letters, file.mesh)
 
 
-def shape(file: File, node: fx.Node, first: Value | None) -> str:
-    """The shape of a statement's result, "" if it is that of the value it begins with, `first`."""
+def new_shape(file: File, node: fx.Node, first: NodeResult | None) -> str:
+    """The shape of a statement's result, "" if it is the shape of `first`, the value that the statement begins with."""
     if count(node) is None:
-        said = file.shape(node)
+        said = shape_of(file, node)
     else:
-        picked = [s for _, u in sorted(items(node).items()) if (s := file.shape(u)) is not None]
+        picked = [s for _, u in sorted(items(node).items()) if (s := shape_of(file, u)) is not None]
         said = ", ".join(dict.fromkeys(picked)) + (" each" if len(picked) > 1 and len(set(picked)) == 1 else "")
     before = None if first is None else shape_of(file, first)
     return said if said and said not in (before, "[]") else ""
 
 
 def notes(file: File, node: fx.Node) -> str:
-    """`all-reduce 48.0 MiB`: the node's collectives, or whatever the stages before had to say of it."""
+    """`all-reduce 48.0 MiB`: the node's collectives, or else the note that an earlier stage made."""
     found = file.collectives.get(node.name)
     if not found:
-        return str(node.meta.get("note") or "")
+        return note_of(node)
     said = []
     for c in found:
         text = c.kind.replace("_", "-") + (f" {amount(c.bytes)}" if c.bytes else "")
@@ -45,6 +43,6 @@ def amount(n: float) -> str:
     if n < 1024:
         return f"{n:.0f} B"
     units = ["KiB", "MiB", "GiB", "TiB"]
-    while n >= 1024 and len(units) > 1 and n >= 1024 * 1024:
+    while len(units) > 1 and n >= 1024 * 1024:
         n, units = n / 1024, units[1:]
     return f"{n / 1024:.1f} {units[0]}"

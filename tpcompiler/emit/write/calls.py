@@ -1,0 +1,64 @@
+"""How calls of layers are written: what is called, and the loop around several calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tpcompiler.emit.layers.statements import LayerCalls
+from tpcompiler.emit.text.expr import attribute, constant
+from tpcompiler.emit.write.scope import Scope
+
+
+def callee(step: LayerCalls, scope: Scope) -> str:
+    """`self.layer`, or what a surrounding loop calls instead."""
+    frame = step.frames[0]
+    return str(scope.callees.get(frame) or attribute("self", scope.frame.relative(frame.name)))
+
+
+def sizes(step: LayerCalls, scope: Scope) -> list[str]:
+    """The sizes that a layer is given because none of its inputs tells them."""
+    scope.needed.update(dict.fromkeys(step.made.sizes))
+    return [scope.file.letters[s] for s in step.made.sizes]
+
+
+def call_numbers(step: LayerCalls) -> list[str]:
+    """The names of the numbers that differ between the calls of one instance."""
+    return [n.name for n in step.layer.numbers if n.by_call]
+
+
+def loop_head(step: LayerCalls, scope: Scope, free: Callable[[str], bool]) -> tuple[str, str]:
+    """What a loop over the calls calls, and the loop's head: ("block", "block in self.h").
+
+    `free` tells whether a name for the loop's variable is not in use.
+    """
+    names = call_numbers(step)
+    by_call = [n for n in step.layer.numbers if n.by_call]
+    rows = [", ".join(constant(n.values[f]).text for n in by_call) for f in step.frames]
+    listed = f"({', '.join(f'({r})' if len(names) > 1 else r for r in rows)})"
+    head = ", ".join(names)
+    if step.frames[0].name == step.frames[-1].name:
+        return callee(step, scope), f"{head} in {listed}" if names else f"_ in range({len(step.frames)})"
+    variable = _loop_variable(step, free)
+    over = _members(step, scope)
+    if not names:
+        return variable, f"{variable} in {over}"
+    return variable, f"{variable}, {f'({head})' if len(names) > 1 else head} in zip({over}, {listed})"
+
+
+def _loop_variable(step: LayerCalls, free: Callable[[str], bool]) -> str:
+    """The last word of the class's name: `block` for `TransformerBlock`."""
+    word = "".join(f" {c}" if c.isupper() else c for c in step.layer.title).split()[-1].lower()
+    word = "".join(c for c in word if c.isalpha())
+    return next(w for w in (word, "layer", "module", "each", "this") if w and free(w))
+
+
+def _members(step: LayerCalls, scope: Scope) -> str:
+    """The list that the called modules are members of, or a slice of the list: `self.h[1:]`."""
+    first, last = step.frames[0].name, step.frames[-1].name
+    container, _, start = first.rpartition(".")
+    stop = int(last.rpartition(".")[2]) + 1
+    base = attribute("self", scope.frame.relative(container)).text if container != scope.frame.name else "self"
+    longer = any(int(n.split(".")[0]) >= stop for n, _ in scope.file.names.under(container))
+    if start == "0" and not longer:
+        return base
+    return f"{base}[{start if start != '0' else ''}:{stop if longer else ''}]"
