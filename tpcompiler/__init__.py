@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from tpcompiler.ops.table import rule as rule
     from tpcompiler.spec.schema import Spec as Spec
     from tpcompiler.verification.verify import verify as verify
-
-__version__ = "0.1.0"
+    from tpcompiler.version import __version__ as __version__
 
 # Resolved at first use: emitted programs import `tpcompiler.runtime` and must not pay for, or need, the compiler.
 _HOME = {
@@ -27,6 +26,7 @@ _HOME = {
     "OpRule": "ops.record",
     "WeightProduct": "ops.record",
     "TpcError": "errors",
+    "__version__": "version",
 }
 __all__ = ["OpRule", "Spec", "TpcError", "WeightProduct", "parallelize", "rule", "shard", "verify"]
 

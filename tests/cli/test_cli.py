@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 
 from tpcompiler.cli import main, sides, tables
 from tpcompiler.spec.schema import Spec
+from tpcompiler.version import __version__
 
 ROOT = Path(__file__).parents[2]
 
@@ -239,7 +240,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--help")
     assert status == 0
     assert {"shard", "diff", "verify", "explain", "merge", "schema"} <= set(out.split())
-    assert run(capsys, "--version")[:2] == (0, "tpc 0.1.0\n")
+    assert run(capsys, "--version")[:2] == (0, f"tpc {__version__}\n")
 
 
 def test_help_and_schema_come_without_torch() -> None:

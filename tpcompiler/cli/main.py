@@ -51,7 +51,7 @@ app.command("eval")(training.evaluate)
 @app.callback(invoke_without_command=True)
 def _version(version: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
     if version:
-        from tpcompiler import __version__
+        from tpcompiler.version import __version__
 
         typer.echo(f"tpc {__version__}")
         raise typer.Exit

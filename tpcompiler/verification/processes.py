@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import tpcompiler
 from tpcompiler.errors import TpcError
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.worker import CALL, ERRORS, LONGEST, RESULT
@@ -126,7 +125,7 @@ def run_processes(
 
 
 def _start(program: Path, work: Path, rank: int, size: int, port: int) -> subprocess.Popen[bytes]:
-    root = str(Path(tpcompiler.__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     env = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)),
         **os.environ,

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-import tpcompiler
 from tpcompiler.layout import Dim
 from tpcompiler.program import Parameter
 from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.version import __version__
 from tpcompiler.weights.layouts import Layout
 from tpcompiler.weights.tensor_files import FileInfo, Spot, in_order
 
@@ -92,7 +92,7 @@ class Manifest:
     entries: tuple[Entry, ...]
     files: tuple[FileInfo, ...] = ()
     spec: Mapping[str, Any] = field(default_factory=dict)
-    tpcompiler: str = tpcompiler.__version__
+    tpcompiler: str = __version__
     torch: str = torch.__version__
 
     @cached_property
