@@ -144,3 +144,4 @@ class Program:
     capture: Capture
     dims: dict[str, tuple[Dim, ...]]  # parameter name → layout
     collectives: tuple[Collective, ...] = ()
+    left_sharded: frozenset[int] = frozenset()  # places of the outputs that the spec leaves as each rank has them

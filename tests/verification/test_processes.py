@@ -118,6 +118,7 @@ def test_logits_left_sharded_are_compared_slice_by_slice() -> None:
     logits = {"input_ids": EXAMPLE["input_ids"]}
     captured = capture(plain, logits)
     sharded = compile_capture(float64(captured), Spec.load({"mesh": {"tensor": 2}, "outputs": "shard"}))
+    assert sharded.check.passed, sharded.check.refused
     run = Comparison(sharded, initial_state(captured, plain(), torch.float64, 0), torch.float64, True)
     batch = inputs_of(captured, logits, torch.float64)
     for case in (run.case("", [batch]), emitted_case(run, [batch])):

@@ -180,14 +180,13 @@ class _Forward:
         assert isinstance(mine, (tuple, list))
         if len(mine) != len(self.table.outputs):
             self.refuse(node, f"{len(self.table.outputs)} outputs", f"{len(mine)}")
-        declared = node.meta.get("sharded", ())
         for i, (got, expected) in enumerate(zip(mine, self.table.outputs, strict=True)):
             if not isinstance(got, fx.Node) or not isinstance(expected, Value):
                 value = self.out.env[got] if isinstance(got, fx.Node) else got
                 if value != expected:
                     self.refuse(node, f"output {i} is {expected}", f"{value}")
                 continue
-            self.one_output(got, i, expected, i in declared)
+            self.one_output(got, i, expected, i in self.program.left_sharded)
 
     def one_output(self, node: fx.Node, i: int, expected: Value, sharded: bool) -> None:
         held = self.out.env[node]

@@ -30,9 +30,10 @@ aten = torch.ops.aten
 def partition(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec) -> Program:
     """One graph for all ranks. Raises `CannotSplit` for axes without a form on one rank, naming the node."""
     b = Builder(capture, axes, plan)
+    left = _left_sharded(capture, spec)
     for node in capture.graph.nodes:
         if node.op == "output":
-            _output(b, node, spec)
+            _output(b, node, left)
         else:
             b.env[node] = _rewrite(b, node)
     erase_dead(b.graph)  # a bias that entered before it was moved past the reduction
@@ -40,7 +41,7 @@ def partition(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec) -> Progra
         p.name: tuple(Factor(n) for n in p.shape) if p.buffer else b.dims(axes.values[p.node][0])
         for p in capture.parameters
     }
-    return Program(b.graph, plan.mesh, capture, dims)
+    return Program(b.graph, plan.mesh, capture, dims, left_sharded=left)
 
 
 def _rewrite(b: Builder, node: fx.Node) -> fx.Node:
@@ -111,17 +112,21 @@ def _sliced(b: Builder, node: fx.Node, value: fx.Node) -> fx.Node:
     return value
 
 
-def _output(b: Builder, node: fx.Node, spec: Spec) -> None:
+def _left_sharded(capture: Capture, spec: Spec) -> frozenset[int]:
+    """Places of the outputs that the spec does not want gathered."""
+    names = enumerate(capture.output_names)
+    return frozenset(i for i, name in names if spec.output(str(i), name) == "shard")
+
+
+def _output(b: Builder, node: fx.Node, left: frozenset[int]) -> None:
     values = node.args[0]
     assert isinstance(values, tuple | list)
     out: list[Any] = []
     for i, value in enumerate(values):
         if not isinstance(value, fx.Node):
             out.append(value)
-        elif spec.output(str(i), b.capture.output_names[i]) == "gather":
-            out.append(_whole(b, value))
         else:
-            out.append(b.env[value])
+            out.append(b.env[value] if i in left else _whole(b, value))
     new = b.graph.output(tuple(out))
     new.meta.update(node.meta)
 
