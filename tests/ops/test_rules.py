@@ -94,5 +94,5 @@ def test_a_slice_takes_its_dimension_apart(n: int, start: int, length: int) -> N
     line = found.pattern(call)
     assert line is not None
     text, sizes = line
-    assert sum(sizes.values()) == n and sizes["q0"] == length
-    assert parse(text).results[0][0].name == "q0"  # type: ignore[union-attr]
+    assert sum(sizes.values()) == n and sizes["q"] == length
+    assert parse(text).results[0][0].name == "q"  # type: ignore[union-attr]

@@ -1,41 +1,61 @@
-"""Conflicts: an axis that stands twice in one tensor cannot be split there."""
+"""Which axes stand beside each other in a tensor, and cannot both be split over the same ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import combinations, pairwise
 
 from tpcompiler.axes.algebra import Mark, Terms
 from tpcompiler.axes.map import Dims
 
+Pairs = frozenset[tuple[int, int]]
 
-def mark_conflicts(terms: Terms, seen: Iterable[tuple[Dims, str]]) -> None:
-    """`seen`: the dimensions of every tensor, as it stands and as ops see it, and a node that has it."""
+
+def find_conflicts(terms: Terms, seen: Iterable[tuple[Dims, str]]) -> tuple[Pairs, Pairs]:
+    """Pairs of axes that stand in different factors of one tensor (smaller first), and (major, minor) neighbours in a
+    product. Marks an axis that stands twice in one tensor. Segments of one concatenation do not conflict.
+
+    `seen` are the dimensions of every tensor, as it stands and as ops see it, each with a node that has it.
+    """
+    walk = _Walk(terms)
     for dims, name in sorted(set(seen), key=lambda x: x[1]):
-        for leaf in _twice(terms, dims):
+        for leaf in walk.tensor(dims):
             terms.mark(leaf, Mark(name, "stands twice in one tensor"))
+    return frozenset(walk.conflicts), frozenset(walk.products)
 
 
-def _twice(terms: Terms, dims: Dims) -> set[int]:
-    """Axes that stand in two factors of one tensor. Several segments of one concatenation are no conflict."""
+class _Walk:
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.conflicts: set[tuple[int, int]] = set()
+        self.products: set[tuple[int, int]] = set()
+        self._tensors: dict[Dims, set[int]] = {}
+        self._terms: dict[int, tuple[frozenset[int], set[int]]] = {}
 
-    def of(t: int) -> tuple[set[int], set[int]]:
-        bound = terms.binding(t)
-        if bound is None:
-            return {terms.find(t)}, set()
-        parts = [of(p) for p in bound.parts]
-        bad = set().union(*(b for _, b in parts))
-        if bound.kind == "product":
-            bad |= _repeated([s for s, _ in parts])
-        return set().union(*(s for s, _ in parts)), bad
+    def tensor(self, dims: Dims) -> set[int]:
+        """The axes that stand twice in a tensor."""
+        if dims not in self._tensors:
+            parts = [self.term(t) for t in dims if t is not None]
+            self._tensors[dims] = set().union(*(b for _, b in parts), self.cross([a for a, _ in parts]))
+        return self._tensors[dims]
 
-    parts = [of(t) for t in dims if t is not None]
-    return set().union(*(b for _, b in parts), _repeated([s for s, _ in parts])) if parts else set()
+    def term(self, t: int) -> tuple[frozenset[int], set[int]]:
+        """The axes of a term, and those that stand twice in it."""
+        root = self.terms.find(t)
+        if root not in self._terms:
+            bound = self.terms.binding(root)
+            if bound is None:
+                return frozenset({root}), set()
+            parts = [self.term(p) for p in bound.parts]
+            twice: set[int] = set().union(*(b for _, b in parts))
+            if bound.kind == "product":
+                twice |= self.cross([a for a, _ in parts])
+                self.products.update((x, y) for (a, _), (b, _) in pairwise(parts) for x in a for y in b)
+            self._terms[root] = frozenset().union(*(a for a, _ in parts)), twice
+        return self._terms[root]
 
-
-def _repeated(sets: list[set[int]]) -> set[int]:
-    seen: set[int] = set()
-    out: set[int] = set()
-    for s in sets:
-        out |= seen & s
-        seen |= s
-    return out
+    def cross(self, sets: Sequence[frozenset[int]]) -> set[int]:
+        """Records pairs of axes from different sets, and returns the axes that stand in two sets."""
+        pairs = {(min(x, y), max(x, y)) for a, b in combinations(sets, 2) for x in a for y in b}
+        self.conflicts |= pairs
+        return {x for x, y in pairs if x == y}

@@ -11,7 +11,7 @@ import operator
 from torch import fx
 
 from tpcompiler.axes.algebra import Mark, Terms
-from tpcompiler.axes.conflicts import mark_conflicts
+from tpcompiler.axes.conflicts import find_conflicts
 from tpcompiler.axes.fit import Fit
 from tpcompiler.axes.gradients import passes, reached
 from tpcompiler.axes.map import AxisMap, Dims, Operand, Relation
@@ -65,7 +65,7 @@ class _Inference:
         seen = [(dims, name) for name, results in self.values.items() for dims in results]
         for name, relation in self.relations.items():
             seen += [(o.dims, name) for o in relation.operands if o.dims is not None]
-        mark_conflicts(self.terms, seen)
+        conflicts, products = find_conflicts(self.terms, seen)
         return AxisMap(
             terms=self.terms,
             values=self.values,
@@ -75,6 +75,8 @@ class _Inference:
             grads=reached(self.capture.graph) & self.grads,
             dynamic=self.size.dynamic,
             marks=self.terms.leaf_marks(),
+            conflicts=conflicts,
+            products=products,
             copied=self.copied,
             cut=self.cut,
         )

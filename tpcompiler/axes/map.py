@@ -43,6 +43,8 @@ class AxisMap:
     grads: frozenset[str]  # nodes whose value needs a gradient
     dynamic: dict[int, str]  # sizes that stand for a batch, a sequence, or a product of such
     marks: dict[int, tuple[Mark, ...]]  # axis → why it must stay whole
+    conflicts: frozenset[tuple[int, int]]  # pairs that stand in different factors of one tensor, smaller first
+    products: frozenset[tuple[int, int]]  # (major, minor) neighbours in a product
     copied: dict[str, tuple[int, ...]]  # node that merges copies into a dimension → its term
     cut: frozenset[str]  # those of them whose value is a slice of what the node makes
 

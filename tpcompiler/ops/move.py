@@ -7,8 +7,8 @@ from math import prod
 
 import torch
 
-from tpcompiler.ops.record import Line, OpCall, changed, letters, line
-from tpcompiler.ops.views import view_pattern
+from tpcompiler.ops.record import Line, OpCall, letters, line
+from tpcompiler.ops.views import Shape, view_pattern
 
 
 def view(call: OpCall) -> Line:
@@ -62,19 +62,13 @@ def reversed_(call: OpCall) -> list[int]:
     return list(range(call.rank()))[::-1]
 
 
-def last_two_swapped(call: OpCall) -> list[int]:
-    return _swap(call, -2, -1)
-
-
-def transposed(call: OpCall) -> list[int]:
-    n = max(call.rank(), 1)
-    a, b = (call.args.get(f"dim{k}", call.args.get(f"axis{k}")) % n for k in (0, 1))
-    return _swap(call, a, b) if call.rank() else []
-
-
-def _swap(call: OpCall, a: int, b: int) -> list[int]:
-    order = list(range(call.rank()))
-    order[a], order[b] = order[b], order[a]
+def swapped(call: OpCall) -> list[int]:
+    """The order of dimensions after a swap of the two that the arguments name, or else of the last two."""
+    n = call.rank()
+    a, b = (call.args.get(f"dim{k}", call.args.get(f"axis{k}", k - 2)) for k in (0, 1))
+    order = list(range(n))
+    if n:
+        order[a % n], order[b % n] = b % n, a % n
     return order
 
 
@@ -94,57 +88,51 @@ def repeat(call: OpCall) -> Line:
 
 
 def slice_(call: OpCall) -> Line:
-    """A slice divides its dimension into what is before, in and after it. With a step it takes every k-th element."""
-    before, after = call.shape(), call.results[0]
-    d, i = letters(call.rank()), call.dim()
-    n, m, step = before[i], after[i], call.args.get("step") or 1
+    whole, part, sizes = stretch(call, call.shape(), call.results[0], steps=True)
+    return f"< {whole} > -> < {part} >", sizes
+
+
+def slice_scatter(call: OpCall) -> Line:
+    whole, part, sizes = stretch(call, call.shape(0), call.shape(1), steps=False)
+    return f"< {whole} >, < {part} > -> < {whole} >", sizes
+
+
+def stretch(call: OpCall, before: Shape, after: Shape, *, steps: bool) -> tuple[str, str, dict[str, int]]:
+    """How dimension `dim`, and the part of it from `start` on, are made of letters: of what is before, in and after the
+    part, or of every k-th element."""
+    n, m, step, start = before[call.dim()], after[call.dim()], call.args.get("step") or 1, call.args.get("start") or 0
     if n == m:
-        return line(d, d)
-    start = call.args.get("start") or 0
-    if not isinstance(start, int):
-        return changed(d, i, [f"{d[i]}!"], [f"m{i}!"])
-    start = max(start + n if start < 0 else start, 0)
-    if start + m > n:  # cut at a length known at run time only
-        return changed(d, i, [f"{d[i]}!"], [f"m{i}!"])
-    if step == 1:
-        parts = [(f"p{i}", start), (f"q{i}", m), (f"r{i}", n - start - m)]
-        parts = [(x, k) for x, k in parts if k]
-        return changed(d, i, [f"({' | '.join(x for x, _ in parts)})"], [f"q{i}"]), dict(parts)
-    if n == m * step and start < step:
-        return changed(d, i, [f"(q{i} k{i}!)"], [f"q{i}"]), {f"q{i}": m, f"k{i}": step}
-    return changed(d, i, [f"{d[i]}!"], [f"m{i}!"])
+        return "n", "n", {}
+    start = max(start + n if start < 0 else start, 0) if isinstance(start, int) else n
+    if step == 1 and start + m <= n:
+        sizes = {x: k for x, k in (("p", start), ("q", m), ("r", n - start - m)) if k}
+        return f"({' | '.join(sizes)})", "q", sizes
+    if steps and n == m * step and start < step:
+        return "(q k!)", "q", {"q": m, "k": step}
+    return "n!", "m!", {}  # it starts or ends where is known at run time only
 
 
 def split(call: OpCall) -> Line:
     """split, split_with_sizes, chunk: segments of a dimension."""
-    d, i = letters(call.rank()), call.dim()
-    sizes = {f"s{k}": shape[i] for k, shape in enumerate(call.results) if shape[i]}
+    sizes = {f"s{k}": shape[call.dim()] for k, shape in enumerate(call.results) if shape[call.dim()]}
     if len(sizes) == 1:
         return None
-    whole_dim = [*d[:i], f"({' | '.join(sizes)})", *d[i + 1 :]]
-    out = [" ".join([*d[:i], f"s{k}", *d[i + 1 :]]) for k in range(len(call.results))]
-    return " ".join(whole_dim) + " -> " + ", ".join(out), sizes
+    parts = ", ".join(f"< s{k} >" for k in range(len(call.results)))
+    return f"< ({' | '.join(sizes)}) > -> {parts}", sizes
 
 
 def unbind(call: OpCall) -> Line:
-    d, i = letters(call.rank()), call.dim()
-    one = " ".join(d[:i] + d[i + 1 :])
-    return " ".join([*d[:i], d[i] + "!", *d[i + 1 :]]) + " -> " + ", ".join([one] * len(call.results))
+    return f"< n! > -> {', '.join(['< >'] * len(call.results))}"
 
 
 def cat(call: OpCall) -> Line:
-    d, i = letters(len(call.results[0])), call.args["dim"] % max(len(call.results[0]), 1)
-    operands, segments, sizes = [], [], dict[str, int]()
-    for k in range(len(call.operands)):
-        shape = call.shape(k)
-        if len(shape) != len(d):  # torch lets empty 1-d tensors join anything
-            return None
-        if shape[i]:
-            segments.append(f"s{k}")
-        sizes[f"s{k}"] = shape[i]
-        operands.append(" ".join([*d[:i], f"s{k}", *d[i + 1 :]]))
+    n, dim = len(call.operands), call.args["dim"]
+    if any(call.rank(k) != len(call.results[0]) for k in range(n)):  # torch lets empty 1-d tensors join anything
+        return None
+    sizes = {f"s{k}": call.shape(k)[dim] for k in range(n)}
+    segments = [x for x, size in sizes.items() if size]
     joined = f"({' | '.join(segments)})" if len(segments) > 1 else segments[0]
-    return ", ".join(operands) + " -> " + " ".join([*d[:i], joined, *d[i + 1 :]]), sizes
+    return f"{', '.join(f'< {x} >' for x in sizes)} -> < {joined} >", sizes
 
 
 def stack(call: OpCall) -> Line:

@@ -144,8 +144,3 @@ def letters(n: int, prefix: str = "d") -> list[str]:
 
 def line(operand: list[str], result: list[str]) -> str:
     return f"{' '.join(operand)} -> {' '.join(result)}"
-
-
-def changed(d: list[str], i: int, before: list[str], after: list[str]) -> str:
-    """The line of an op that changes dimension `i` alone."""
-    return line(d[:i] + before + d[i + 1 :], d[:i] + after + d[i + 1 :])

@@ -8,20 +8,6 @@ import torch
 from tpcompiler.ops.record import Line, OpCall, letters
 
 
-def slice_scatter(call: OpCall) -> Line:
-    base, source = call.shape(0), call.shape(1)
-    d, i = letters(call.rank()), call.dim()
-    n, m = base[i], source[i]
-    if n == m:
-        return _written(d, d)
-    start = call.args.get("start") or 0
-    start = start + n if isinstance(start, int) and start < 0 else start
-    if not isinstance(start, int) or start + m > n or call.args.get("step", 1) != 1:
-        return _written(_with(d, i, f"d{i}!"), _with(d, i, f"m{i}!"))
-    parts = [(x, k) for x, k in ((f"p{i}", start), (f"q{i}", m), (f"r{i}", n - start - m)) if k]
-    return _written(_with(d, i, f"({' | '.join(x for x, _ in parts)})"), _with(d, i, f"q{i}")), dict(parts)
-
-
 def scatter(call: OpCall) -> Line:
     """scatter, scatter_add: along the other dimensions an element keeps its place, if the sizes agree."""
     i, shapes = call.dim(), [s for s in call.operands if s is not None]
@@ -48,11 +34,3 @@ def index_put(call: OpCall) -> Line:
         return None
     sides = [base, *(new[len(new) - len(s) :] for s in picked), put[len(put) - len(values) :]]
     return f"{', '.join(' '.join(x) for x in sides)} -> {' '.join(base)}"
-
-
-def _with(d: list[str], i: int, item: str) -> list[str]:
-    return [*d[:i], item, *d[i + 1 :]]
-
-
-def _written(base: list[str], source: list[str]) -> str:
-    return f"{' '.join(base)}, {' '.join(source)} -> {' '.join(base)}"

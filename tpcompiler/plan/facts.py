@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, pairwise
 from math import prod
 
 from torch import fx
 
 from tpcompiler.axes.algebra import Mark
-from tpcompiler.axes.map import AxisMap, Dims
+from tpcompiler.axes.map import AxisMap
 from tpcompiler.plan.tally import HEAD, Tally
 from tpcompiler.program import Capture
 
@@ -88,42 +87,9 @@ def gather_facts(capture: Capture, axes: AxisMap) -> Facts:
         )
         for leaf, names in members.items()
     }
-    return Facts(facts, *_neighbours(axes))
+    return Facts(facts, axes.conflicts, axes.products)
 
 
 def _outputs(graph: fx.Graph) -> list[fx.Node]:
     (output,) = [n for n in graph.nodes if n.op == "output"]
     return list(output.all_input_nodes)
-
-
-def _neighbours(axes: AxisMap) -> tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int]]]:
-    """`Facts.conflicts` and `Facts.products`, over every tensor as it stands and as ops see it."""
-    conflicts: set[tuple[int, int]] = set()
-    products: set[tuple[int, int]] = set()
-
-    def cross(sets: list[frozenset[int]]) -> None:
-        for a, b in combinations(sets, 2):
-            conflicts.update((min(x, y), max(x, y)) for x in a for y in b)
-
-    def walk(term: int) -> frozenset[int]:
-        bound = axes.terms.binding(term)
-        if bound is None:
-            return frozenset({axes.terms.find(term)})
-        parts = [walk(p) for p in bound.parts]
-        if bound.kind == "product":
-            cross(parts)
-            products.update((x, y) for a, b in pairwise(parts) for x in a for y in b)
-        return frozenset().union(*parts)
-
-    seen: set[Dims] = set()
-    for results in axes.values.values():
-        seen.update(results)
-    for relation in axes.relations.values():
-        seen.update(o.dims for o in relation.operands if o.dims is not None)
-    known: set[tuple[frozenset[int], ...]] = set()
-    for dims in seen:
-        sets = tuple(walk(t) for t in dims if t is not None)
-        if sets not in known:
-            known.add(sets)
-            cross(list(sets))
-    return frozenset(conflicts), frozenset(products)
