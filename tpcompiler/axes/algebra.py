@@ -1,9 +1,8 @@
-"""Unification of tensor dimensions: which are one axis, and what each is made of.
+"""Unification of tensor dimensions: which dimensions are one axis, and which axes a dimension is made of.
 
-A *term* is an integer handle. Terms are unknowns of a fixed size that unification joins (union-find) and takes apart:
-a term may be bound to an ordered product or to a concatenation of other terms. Taken apart in one place, a term is
-taken apart everywhere it stands. What cannot be reconciled is never guessed: both sides are marked whole, with the
-reason, and so are never split.
+A *term* is an integer handle for an unknown of a fixed size. Unification joins terms (union-find) and takes them apart:
+a term may be bound to an ordered product or to a concatenation of other terms. A term that is taken apart in one place
+is taken apart everywhere. When two terms cannot be reconciled, both are marked whole with the reason and never split.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 
 PRODUCT, CONCAT = "product", "concat"
-_PIECES = 64  # that a shift may take a term apart into
+_PIECES = 64  # the most pieces that a shift may take a term apart into
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Binding:
 
 
 class Terms:
-    """The store of terms. Mutable while axes are inferred, private to inference."""
+    """The store of terms. Only inference changes it."""
 
     def __init__(self) -> None:
         self._parent: list[int] = []
@@ -57,7 +56,7 @@ class Terms:
         return self._bound.get(self.find(t))
 
     def leaves(self, t: int) -> Iterator[int]:
-        """The axes that a term is made of, major first; an axis that stands in several segments comes several times."""
+        """The axes that a term is made of, major first. An axis of several segments comes several times."""
         root = self.find(t)
         bound = self._bound.get(root)
         if bound is None:
@@ -67,7 +66,7 @@ class Terms:
             yield from self.leaves(p)
 
     def leaf_marks(self) -> dict[int, tuple[Mark, ...]]:
-        """Marks of every axis: its own and those of whatever it is a part of."""
+        """The marks of every axis: its own, and those of the terms that it is a part of."""
         out: dict[int, dict[Mark, None]] = {}
         for root, marks in self._marks.items():
             for leaf in self.leaves(root):
@@ -99,7 +98,7 @@ class Terms:
         return t
 
     def unify(self, a: int, b: int, node: str) -> None:
-        """Make two terms one. Sizes must agree: rules check that before."""
+        """Makes two terms one. Their sizes agree, which rules check beforehand."""
         a, b = self.find(a), self.find(b)
         if a == b:
             return
@@ -125,7 +124,7 @@ class Terms:
             self._distribute(list(segments.parts), list(factors.parts), node)
 
     def _refine(self, kind: str, left: list[int], right: list[int], node: str) -> None:
-        """Two sequences of parts of one term: unify them at their common refinement, major first."""
+        """Unifies two sequences of parts of one term at their common refinement, major first."""
         left.reverse()
         right.reverse()
         while left and right:
@@ -135,7 +134,7 @@ class Terms:
                 continue
             if self._size[a] < self._size[b]:
                 a, b, left, right = b, a, right, left
-            # a is the longer: take b off its front
+            # a is longer: take b off its front
             bound = self._bound.get(a)
             if bound is not None and bound.kind == kind:
                 left.extend(reversed(bound.parts))
@@ -153,9 +152,9 @@ class Terms:
             left.append(tail)
 
     def _shifted(self, a: int, at: int, rest: list[int]) -> bool:
-        """Whether a term begins once more soon after it began, on the other side: `(a | x)` and `(b | a)`, b short.
+        """Whether the other side repeats the same term after a short shift: `(a | x)` and `(b | a)` with a short b.
 
-        It would come apart into pieces as long as the shift, as many as go into it: of a sequence, any number.
+        Unification would take the term apart into pieces as long as the shift, for a sequence without limit.
         """
         todo = list(rest)
         while todo and at * _PIECES < self._size[a]:
@@ -170,7 +169,7 @@ class Terms:
         return False
 
     def _distribute(self, segments: list[int], factors: list[int], node: str) -> None:
-        """`(s1 | s2 | …)` and `(f · m)` are one: every segment is `(s/m · m)`, and f is `(s1/m | s2/m | …)`."""
+        """Unifies `(s1 | s2 | …)` with `(f · m)`: every segment is `(s/m · m)`, and f is `(s1/m | s2/m | …)`."""
         minor = self._size[factors[-1]]
         if any(self._size[s] % minor for s in segments):
             self._give_up([*segments, *factors], node, "segments cut through a factor")

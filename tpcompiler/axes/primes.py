@@ -1,4 +1,4 @@
-"""Symbolic sizes as numbers, so that dimensions can be compared by divisibility."""
+"""Numbers for symbolic sizes, so that dimensions can be compared by divisibility."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.utils._sympy import functions as symbolic
 from tpcompiler.graphs import examples
 from tpcompiler.ops.views import Shape
 
-_LARGE = 2**24  # no size of a model is as large a number
+_LARGE = 2**24  # larger than any size of a model
 
 
 class Sizes:
-    """Every distinct example size stands at a prime of its own, so that nothing fits by accident.
+    """Represents every distinct example size by a prime of its own, so that nothing fits by accident.
 
-    Symbols of one example size (the batch of ids and of labels) are one size to the model.
+    Symbols with one example size (the batch of ids and of labels) are one size to the model.
     """
 
     def __init__(self) -> None:
-        self._primes = _primes_above(2**36)  # so that a few thousandths of it, chunks of a sequence, are large too
+        self._primes = _primes_above(2**36)  # so that a few thousandths of it (chunks of a sequence) are large too
         self._symbols: dict[Any, int] = {}
         self._cache: dict[Any, int] = {}
         self.dynamic: dict[int, str] = {}  # numbers that stand for sizes known at run time only, with their expressions
@@ -40,8 +40,8 @@ class Sizes:
         values = {symbol: self._prime(known.get(symbol, symbol)) for symbol in settled.free_symbols}
         number = int(settled.subs(values))
         if not values or all(int(settled.subs({s: n * k for s, n in values.items()})) == number for k in (2, 3, 5)):
-            return number  # 256 · n // n is no size that is known at run time only
-        if number < _LARGE:  # a remainder: small at every prime, it would fit by accident
+            return number  # 256 · n // n does not depend on n
+        if number < _LARGE:  # a remainder is small at every prime and would fit by accident
             number = next(self._primes)
         self.dynamic[number] = str(expr)
         return number
@@ -57,8 +57,8 @@ class Sizes:
 
 
 def _settled(expr: Any, known: Mapping[Any, Any]) -> Any:
-    """`64 - Max(0, 64 - s)` is `s` for the sizes that were traced: of a maximum or minimum the term that won there.
-    At a prime another one would win."""
+    """Replaces each maximum and minimum by the term that it selects at the traced sizes, as another one might win at a
+    prime: `64 - Max(0, 64 - s)` becomes `s`."""
 
     def winner(*terms: Any, greatest: bool) -> Any:
         return (max if greatest else min)(terms, key=lambda t: int(t.subs(known)))

@@ -1,1 +1,1 @@
-"""What is known of each op: one record a line, in a notation of its own."""
+"""What the compiler knows about each op: one record, whose line has a notation of its own."""

@@ -1,4 +1,4 @@
-"""The one rule that a line cannot say: how a view's dimensions before and after are made of common factors."""
+"""The rule of views, which no single line can express: both shapes of a view in common factors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _letter(sizes: dict[str, int], cut: int, size: int, group: int) -> str:
 
 
 def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
-    """Shortest runs of dimensions with equal products, dimensions of one element left out."""
+    """The shortest groups of dimensions with equal products. Dimensions of one element are left out."""
     i = [d for d, n in enumerate(before) if n != 1]
     j = [d for d, n in enumerate(after) if n != 1]
     groups: list[tuple[list[int], list[int]]] = []
@@ -68,7 +68,7 @@ def _cuts(shape: Shape, dims: list[int]) -> set[int]:
 
 
 def _spans(shape: Shape, dims: list[int]) -> list[tuple[int, int, int]]:
-    """(dimension, its high cut, its low cut) for each, major first."""
+    """(dimension, its high cut, its low cut) for each dimension, major first."""
     out, low = [], 1
     for d in reversed(dims):
         high = low * shape[d]

@@ -1,12 +1,12 @@
-"""The plain graph rewritten for one rank: local sizes, sliced constants, and the collectives that the plan implies.
+"""Rewrites the plain graph for one rank: local sizes, sliced constants, and the collectives that the plan implies.
 
-What an op does to a split axis is said by its rule (`axes`); this stage knows only four consequences:
+The op's record (`ops`) says what the op does to a split axis. This stage knows the four consequences:
 
-    contracted    the result is partial          → `reduce` (a bias is added after it, once)
-    looked up     a special form of the op       → `lookup`, `cross_entropy`, and norms that reduce their statistics
-    lacked        an operand that needs a gradient and does not carry a split axis, in an op whose result or
-                  contraction does               → it enters, once per value
-    leaves whole  a sharded output               → `gather`
+    contracted    the result is partial                   → `reduce`, and a bias is added once after it
+    special       the op has a special form               → `lookup`, `cross_entropy`, and norms that reduce statistics
+    lacked        an operand that needs a gradient lacks an axis that the result or the contraction has
+                                                          → the operand enters, once for each value
+    leaves whole  a sharded output                        → `gather`
 """
 
 from __future__ import annotations

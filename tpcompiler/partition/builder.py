@@ -1,4 +1,4 @@
-"""One rank's graph while it is built: what every plain value has become, and the nodes that any rewrite may add."""
+"""One rank's graph while it is built: the local form of every plain value, and the nodes that any rewrite may add."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Applied:
 
     node: fx.Node
     relation: Relation
-    inputs: Mapping[fx.Node, fx.Node]  # plain value → this rank's
+    inputs: Mapping[fx.Node, fx.Node]  # plain value → this rank's value
 
     @cached_property
     def name(self) -> str:
@@ -47,12 +47,12 @@ class Applied:
 
 
 class Builder:
-    """The graph, and what stands in it already. Every value enters once, and is taken once, for all that use it."""
+    """The graph and the nodes in it. A value enters at most once, and is taken at most once, for all its users."""
 
     def __init__(self, capture: Capture, axes: AxisMap, plan: Plan) -> None:
         self.capture, self.axes, self.plan = capture, axes, plan
         self.graph = fx.Graph()
-        self.env: dict[fx.Node, fx.Node] = {}  # plain value → this rank's
+        self.env: dict[fx.Node, fx.Node] = {}  # plain value → this rank's value
         self.sites = 0  # calls of dropout so far
         self._entered: dict[tuple[fx.Node, Over], fx.Node] = {}
         self._taken: dict[tuple[fx.Node, int, Dim], fx.Node] = {}
@@ -129,7 +129,7 @@ class Builder:
         return self.describe(self.call(target, *args), like, dims, note, cause)
 
     def enter(self, value: fx.Node, source: fx.Node, over: Over, cause: Cause) -> fx.Node:
-        """A value whose gradient is a sum over ranks (Megatron's f). `source`: the plain value that it was made of."""
+        """The value, with a gradient that is summed over ranks (Megatron's f). `source` is the plain value."""
         if (value, over) not in self._entered:
             self._entered[value, over] = self.insert(
                 runtime.enter, (value, over), source, "backward: all-reduce", layout_of(value), cause
@@ -137,7 +137,7 @@ class Builder:
         return self._entered[value, over]
 
     def take(self, value: fx.Node, source: fx.Node, i: int, dim: Dim) -> fx.Node:
-        """This rank's part of a value that it holds whole: dimension `i` becomes `dim`."""
+        """This rank's part, along dimension `i` with layout `dim`, of a value that it holds whole."""
         if (value, i, dim) not in self._taken:
             dims = list(layout_of(value) or [Factor(1)] * source.meta["val"].dim())
             dims[i] = dim

@@ -1,4 +1,4 @@
-"""Dropout on one rank: counter-based, the mask of an element depends on where it stands in the whole value."""
+"""Dropout on one rank. Its mask is counter-based: that of an element depends on its place in the whole value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def dropout(b: Builder, node: fx.Node) -> fx.Node:
-    """The runtime's dropout: told which global elements this rank holds, and where the samples are."""
+    """The runtime's dropout, which is told the global elements that this rank holds and where the samples are."""
     source, p, mode = node.args[:3]
     assert isinstance(source, fx.Node)
     layout = b.dims(b.axes.values[node.name][0]) if node.name in b.axes.values else ()
@@ -42,8 +42,8 @@ def dropout(b: Builder, node: fx.Node) -> fx.Node:
 
 
 def _samples(b: Builder, node: fx.Node, moved: Sequence[int]) -> dict[str, Any]:
-    """Where a value has its samples, so that a mask depends on which samples of the step these are, and not on how
-    the step was cut into micro-batches: dimension 0 is what the first input's dimension 0 is, or that times more."""
+    """Arguments that say where a value has its samples, so that the mask depends on the samples of the step and not on
+    its division into micro-batches. The batch is dimension 0 of the first input, and a factor of a dimension here."""
     first = next(n for n in b.capture.graph.nodes if n.name == b.capture.inputs[0])
     batch = first.meta["val"].shape[0] if first.meta["val"].dim() else None
     shape = node.meta["val"].shape

@@ -1,4 +1,4 @@
-"""Axes that a view has folded into the batch: `(b heads)` is opened, worked on, and folded again."""
+"""Axes that a view has folded into the batch: `(b heads)` is opened before the work on heads and folded after it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ aten = torch.ops.aten
 
 
 class Folded(Exception):
-    """An axis lies in a dimension together with a batch in a way that a local shape cannot say."""
+    """Raised when a dimension mixes an axis with the batch in a way that no local shape can express."""
 
 
 @dataclass(frozen=True)
 class Apart:
-    """A value of which the axis to work on is a dimension of its own."""
+    """A value in which the axis to work on is a dimension of its own."""
 
     value: fx.Node
     at: int
     dim: Dim
-    flat: int | None  # where the two dimensions must become one again
+    flat: int | None  # the first of the two dimensions that must become one again
 
 
 def apart(graph: fx.Graph, value: fx.Node, i: int, dim: Dim, *, whole: bool) -> Apart:
-    """Where dimension `i` is a batch times an axis: the value seen with the two as dimensions.
+    """Opens dimension `i` into two dimensions if it is a batch times an axis.
 
-    `whole`: the value has all of the axis, and not this rank's part. Raises `Folded` when the batch stands between
-    factors of the axis.
+    `whole` says that the value has all of the axis rather than this rank's part. Raises `Folded` when the batch stands
+    between factors of the axis.
     """
     if not dim.dynamic_size:
         return Apart(value, i, dim, None)
@@ -49,7 +49,7 @@ def apart(graph: fx.Graph, value: fx.Node, i: int, dim: Dim, *, whole: bool) -> 
 
 
 def together(graph: fx.Graph, new: fx.Node, opened: Apart) -> fx.Node:
-    """The inverse of `apart`, of what was made of its value."""
+    """Undoes `apart` on a value that was computed from the opened one."""
     if opened.flat is None:
         return new
     return call(graph, aten.flatten.using_ints, (new, opened.flat, opened.flat + 1))

@@ -1,4 +1,4 @@
-"""The main loop: every plain node in order, its operands made what its op needs on this rank."""
+"""The main loop: rewrites every plain node in order, after giving its operands the form that the op needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def partition(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec) -> Progra
             _output(b, node, left)
         else:
             b.env[node] = _rewrite(b, node)
-    erase_dead(b.graph)  # a bias that entered before it was moved past the reduction
+    erase_dead(b.graph)  # such as the enter of a bias that moved behind the reduction
     dims = {
         p.name: tuple(Factor(n) for n in p.shape) if p.buffer else b.dims(axes.values[p.node][0])
         for p in capture.parameters
@@ -63,7 +63,7 @@ def _op(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
     if is_mixed(b, relation):
         return take_apart(b, node, relation)
     for term in (*relation.contracted, *relation.special):
-        if split_in_part(b.dim(term)):  # a sum over ranks would count the whole segments once a rank
+        if split_in_part(b.dim(term)):  # a sum over ranks would count the whole segments several times
             raise b.refuse(node, f"{op_name(node)} over segments of which some are split", term)
     op = Applied(node, relation, ChainMap(_operands(b, node, relation), b.env))
     if special := b.over(relation.special):
@@ -74,8 +74,8 @@ def _op(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
 
 
 def _operands(b: Builder, node: fx.Node, relation: Relation) -> dict[fx.Node, fx.Node]:
-    """What the op sees of its operands: a live one enters where it lacks what is split; of a constant, which every rank
-    holds whole, this rank's part is taken."""
+    """The operands in the form that the op needs. A live operand enters if it lacks a split axis. Every rank holds a
+    constant whole and takes its part."""
     everywhere = [t for dims in relation.results for t in dims] + list(relation.contracted)
     present = b.over(everywhere)
     out = {}
@@ -101,7 +101,7 @@ def _operands(b: Builder, node: fx.Node, relation: Relation) -> dict[fx.Node, fx
 
 
 def _sliced(b: Builder, node: fx.Node, value: fx.Node) -> fx.Node:
-    """Of a value that every rank has made whole, this rank's slice; its gradient is a sum over ranks."""
+    """This rank's slice of a value that every rank computes whole. The value's gradient is a sum over ranks."""
     terms = b.axes.values[node.name][0]
     over = b.over(terms)
     if over and node.name in b.axes.grads:
@@ -132,7 +132,7 @@ def _output(b: Builder, node: fx.Node, left: frozenset[int]) -> None:
 
 
 def _whole(b: Builder, value: fx.Node) -> fx.Node:
-    """A value as the plain model gives it, every split dimension gathered."""
+    """The value of the plain model, with every split dimension gathered."""
     new = b.env[value]
     for i, dim in enumerate(layout_of(new) or ()):
         if dim.over:

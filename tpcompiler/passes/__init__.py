@@ -1,4 +1,4 @@
-"""Passes: graph rewrites on one rank's program, each a function from program to program in a file of its own."""
+"""Passes: rewrites of one rank's program. Each is a function from program to program in a file of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PASSES = (drop_joined_segments, sink_reductions, merge_reductions, hoist_enters)
 
 
 def run_passes(program: Program) -> Program:
-    """All passes in order. A program is not changed: each pass works on a graph of its own."""
+    """Applies all passes in order. The given program is not changed, because each pass works on a copy of the graph."""
     for p in PASSES:
         program = p(program)
     return program

@@ -1,11 +1,12 @@
-"""Gradients that meet again are summed once: several `enter`s of what one value was made into become one of the value.
+"""Replaces several enters downstream of x by one enter on x, so that one all-reduce sums its gradient.
 
-Two cases pay. Keys and values of a subgroup are made from what enters anyway for the queries: let it enter for all, and
-let the small weights that make them enter instead of the activations. And a block whose attention and feed-forward have
-a norm each, side by side: let the residual stream enter once, and the norms' vectors with it.
+Two cases pay. Keys and values of a subgroup are computed from a value that enters for the queries anyway. That value
+then enters for all of them, and the small weights of keys and values enter instead of the activations. The other case
+is a block that applies two norms side by side, for attention and feed-forward. The residual stream then enters once,
+together with the vectors of the norms.
 
-Backward, summing over ranks is moved before what is linear in gradients; each parameter on the way then has a partial
-gradient and enters itself.
+In backward this moves the sum over ranks across operations that are linear in gradients. Each parameter on the way then
+has a partial gradient and enters itself.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from tpcompiler.layout import Dim, Factor, Over
 from tpcompiler.program import Placed, Program
 
 aten = torch.ops.aten
-LARGEST = 64  # nodes between a value and what enters: a norm, a projection with its rotation
+LARGEST = 64  # nodes between the value and the enter: a norm, or a projection with its rotation
 
 
 @dataclass(frozen=True)
 class Region:
-    """The nodes between one value and an `enter`, used by nobody else, and the parameters that they read."""
+    """The nodes between one value and an `enter` that nothing else uses, and the parameters that they read."""
 
     enter: fx.Node
     source: fx.Node
@@ -49,7 +50,7 @@ class Region:
 
 
 def hoist_enters(program: Program) -> Program:
-    """Merge wherever it saves an all-reduce of an activation."""
+    """Merges enters wherever that saves an all-reduce of an activation."""
     graph = copy_graph(program.graph)
     trainable = {p.node for p in program.capture.parameters if p.trainable and not p.buffer}
     _widen(graph, program, _carriers(graph, trainable))
@@ -59,7 +60,7 @@ def hoist_enters(program: Program) -> Program:
 
 
 def _carriers(graph: fx.Graph, trainable: set[str]) -> set[fx.Node]:
-    """The values that a trainable parameter stands behind."""
+    """The values that depend on a trainable parameter."""
     out: set[fx.Node] = set()
     for node in graph.nodes:
         if node.name in trainable if node.op == "placeholder" else not out.isdisjoint(node.all_input_nodes):
@@ -68,7 +69,7 @@ def _carriers(graph: fx.Graph, trainable: set[str]) -> set[fx.Node]:
 
 
 def _widen(graph: fx.Graph, program: Program, carriers: set[fx.Node]) -> None:
-    """enter(f(enter(x, a)), b), where x enters over a and b elsewhere: f(enter(x, a and b))."""
+    """Replaces enter(f(enter(x, a)), b) by f(enter(x, a and b)) where x enters over a and b anyway."""
     for node in list(graph.nodes):
         if node.target is not runtime.enter or (region := _region(node, carriers)) is None:
             continue
@@ -84,7 +85,7 @@ def _widen(graph: fx.Graph, program: Program, carriers: set[fx.Node]) -> None:
 
 
 def _meet(graph: fx.Graph, carriers: set[fx.Node]) -> None:
-    """enter(f(x)) and enter(g(x)), f and g with vectors for parameters: f and g of enter(x)."""
+    """Replaces enter(f(x)) and enter(g(x)) by f and g of enter(x) where all parameters of f and g are vectors."""
     found: dict[tuple[fx.Node, Over], list[Region]] = defaultdict(list)
     for node in graph.nodes:
         region = _region(node, carriers) if node.target is runtime.enter else None
@@ -109,12 +110,12 @@ def _meet(graph: fx.Graph, carriers: set[fx.Node]) -> None:
 
 
 def _entered(x: fx.Node, names: Over) -> fx.Node | None:
-    """Where a value enters over these mesh dimensions."""
+    """The enter of a value over these mesh dimensions, if there is one."""
     return next((u for u in x.users if u.target is runtime.enter and over(u) == names), None)
 
 
 def _region(enter: fx.Node, carriers: set[fx.Node]) -> Region | None:
-    """What lies between `enter` and the one activation that it was made from."""
+    """The region between `enter` and the one activation that its value is computed from."""
     start = operand(enter)
     if set(start.users) != {enter}:
         return None
@@ -131,11 +132,11 @@ def _region(enter: fx.Node, carriers: set[fx.Node]) -> Region | None:
     if any(n.target in (runtime.reduce, runtime.gather, runtime.cross_entropy, runtime.lookup) for n in nodes):
         return None
     sources = [n for n in frontier if n.op == "call_function"]
-    parameters = tuple(sorted(n for n in frontier if n.op == "placeholder"))  # in one order on all ranks
+    parameters = tuple(sorted(n for n in frontier if n.op == "placeholder"))  # sorted, so that all ranks have one order
     if len(sources) != 1 or start.op != "call_function" or not isinstance(sources[0].meta.get("val"), torch.Tensor):
         return None
     if any(set(d.over) & set(over(enter)) for d in layout_of(sources[0]) or ()):
-        return None  # segments of it are split: ranks hold different ones, which cannot be summed
+        return None  # ranks hold different segments of it, which cannot be summed
     return Region(enter, sources[0], frozenset(nodes), parameters)
 
 
@@ -146,7 +147,7 @@ def _replace_source(region: Region, entered: fx.Node) -> None:
 
 
 def _enter_vectors(graph: fx.Graph, regions: list[Region], names: Over) -> None:
-    """The norms' vectors together: one small all-reduce for all of them."""
+    """Lets the vectors of the norms enter together, which takes one small all-reduce."""
     vectors = list(dict.fromkeys(p for r in regions for p in r.parameters if not any(d.over for d in _layout(p))))
     vectors = [p for p in vectors if p.meta["val"].dim() == 1 and p.meta["val"].dtype == vectors[0].meta["val"].dtype]
     if len(vectors) < 2:
@@ -174,11 +175,11 @@ def _enter_vectors(graph: fx.Graph, regions: list[Region], names: Over) -> None:
 
 
 def _enter_parameters(graph: fx.Graph, region: Region, names: Over) -> list[fx.Node]:
-    """Every parameter that a region reads enters: its gradient there is now a sum over ranks."""
+    """Lets every parameter that a region reads enter, because its gradient there is now a sum over ranks."""
     out = []
     for p in region.parameters:
         if not any(p in node.all_input_nodes for node in region.nodes):
-            continue  # entered together with others
+            continue  # it entered together with others
         split = {n for d in _layout(p) for n in d.over}
         lacking = tuple(n for n in names if n not in split)
         if not lacking:

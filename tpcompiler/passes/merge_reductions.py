@@ -1,8 +1,8 @@
-"""Sums of partial values are reduced once: reduce(p) + reduce(q) → reduce(p + q).
+"""Reduces a sum of partial values once: reduce(p) + reduce(q) → reduce(p + q).
 
-A transformer block whose attention and feed-forward stand side by side then has one all-reduce, not two. Between the
-reductions and their sum may stand what is linear: adding replicated values (biases, the residual), and dropout, whose
-counter-based mask is the same on all ranks.
+A transformer block with parallel attention and feed-forward then has one all-reduce instead of two. Linear operations
+may stand between the reductions and their sum: additions of replicated values (biases, the residual), and dropout,
+whose counter-based mask is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Open:
-    """A value as `reduce(partial) + rest`."""
+    """A value written as `reduce(partial) + rest`."""
 
     partial: fx.Node
     over: Over
@@ -31,7 +31,7 @@ class Open:
 
 
 def merge_reductions(program: Program) -> Program:
-    """Merge wherever it saves an all-reduce."""
+    """Merges reductions wherever that saves an all-reduce."""
     graph = copy_graph(program.graph)
     for node in list(graph.nodes):
         if _is_sum(node):
@@ -43,7 +43,7 @@ def merge_reductions(program: Program) -> Program:
 
 
 def _is_sum(node: fx.Node) -> bool:
-    """A sum of two tensors in one dtype."""
+    """Whether a node adds two tensors of its own dtype."""
     return (
         node.target is aten.add.Tensor
         and not node.kwargs
@@ -52,7 +52,7 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _reduction(node: fx.Node) -> fx.Node | None:
-    """The reduction that a value opens to, through operations that nobody else looks into."""
+    """The reduction behind a value, if only operations that nothing else uses lie between them."""
     if len(node.users) != 1:
         return None
     if node.target is runtime.reduce:
@@ -106,7 +106,7 @@ def _dropped(graph: fx.Graph, x: fx.Node, dropout: fx.Node) -> fx.Node:
 
 
 def _expanded(graph: fx.Graph, x: fx.Node, like: fx.Node) -> fx.Node:
-    """A bias in the shape of the value it was added to: dropout draws a mask for every element."""
+    """A bias in the shape of the value it is added to, because dropout draws a mask for every element."""
     source = operand(like)
     if x.meta["val"].shape == source.meta["val"].shape:
         return x

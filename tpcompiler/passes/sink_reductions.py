@@ -1,7 +1,8 @@
-"""A partial value is summed where it is small: sum(gather(reduce(p) · w)) → reduce(sum(gather(p · w))).
+"""Moves a reduction to where the value is small: sum(gather(reduce(p) · w)) → reduce(sum(gather(p · w))).
 
-A mixture of experts makes a row for each expert of a token, weighs the rows, and adds them up. All of that is linear,
-so the all-reduce may come after it, of one row a token. What weighs the rows then meets a partial value, and enters.
+A mixture of experts computes a row for each expert of a token, weights the rows, and adds them. All of that is linear,
+so that the all-reduce may come afterwards, with one row for each token. The weights of the rows then multiply a partial
+value and therefore enter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 
 
 def sink_reductions(program: Program) -> Program:
-    """Move every all-reduce to the smallest of the values that it may be taken of, or to where it meets another."""
+    """Moves every all-reduce to the smallest value that it may be applied to, or to where it meets another one."""
     graph = copy_graph(program.graph)
     trainable = {p.node for p in program.capture.parameters if p.trainable and not p.buffer}
     for to_meet in (False, True):
@@ -37,7 +38,7 @@ def sink_reductions(program: Program) -> Program:
 
 @dataclass(frozen=True)
 class LinearStep:
-    """An op that is linear in the value before it, and what it scales that by, if anything."""
+    """An op that is linear in the value before it, and the tensor that it multiplies the value by, if any."""
 
     node: fx.Node
     weight: fx.Node | None
@@ -70,7 +71,7 @@ def _sink(graph: fx.Graph, node: fx.Node, trainable: set[str], to_meet: bool) ->
 
 
 def _meets(value: fx.Node, names: Over) -> bool:
-    """Whether a value is added to one that is reduced over the same ranks: one all-reduce then does for both."""
+    """Whether a value is added to one that is reduced over the same ranks, so that one all-reduce serves both."""
     (user,) = value.users if len(value.users) == 1 else (None,)
     if user is None or user.target is not aten.add.Tensor or user.kwargs:
         return False
@@ -80,7 +81,7 @@ def _meets(value: fx.Node, names: Over) -> bool:
 
 
 def _next(value: fx.Node) -> LinearStep | None:
-    """The op that a value goes to, when it is linear in it, keeps its dtype, and nobody else uses the value."""
+    """The only user of a value, if it is an op that is linear in the value and keeps its dtype."""
     if len(value.users) != 1:
         return None
     (node,) = value.users
@@ -102,7 +103,7 @@ def _entered(graph: fx.Graph, w: fx.Node, reduction: fx.Node, step: fx.Node) -> 
 
 
 def _carries(node: fx.Node, trainable: set[str]) -> bool:
-    """Whether a trainable parameter stands behind a value."""
+    """Whether a value depends on a trainable parameter."""
     seen, stack = set[fx.Node](), [node]
     while stack:
         n = stack.pop()

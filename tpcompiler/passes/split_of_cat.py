@@ -1,4 +1,4 @@
-"""Segments that were joined only to be taken apart again stay apart: split(cat(q, k, v)) → q, k, v."""
+"""Removes a concatenation whose only use is to be split again: split(cat(q, k, v)) → q, k, v."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def drop_joined_segments(program: Program) -> Program:
-    """Where a `split` gives back a `cat`'s operands, or several that stand together, use those directly."""
+    """Uses the operands of a `cat` directly where a `split` returns them, one by one or several joined."""
     graph = copy_graph(program.graph)
     for node in list(graph.nodes):
         if node.target is aten.split_with_sizes.default and (pieces := _pieces(node)) is not None:
@@ -30,7 +30,7 @@ def drop_joined_segments(program: Program) -> Program:
 
 
 def _pieces(node: fx.Node) -> list[list[fx.Node]] | None:
-    """For each result of a split, which of the joined values it is made of; None when a cut falls inside of one."""
+    """The joined values that each result of a split consists of. None when the split cuts through one of them."""
     cat: Any = node.args[0]
     sizes: Any = node.args[1]
     dim: Any = node.args[2]
@@ -53,7 +53,7 @@ def _pieces(node: fx.Node) -> list[list[fx.Node]] | None:
 
 
 def _same(parts: list[fx.Node], along: int, size: LocalSize | int) -> bool:
-    """Whether values laid end to end are what a size, of this rank, says."""
+    """Whether the values laid end to end have this size, which may be a rank's local size."""
     dims = [x for p in parts for x in _segments((layout_of(p) or ())[along])]
     if isinstance(size, LocalSize):
         return dims == _segments(size.dim)

@@ -1,9 +1,9 @@
-"""The plan: which axes to split over which mesh dimensions, under the spec, and why the others are not.
+"""The plan: which axes to split over which mesh dimensions under the spec, and why the other axes stay whole.
 
-Axes of equal layers are one decision. Two axes that stand in different factors of one tensor exclude each other on one
-mesh dimension; among what is legal and wanted, the heaviest independent set is taken, an axis weighing what its
-matrices save less what its collectives cost. Both are elements per token, so that a toy model is planned as its large
-sister is.
+The axes of equal layers are one decision. Two axes that stand in different factors of one tensor exclude each other on
+a mesh dimension. Among the axes that may and should be split, the plan takes the heaviest set without exclusions. The
+weight of an axis is what its matrices save, less what its collectives cost. Both are counted in elements per token, so
+that a small model is planned like a large one of the same shape.
 """
 
 from __future__ import annotations

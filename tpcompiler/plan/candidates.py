@@ -1,4 +1,4 @@
-"""What could be split: axes of equal layers together, and pairs of neighbours that share the degree between them."""
+"""Candidates for splitting: the axes of equal layers together, and pairs of neighbouring axes that share the degree."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Candidate:
 
     split: tuple[tuple[int, tuple[str, ...]], ...]
     weight: float
-    asked: bool  # named by the spec
+    asked: bool  # whether the spec names it
 
     @property
     def leaves(self) -> frozenset[int]:
@@ -29,7 +29,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pair:
-    """Neighbours in a product: the major ones split over `factor` ranks, the minor ones over the rest of the degree."""
+    """Neighbours in a product: `factor` ranks split the major axes, the rest of the degree splits the minor ones."""
 
     factor: int
     majors: list[AxisFacts]
@@ -37,7 +37,7 @@ class Pair:
 
 
 def make_candidates(facts: Facts, wishes: Wishes, spec: Spec) -> tuple[Mesh, list[Candidate]]:
-    """All candidates, and the mesh they are written for: the tensor dimension in factors where pairs need that."""
+    """All candidates and their mesh, whose tensor dimension is taken apart into factors where pairs need that."""
     degree = spec.mesh.tensor
     groups = _groups(facts, wishes)
     pairs = _pairs(groups, facts, degree) if not spec.allow_empty else []
@@ -61,15 +61,15 @@ def make_candidates(facts: Facts, wishes: Wishes, spec: Spec) -> tuple[Mesh, lis
 
 
 def _groups(facts: Facts, wishes: Wishes) -> list[list[AxisFacts]]:
-    """Axes that may be split, those of equal layers together unless they exclude each other."""
+    """Groups of axes that may be split. The axes of equal layers are one group unless they exclude each other."""
     classes: dict[object, list[AxisFacts]] = defaultdict(list)
     for leaf, fact in facts.axes.items():
         if fact.marks or fact.dynamic or leaf in wishes.no or fact.size < 2:
             continue
         if fact.sums > 0 and not fact.batchwise and leaf not in wishes.asked:
-            continue  # a residual stream, or features of the input: a reduction at every use
+            continue  # a residual stream or features of the input would need a reduction at every use
         if ATTENTION in fact.kinds and not fact.batchwise and leaf not in wishes.asked:
-            continue  # the width of a value head: legal, but the scores would be computed on every rank
+            continue  # to split the width of a value head is legal, but every rank would compute all scores
         classes[fact.signature, leaf in wishes.asked].append(fact)
     return [part for members in classes.values() for part in _independent(members, facts)]
 
@@ -88,7 +88,7 @@ def _candidate(members: list[tuple[AxisFacts, tuple[str, ...]]], wishes: Wishes)
 
 
 def _fine_dims(degree: int, cuts: list[int]) -> tuple[tuple[str, int], ...]:
-    """The tensor dimension of the mesh as factors, so that an axis shorter than it can be split over some of them."""
+    """The tensor dimension of the mesh in factors, so that a shorter axis can be split over some of them."""
     sizes, last = [], 1
     for f in [*cuts, degree]:
         if f // last > 1:
@@ -98,7 +98,7 @@ def _fine_dims(degree: int, cuts: list[int]) -> tuple[tuple[str, int], ...]:
 
 
 def _pairs(groups: list[list[AxisFacts]], facts: Facts, degree: int) -> list[Pair]:
-    """Neighbours in a product, the major shorter than the degree (kv heads), that together are long enough."""
+    """Neighbours in a product that are long enough together while the major one (kv heads) is too short alone."""
     where = {f.leaf: i for i, members in enumerate(groups) for f in members}
     found: dict[tuple[int, int], set[tuple[int, int]]] = defaultdict(set)
     for a, b in facts.products:
@@ -117,14 +117,17 @@ def _pairs(groups: list[list[AxisFacts]], facts: Facts, degree: int) -> list[Pai
 
 
 def best_factor(major: int, minor: int, degree: int) -> int | None:
-    """Over how many of `degree` ranks to split the major axis, the rest going to the minor: the most even way in which
-    no rank is left without, then the one that copies least. None when there is none."""
+    """The number of ranks, a divisor of `degree`, that split the major axis. The remaining factor splits the minor one.
+
+    Every rank gets a part of both. The most even split comes first, then the one that copies least. None if no divisor
+    fits.
+    """
     fits = [f for f in range(1, major + 1) if degree % f == 0 and degree // f <= minor]
     return min(fits, key=lambda f: (-(-major // f) * -(-minor // (degree // f)), -f), default=None)
 
 
 def unfit_products(facts: Facts, degree: int) -> frozenset[tuple[int, int]]:
-    """(kv heads, group) pairs, long enough together, that no factoring of the degree fits."""
+    """(kv heads, group) pairs that are long enough together but that no factoring of the degree fits."""
     out = set()
     for a, b in facts.grouped_heads:
         major, minor = facts.axes[a].size, facts.axes[b].size

@@ -1,4 +1,4 @@
-"""The heaviest set of candidates that do not exclude each other."""
+"""Finds the heaviest set of candidates of which no two exclude each other."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import networkx as nx
 from tpcompiler.plan.candidates import Candidate
 from tpcompiler.plan.facts import Facts
 
-_EXACT = 40  # candidates that exclude each other, up to which the heaviest set is found exactly
+_EXACT = 40  # up to this number of connected candidates, the heaviest set is found exactly
 
 
 def choose(candidates: list[Candidate], facts: Facts) -> dict[int, tuple[str, ...]]:
-    """What to split: axis → mesh dimensions. What the spec names comes first, whatever it weighs."""
+    """The mesh dimensions that split each chosen axis. Axes that the spec names come first, whatever their weight."""
     graph = nx.Graph()
     useful = [c for c in candidates if c.split and (c.asked or c.weight > 0)]
     scale = 1000 / max((abs(c.weight) for c in useful), default=1)

@@ -1,4 +1,4 @@
-"""The collectives of a program, read off its graph: what `tpc shard` lists, and what a run must be seen to execute."""
+"""The collectives of a program, read off its graph. `tpc shard` lists them, and a run is checked against the list."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FORWARD, BACKWARD = "forward", "backward"
 
 
 def list_collectives(program: Program, plan: Plan) -> tuple[Collective, ...]:
-    """Every collective of one forward and backward, in the graph's order; bytes at the example's sizes, on rank 0."""
+    """Every collective of a forward and backward in the graph's order, with bytes of rank 0 at the example's sizes."""
     reader = _Reader(program, plan)
     return tuple(c for node in program.graph.nodes if node.op == "call_function" for c in reader.of(node))
 
 
 def folded(collectives: tuple[Collective, ...], plan: Plan) -> tuple[Collective, ...]:
-    """Those of equal layers as one, with their count; the first one's node stands for all."""
+    """The collectives with those of equal layers listed once, with their count and the first one's node."""
     out: dict[tuple[Any, ...], Collective] = {}
     for c in collectives:
         name, _, kind = c.block.partition(" · ")
@@ -36,7 +36,7 @@ def folded(collectives: tuple[Collective, ...], plan: Plan) -> tuple[Collective,
 
 
 def _plan_name(plan: Plan, kind: str, name: str) -> str:
-    """The block of the plan that a layer's block belongs to: h.3.mlp → h.*.mlp. Its own name when there is none."""
+    """The name of the plan's block that a layer's block belongs to: h.3.mlp → h.*.mlp, or its own name without one."""
     for b in plan.blocks:
         if b.kind == kind and any(p == name or p.startswith(name + ".") for p in b.parameters):
             return b.name
@@ -95,7 +95,7 @@ class _Reader:
     # -- of a node --------------------------------------------------------------------------------------------------
 
     def of_value(self, node: fx.Node, kind: str, direction: str, reason: str) -> Collective:
-        """A collective on the node's own value."""
+        """A collective that communicates the node's own value."""
         return self.make(node, kind, direction, over(node), self.local(node), node.meta["val"].dtype, reason)
 
     def make(
@@ -119,13 +119,13 @@ class _Reader:
         return " and ".join(dict.fromkeys(self.plan.names[a] for a in self.cause(node).axes))
 
     def block(self, node: fx.Node) -> str:
-        """`h.3.mlp · mlp`: the block whose axis is the reason."""
+        """The block whose axis needs the collective: `h.3.mlp · mlp`."""
         cause = self.cause(node)
         if not cause.axes:
             return "model · other"
         fact = self.plan.facts.axes[cause.axes[0]]
         kind = fact.kinds[0]
-        if len(fact.kinds) > 1:  # a tied vocabulary is looked up at one end and contracted at the other
+        if len(fact.kinds) > 1:  # a tied vocabulary: the embedding looks it up, the output layer contracts it
             kind = "embedding" if cause.form == "lookup" else "head" if "head" in fact.kinds else kind
         split = any(b.kind == kind and fact.parameters[0] in b.parameters for b in self.plan.blocks)
         return f"{common_name(fact.parameters)} · {kind if split else fact.kinds[0]}"
@@ -146,5 +146,5 @@ class _Reader:
 
 
 def _accumulated(dtype: torch.dtype) -> torch.dtype:
-    """What the runtime sums a 16-bit value's statistics in."""
+    """The dtype in which the runtime sums the statistics of a value."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

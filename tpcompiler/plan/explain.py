@@ -1,4 +1,4 @@
-"""Why a parameter is split or not: what its dimensions are made of, and which line of the model forbids each axis."""
+"""Why a parameter is split or not: the axes of its dimensions, and the line of the model that keeps each one whole."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tpcompiler.spec.schema import covers, nearest
 
 @dataclass(frozen=True)
 class Axis:
-    """One factor of a dimension. `reasons`: what keeps it whole, empty when it is split."""
+    """One factor of a dimension. `reasons` says what keeps it whole and is empty when it is split."""
 
     name: str
     size: int
     over: tuple[str, ...]
     kinds: tuple[str, ...]
     reasons: tuple[str, ...]
-    stands_in: tuple[str, ...]  # the parameters that have it: split together or not at all
+    stands_in: tuple[str, ...]  # the parameters that have it, which are split together or not at all
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Explained:
 
 
 def explain(capture: Capture, axes: AxisMap, plan: Plan, pattern: str) -> tuple[Explained, ...]:
-    """The parameters that a glob (over parameter or module names) covers. Raises `PlanError` when there is none."""
+    """Explains the parameters that a glob over parameter or module names covers. Raises `PlanError` if none match."""
     parameters = [p for p in capture.parameters if not p.buffer]
     found = [p for p in parameters if any(covers(pattern, name) for name in p.names)]
     if not found:
@@ -76,7 +76,7 @@ def _axis(leaf: int, plan: Plan, lines: dict[str, Any]) -> Axis:
 
 
 def _reasons(leaf: int, plan: Plan, lines: dict[str, Any]) -> tuple[str, ...]:
-    """Every mark first; without one the axis could be split, and it is the choice that leaves it whole."""
+    """The marks of an axis. An unmarked axis could be split, so that the reason lies in the plan's choice."""
     fact = plan.facts.axes[leaf]
     marks = tuple(dict.fromkeys(_told(mark, lines) for mark in fact.marks))
     if marks:

@@ -1,8 +1,8 @@
-"""What each axis is for, and what splitting it saves and costs: the facts that the plan chooses by.
+"""The facts that the plan chooses by: the purpose of each axis, and what splitting it saves and costs.
 
-Kinds are read off the graph, never off names: an axis of a product of two activations (scores, or values weighted by
-them) is `attention`, one that a table is looked up by is `embedding`, one that the loss contracts or that leaves as the
-output is `head`, one that stands between two weights is `mlp`.
+The kind of an axis comes from the graph, never from names. An axis of a product of two activations (scores, or values
+weighted by them) is `attention`. An axis that indexes a table is `embedding`. An axis that the loss contracts or that
+the model returns is `head`. An axis between two weights is `mlp`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from tpcompiler.program import Capture
 
 @dataclass(frozen=True)
 class AxisFacts:
-    """One axis that parameters have. Costs and gains are elements per token, free of the hardware's scale."""
+    """One axis of parameters. Its cost and gain are elements per token, which does not depend on the hardware."""
 
     leaf: int
     size: int
     dynamic: bool  # a batch or sequence
     kinds: tuple[str, ...]
-    sums: int  # products that contract it, each a reduction, beyond those that make it: the residual stream has many
-    batchwise: bool  # attention works on it as on a batch (heads), not through it (the width of a value head)
-    parameters: tuple[str, ...]  # names of those it stands in
-    signature: int  # axes of equal layers have equal signatures: one decision
+    sums: int  # products that contract it, less products that make it: large for the residual stream
+    batchwise: bool  # attention treats it as a batch (heads), unlike the width of a value head
+    parameters: tuple[str, ...]  # names of the parameters that have it
+    signature: int  # axes of equal layers have equal signatures and are one decision
     gain: float
     cost: float
     marks: tuple[Mark, ...]
@@ -45,13 +45,13 @@ class Facts:
 
     @cached_property
     def grouped_heads(self) -> frozenset[tuple[int, int]]:
-        """(kv heads, group) pairs: neighbours of which both are a batch to attention."""
+        """(kv heads, group) pairs: neighbours that attention both treats as a batch."""
         heads = {leaf for leaf, fact in self.axes.items() if fact.batchwise and not fact.marks}
         return frozenset((a, b) for a, b in self.products if a in heads and b in heads)
 
 
 def gather_facts(capture: Capture, axes: AxisMap) -> Facts:
-    """Facts of every axis that stands in a parameter."""
+    """The facts of every axis that a parameter has."""
     nodes = {n.name: n for n in capture.graph.nodes}
     members: dict[int, list[str]] = defaultdict(list)
     roles: dict[int, Counter[object]] = defaultdict(Counter)

@@ -1,8 +1,8 @@
-"""The axes of a capture under a spec: grouped heads whose kv heads fit no factoring of the degree are cut.
+"""The axes of a capture under a spec. Grouped heads are cut when their kv heads fit no factoring of the degree.
 
-With 3 kv heads in groups of 2 over 5 ranks, heads are split as one axis. Every rank makes keys and values whole,
-repeats them to all heads, and takes the heads that it needs. The gradients of keys and values are summed where they
-enter.
+With 3 kv heads in groups of 2 over 5 ranks, for example, heads are split as one axis. Every rank computes all keys and
+values, repeats them to all heads, and takes the heads that it needs. The gradients of keys and values are summed over
+ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tpcompiler.spec import Spec
 
 
 def infer_for(capture: Capture, spec: Spec) -> tuple[Capture, AxisMap]:
-    """The axes of a capture, cut where the spec's degree asks for it; and the capture that they are of."""
+    """The axes of a capture, cut where the spec's degree needs it, and the capture that they belong to."""
     axes = infer_axes(capture)
     degree = spec.mesh.tensor
     if degree == 1 or spec.allow_empty or not unfit_products(gather_facts(capture, axes), degree):

@@ -1,4 +1,4 @@
-"""Facts and wishes in, a plan out."""
+"""Makes a plan from the facts of the axes and the wishes of the spec."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ORDER = ("embedding", "attention", "mlp", "other", "head")
 
 
 def make_plan(capture: Capture, axes: AxisMap, spec: Spec) -> Plan:
-    """Choose. Raises `PlanError` for what the spec asks for and cannot have."""
+    """The plan for a spec. Raises `SpecError` or `PlanError` when the spec asks for what cannot be split."""
     facts = gather_facts(capture, axes)
     wishes = read_wishes(capture, axes, facts, spec)
     mesh, split = spec.ranks, dict[int, tuple[str, ...]]()
@@ -37,7 +37,7 @@ def make_plan(capture: Capture, axes: AxisMap, spec: Spec) -> Plan:
 
 
 def _coarsened(mesh: Mesh, split: dict[int, tuple[str, ...]], spec: Spec) -> tuple[Mesh, dict[int, tuple[str, ...]]]:
-    """One tensor dimension again when no axis needed a part of it."""
+    """The mesh with a single tensor dimension again, if no chosen axis needs a factor of it."""
     fine = tuple(n for n in mesh.names if n != "data")
     if any(over != fine for over in split.values()):
         return mesh, split

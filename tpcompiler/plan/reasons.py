@@ -1,4 +1,4 @@
-"""Why something is not split: for the list of replicated parameters, and for what the spec asked for in vain."""
+"""Why something is not split: reasons for the list of replicated parameters, and errors for unmet requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COSTS_MORE = "its collectives would cost more than its products save"
 
 
 def replicated(capture: Capture, axes: AxisMap, plan: Plan, wishes: Wishes) -> tuple[Replicated, ...]:
-    """The parameters that every rank holds whole."""
+    """The parameters that every rank holds whole, each with the reason."""
     out = []
     for p in capture.parameters:
         if p.buffer or any(leaf in plan.split for leaf in axes.axes_of(axes.values[p.node][0])):
@@ -25,7 +25,7 @@ def replicated(capture: Capture, axes: AxisMap, plan: Plan, wishes: Wishes) -> t
 
 
 def _why_whole(axes: AxisMap, plan: Plan, p: Parameter, wishes: Wishes) -> str:
-    """Why no dimension of a parameter is split: for each of its axes, the op or the choice that forbids it."""
+    """Why no dimension of a parameter is split: for each of its axes, the op or the choice that keeps it whole."""
     reasons = []
     for leaf in axes.axes_of(axes.values[p.node][0]):
         fact = plan.facts.axes[leaf]
@@ -48,7 +48,7 @@ def _why_whole(axes: AxisMap, plan: Plan, p: Parameter, wishes: Wishes) -> str:
 
 
 def refuse(capture: Capture, plan: Plan, spec: Spec, wishes: Wishes) -> None:
-    """No silent fallback: what the spec asks for and does not get is a `SpecError` or `PlanError`, with the reason."""
+    """Raises `SpecError` or `PlanError`, with the reason, when the plan does not split what the spec asks for."""
     _refuse_axes(plan, spec, wishes)
     for kind in sorted(spec.explicit):
         if not any(b.kind == kind for b in plan.blocks):

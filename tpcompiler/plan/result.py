@@ -1,4 +1,4 @@
-"""What planning results in: the split axes, and what follows from them for the reader."""
+"""The result of planning: the split axes, and what follows from them for the reader."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tpcompiler.plan.facts import Facts
 
 @dataclass(frozen=True)
 class Block:
-    """An axis that is split, in all layers that are alike."""
+    """A split axis of one layer or of several equal layers."""
 
     kind: str
-    name: str  # what its parameters' names have in common, layer numbers as *
+    name: str  # the common part of its parameters' names, with * for layer numbers
     layers: int
     axis: str
     size: int
     over: tuple[str, ...]
-    local: tuple[int, ...]  # elements by place on `over`
+    local: tuple[int, ...]  # elements of each rank along `over`
     parameters: tuple[str, ...]
 
 
@@ -44,11 +44,11 @@ class Plan:
 
     @property
     def degree(self) -> int:
-        """Ranks that share one copy of the model."""
+        """The number of ranks that share one copy of the model."""
         return prod(self.mesh[name] for name in self.mesh.names if name != "data")
 
     def dim(self, axes: AxisMap, term: int | None) -> Dim:
-        """A dimension's layout, written in axes of this plan."""
+        """The layout of a dimension under this plan."""
         if term is None:
             return Factor(1)
         bound = axes.terms.binding(term)

@@ -1,8 +1,7 @@
-"""What one pass over the relations counts for each axis: what it is for, and what splitting it saves and costs.
+"""One pass over the relations counts, for each axis, what it is for and what splitting it saves and costs.
 
-Gains and costs are in one unit, elements per token, so that a plan does not depend on the model's scale: a value of
-width n that is reduced costs n, and a product with a weight of n · m elements saves 4 · √(n · m), which is as many
-times n at any width.
+Gains and costs have one unit, elements per token, so that a plan does not depend on the model's scale. Reducing a value
+of width n costs n. Splitting a product with a weight of n · m elements saves 4 · √(n · m), which grows like n.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from tpcompiler.ops.operands import op_name
 
 ATTENTION, MLP, EMBEDDING, HEAD, OTHER = "attention", "mlp", "embedding", "head", "other"
 _LONG = 1024  # elements of a second sequence
-_TOKENS = 1000  # of a step: what is done once a step counts that much less
-_SMALL = 8  # times smaller than the largest table: looking up saves memory and no time, so such a one stays whole
+_TOKENS = 1000  # tokens of a step: work that is done once a step counts this much less
+_SMALL = 8  # a table this many times smaller than the largest stays whole: splitting it saves little memory, no time
 
 
 class Tally:
-    """`roles` is added to: how often an axis stands where, in which op; axes of equal layers have equal ones."""
+    """Adds to `roles`, which counts where and in which ops an axis stands. Axes of equal layers have equal roles."""
 
     def __init__(
         self,
@@ -35,8 +34,8 @@ class Tally:
     ) -> None:
         self.axes, self.nodes, self.roles, self.largest_table = axes, nodes, roles, largest_table
         self.kinds: dict[int, set[str]] = defaultdict(set)
-        self.products: Counter[int] = Counter()  # of activations, in whose result the axis stands
-        self.made: Counter[int] = Counter()  # weights whose product makes the axis
+        self.products: Counter[int] = Counter()  # products of activations that have the axis in their result
+        self.made: Counter[int] = Counter()  # weights whose product has the axis in its result
         self.used: Counter[int] = Counter()  # weights whose product contracts it
         self.gain: dict[int, float] = defaultdict(float)
         self.forward: dict[int, float] = defaultdict(float)
@@ -66,9 +65,9 @@ class Tally:
                         self.entering[leaf].add(operand.node)
 
     def cost(self, leaf: int) -> float:
-        """Of the collectives that splitting it brings, forward and backward."""
+        """The cost of the collectives, forward and backward, that splitting an axis needs."""
         backward = 0.0
-        for name in sorted(self.entering[leaf]):  # in one order on all ranks: a sum of floats depends on it
+        for name in sorted(self.entering[leaf]):  # sorted, because a sum of floats depends on the order
             elements, fixed = self._static(name)
             backward += elements / _TOKENS if fixed else elements * self._share(name)
         return self.forward[leaf] + backward
@@ -82,22 +81,22 @@ class Tally:
     # -- one relation -----------------------------------------------------------------------------------------------
 
     def _static(self, name: str) -> tuple[int, bool]:
-        """Elements of a value per token, and whether it has no batch or sequence. A third such dimension is a second
-        sequence (scores): it counts as long."""
+        """The elements of a value per token, and whether it has neither batch nor sequence. A third dynamic dimension
+        is a second sequence (as in scores), and counts as long."""
         val = self.nodes[name].meta["val"]
         fixed = [n for n in val.shape if isinstance(n, int)]
         dynamic = len(val.shape) - len(fixed)
         return prod(fixed) * _LONG ** max(0, dynamic - 2), dynamic == 0
 
     def _symbols(self, name: str) -> frozenset[object]:
-        """The sizes that a value's shape leaves open: batch, sequences."""
+        """The symbols in a value's shape, which stand for the batch and sequences."""
         val = self.nodes[name].meta.get("val")
         sizes = [n for n in getattr(val, "shape", ()) if not isinstance(n, int)]
         return frozenset(symbol for n in sizes for symbol in n.node.expr.free_symbols)
 
     def _share(self, name: str) -> float:
-        """How many of a step's tokens a value has rows for: beside [b, s, …], one of [b, …] or of [s, …] has few. Rows
-        that are picked by value may be any number."""
+        """The share of a step's tokens that a value has rows for. In a model with values [b, s, …], a value [b, …] or
+        [s, …] has few rows. Rows that are picked by value may be many."""
         val = self.nodes[name].meta["val"]
         return 1.0 if len(self._symbols(name)) >= self.depth or free_unbacked_symbols(val) else 1 / _TOKENS
 
@@ -113,7 +112,7 @@ class Tally:
     def _weight(
         self, node: fx.Node, relation: Relation, operand: Operand, inside: set[int], contracted: set[int]
     ) -> None:
-        """A product with a weight, or a table that is looked up."""
+        """Counts a product with a weight, or a lookup in a table."""
         assert operand.dims is not None
         mine = set(self.axes.axes_of(operand.dims))
         elements, _ = self._static(operand.node)
@@ -128,13 +127,14 @@ class Tally:
         self.made.update(mine - contracted if not looked_up else ())
 
     def _rows(self, node: fx.Node, relation: Relation, elements: int) -> float:
-        """Rows that a weight of so many elements multiplies, per token: an image has a fixed number of patches."""
+        """The rows per token that a weight multiplies. It is more than one where a fixed number of rows, such as the
+        patches of an image, belongs to each sample."""
         made = elements / prod(self.axes.terms.size(t) for t in relation.contracted)
         return max(1.0, self._static(node.name)[0] / made)
 
     def _attention(self, relation: Relation, inside: set[int], *, fused: bool) -> None:
-        """Products of activations. What stands in the results of both of attention's products is a batch to it (heads);
-        a fused attention is both at once, and the last dimension of its result comes from the values alone."""
+        """Counts products of activations. An axis in the results of both products of attention is a batch to it (heads).
+        Fused attention is both products at once, and the last dimension of its result comes from the values alone."""
         acting = [o for o in relation.operands if o.live and o.dims is not None and not self._static(o.node)[1]]
         if len(acting) < 2:
             return

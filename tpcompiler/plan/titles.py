@@ -1,4 +1,4 @@
-"""Names for the reader: of axes by what they are for, of blocks by what their parameters' names share."""
+"""Names for the reader: an axis is named by its purpose, a block by the common part of its parameters' names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tpcompiler.plan.tally import ATTENTION, EMBEDDING, HEAD, MLP
 
 
 def axis_names(facts: Facts, split: Mapping[int, tuple[str, ...]]) -> dict[int, str]:
-    """A short name for every axis; axes of equal layers share theirs. Those in `split` come first to a plain name."""
+    """A short name for every axis. Axes of equal layers share one. Axes in `split` have first claim to a plain name."""
     out: dict[int, str] = {}
     used: dict[str, object] = {}
     majors = {a for a, _ in facts.grouped_heads}
@@ -38,7 +38,7 @@ def _base_name(fact: AxisFacts, minor: bool, major: bool) -> str:
 
 
 def common_name(names: Iterable[str]) -> str:
-    """What qualified names have in common, numbers that differ as `*`: h.0.mlp.c_fc.weight, h.1.mlp.… → h.*.mlp"""
+    """The common part of qualified names, with `*` for numbers: h.0.mlp.c_fc.weight, h.1.mlp.… → h.*.mlp"""
     split = [n.split(".") for n in names]
     first = Counter(parts[0] for parts in split).most_common(1)[0][0]
     split = [parts for parts in split if parts[0] == first]

@@ -1,4 +1,4 @@
-"""What the spec says of each axis: allowed or not (and why not), asked for by name or not."""
+"""What the spec says about each axis: whether it may be split, and whether it is asked for by name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tpcompiler.spec.schema import AxisSpec, Override, Spec, covers
 
 @dataclass(frozen=True)
 class Wishes:
-    """By axis. `asked`: the key of the spec that names it."""
+    """For each axis: `no` says why it must stay whole, `asked` is the key of the spec that names it."""
 
     no: dict[int, str] = field(default_factory=dict)
     asked: dict[int, tuple[str | int, ...]] = field(default_factory=dict)
 
 
 def read_wishes(capture: Capture, axes: AxisMap, facts: Facts, spec: Spec) -> Wishes:
-    """The sections `shard`, `override` and `axes` in this order, later entries over earlier ones.
+    """Reads the sections `shard`, `override` and `axes` in this order. Later entries overrule earlier ones.
 
     Raises `SpecError` for names that the model does not have.
     """
@@ -73,7 +73,7 @@ def _axis(wishes: Wishes, i: int, entry: AxisSpec, capture: Capture, axes: AxisM
 def _factor(
     i: int, entry: AxisSpec, p: Parameter, leaves: tuple[int, ...], facts: Facts, spec: Spec
 ) -> tuple[int, ...]:
-    """The factors of a dimension that an entry means: by place, by name, or the first that can be split."""
+    """The factors of a dimension that an entry means: by place, by name, or else the first that can be split."""
     if isinstance(entry.factor, int):
         if not -len(leaves) <= entry.factor < len(leaves):
             what = f"dimension {entry.dimension} of {p.name} has {len(leaves)} factors"
