@@ -33,6 +33,7 @@ from tpcompiler.graphs import (
     place_node,
 )
 from tpcompiler.layout import Dim, Factor, Over
+from tpcompiler.passes.trained import trained_values
 from tpcompiler.program import Placed, Program
 
 aten = torch.ops.aten
@@ -52,20 +53,10 @@ class Region:
 def hoist_enters(program: Program) -> Program:
     """Merges enters wherever that saves an all-reduce of an activation."""
     graph = copy_graph(program.graph)
-    trainable = {p.node for p in program.capture.parameters if p.trainable and not p.buffer}
-    _widen(graph, program, _carriers(graph, trainable))
-    _meet(graph, _carriers(graph, trainable))
+    _widen(graph, program, trained_values(program, graph))
+    _meet(graph, trained_values(program, graph))
     erase_dead(graph)
     return replace(program, graph=graph)
-
-
-def _carriers(graph: fx.Graph, trainable: set[str]) -> set[fx.Node]:
-    """The values that depend on a trainable parameter."""
-    out: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.name in trainable if node.op == "placeholder" else not out.isdisjoint(node.all_input_nodes):
-            out.add(node)
-    return out
 
 
 def _widen(graph: fx.Graph, program: Program, carriers: set[fx.Node]) -> None:

@@ -19,6 +19,7 @@ from tpcompiler.graphs import cause_of, copy_graph, copy_value, erase_dead, exam
 from tpcompiler.layout import Over
 from tpcompiler.ops.operands import tensor_operands
 from tpcompiler.ops.table import UNKNOWN, find
+from tpcompiler.passes.trained import trained_values
 from tpcompiler.program import Program
 
 aten = torch.ops.aten
@@ -27,11 +28,11 @@ aten = torch.ops.aten
 def sink_reductions(program: Program) -> Program:
     """Moves every all-reduce to the smallest value that it may be applied to, or to where it meets another one."""
     graph = copy_graph(program.graph)
-    trainable = {p.node for p in program.capture.parameters if p.trainable and not p.buffer}
     for to_meet in (False, True):
+        trained = trained_values(program, graph)
         for node in list(graph.nodes):
             if node.target is runtime.reduce:
-                _sink(graph, node, trainable, to_meet)
+                _sink(graph, node, trained, to_meet)
     erase_dead(graph)
     return replace(program, graph=graph)
 
@@ -44,7 +45,7 @@ class LinearStep:
     weight: fx.Node | None
 
 
-def _sink(graph: fx.Graph, node: fx.Node, trainable: set[str], to_meet: bool) -> None:
+def _sink(graph: fx.Graph, node: fx.Node, trained: set[fx.Node], to_meet: bool) -> None:
     path: list[LinearStep] = []
     while (step := _next(path[-1].node if path else node)) is not None:
         path.append(step)
@@ -54,7 +55,7 @@ def _sink(graph: fx.Graph, node: fx.Node, trainable: set[str], to_meet: bool) ->
     if to_meet and not _meets(best.node, over(node)):
         return
     path = path[: path.index(best) + 1]
-    weighed = [(s.node, s.weight) for s in path if s.weight is not None and _carries(s.weight, trainable)]
+    weighed = [(s.node, s.weight) for s in path if s.weight is not None and s.weight in trained]
     saved = _elements(node) - (0 if to_meet else _elements(best.node))
     if sum(_elements(w) for _, w in weighed) >= saved:
         return
@@ -62,10 +63,13 @@ def _sink(graph: fx.Graph, node: fx.Node, trainable: set[str], to_meet: bool) ->
     for step in path:
         copy_value(step.node, step.node, partial_note(over(node)))
     for at, weight in weighed:
-        at.replace_input_with(weight, _entered(graph, weight, node, at))
+        entered = _entered(graph, weight, node, at)
+        at.replace_input_with(weight, entered)
+        trained.add(entered)
     with graph.inserting_after(best.node):
         total = graph.call_function(runtime.reduce, (best.node, over(node)))
     copy_value(total, best.node, "all-reduce", cause_of(node))
+    trained.add(total)  # a reduction has trained weights behind it
     best.node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
     graph.erase_node(node)
 
@@ -100,19 +104,6 @@ def _entered(graph: fx.Graph, w: fx.Node, reduction: fx.Node, step: fx.Node) -> 
     with graph.inserting_before(step):
         new = graph.call_function(runtime.enter, (w, over(reduction)))
     return copy_value(new, w, "backward: all-reduce", cause_of(reduction))
-
-
-def _carries(node: fx.Node, trainable: set[str]) -> bool:
-    """Whether a value depends on a trainable parameter."""
-    seen, stack = set[fx.Node](), [node]
-    while stack:
-        n = stack.pop()
-        if n.op == "placeholder" and n.name in trainable:
-            return True
-        if n not in seen:
-            seen.add(n)
-            stack.extend(n.all_input_nodes)
-    return False
 
 
 def _elements(node: fx.Node) -> int:

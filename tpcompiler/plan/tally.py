@@ -133,7 +133,7 @@ class Tally:
         return max(1.0, self._static(node.name)[0] / made)
 
     def _attention(self, relation: Relation, inside: set[int], *, fused: bool) -> None:
-        """Counts products of activations. An axis in the results of both products of attention is a batch to it (heads).
+        """Counts products of activations. An axis in the results of both products of attention is a batch (heads).
         Fused attention is both products at once, and the last dimension of its result comes from the values alone."""
         acting = [o for o in relation.operands if o.live and o.dims is not None and not self._static(o.node)[1]]
         if len(acting) < 2:

@@ -1,0 +1,17 @@
+"""The values that gradients of trainable parameters flow through."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tpcompiler.program import Program
+
+
+def trained_values(program: Program, graph: fx.Graph) -> set[fx.Node]:
+    """The trainable parameters in a graph of a program, and every value that depends on one."""
+    trainable = {p.node for p in program.capture.parameters if p.trainable and not p.buffer}
+    out: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.name in trainable if node.op == "placeholder" else not out.isdisjoint(node.all_input_nodes):
+            out.add(node)
+    return out
