@@ -111,7 +111,7 @@ class _Resolver:
 
 @cache
 def _signature(target: Any) -> inspect.Signature | None:
-    """Of the runtime's operators; None for everything else."""
+    """The signature of one of the runtime's operators; None for everything else."""
     if inspect.isfunction(target) and target.__module__.startswith(runtime.__name__ + "."):
         return inspect.signature(target)
     return None
