@@ -71,10 +71,6 @@ class Group:
         """This rank's chunk along `dim` of the sum of all `x`; `sizes` are the chunks' lengths when they differ."""
         return x
 
-    def broadcast(self, x: Tensor, source: int = 0, direction: str = FORWARD) -> Tensor:
-        """The `source`-th rank's `x`."""
-        return x
-
     def __repr__(self) -> str:
         return f"Group({' × '.join(self.over) or 'alone'}: {self.index} of {self.size})"
 
@@ -123,9 +119,6 @@ class ProcessGroup(Group):
             whole = torch.cat([chunks[self.slots.index(i)] for i in range(self.size)], 0)
         mine = private_apis.reduce_scatter(whole, self.size, self.name)
         return mine if sizes[self.index] == longest else mine.narrow(dim, 0, sizes[self.index])
-
-    def broadcast(self, x: Tensor, source: int = 0, direction: str = FORWARD) -> Tensor:
-        return private_apis.broadcast(x, self.slots[source], self.name)
 
 
 def _pad(x: Tensor, dim: int, length: int) -> Tensor:

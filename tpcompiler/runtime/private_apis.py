@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["all_gather", "all_reduce", "broadcast", "is_factory", "pytree", "reduce_scatter"]
+__all__ = ["all_gather", "all_reduce", "is_factory", "pytree", "reduce_scatter"]
 
 # `pytree`: nested arguments and results, flat and back. There is no `torch.utils.pytree`, and `torch.fx` has only
 # `map_arg`, which knows no keys and gives no structure to compare.
@@ -33,11 +33,6 @@ def all_gather(x: Tensor, size: int, group: str) -> Tensor:
 def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
     """This rank's part of the sum, along dimension 0 in `size` equal parts."""
     return _wait(torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
-
-
-def broadcast(x: Tensor, source: int, group: str) -> Tensor:
-    """The tensor of the `source`-th rank of the process group."""
-    return _wait(torch.ops._c10d_functional.broadcast(x.contiguous(), source, group))
 
 
 def _wait(x: Tensor) -> Tensor:
