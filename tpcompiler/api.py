@@ -128,13 +128,17 @@ class Sharded:
         weights: Any = None,
         progress: Callable[[int, int], None] | None = None,
         dtype: torch.dtype | None = None,
+        force: bool = False,
     ) -> None:
-        """`model.py`, `manifest.json`, buffers, and the ranks' weights if there are any: all of it or nothing.
+        """Writes `model.py`, `manifest.json`, buffers, and the ranks' weights if there are any: all of it or nothing.
 
-        `weights` is anything `tpcompiler.weights.open_source` takes.
+        `weights` is anything `tpcompiler.weights.open_source` takes. A directory that holds weights or a checkpoint is
+        replaced only with `force`; else this raises `WeightsError`.
         """
-        from tpcompiler.weights import output, write_shards, write_text
+        from tpcompiler.weights import output, refuse_to_replace, write_shards, write_text
 
+        if not force:
+            refuse_to_replace(directory)
         self.proven()
         source = self.source
         with output(directory) as new:

@@ -108,7 +108,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def examples(size: torch.SymInt) -> Mapping[Any, Any]:
-    """The example's number for every symbol that its graph knows."""
+    """The value at the example inputs of every symbol in the graph of `size`."""
     env = size.node.shape_env
     return getattr(env, "backed_var_to_val", None) or env.var_to_val  # the name changed with torch 2.13
 

@@ -1,6 +1,6 @@
 """How a tensor lies on the mesh: dimensions as products and concatenations of axes, some of them split.
 
-The common tongue of the stages after the plan, and of weights, emit and check. Nothing here knows about graphs.
+The stages after the plan, and weights, emit and check, describe values by it. Nothing here knows about graphs.
 
 A dimension is one of
     Factor(n, name, split)    an axis that is not taken apart; `split` = the mesh dimensions it is split over

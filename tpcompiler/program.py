@@ -97,7 +97,7 @@ class Training:
 class Collective:
     """A communication that the program does in one forward and backward."""
 
-    kind: str  # all_reduce | all_gather | reduce_scatter | broadcast
+    kind: str  # all_reduce | all_gather | reduce_scatter
     direction: str  # forward | backward
     over: tuple[str, ...]  # mesh dimensions
     shape: tuple[Any, ...]  # of the value, ints and symbols, global batch and sequence

@@ -158,7 +158,6 @@ def collectives(ranks: Ranks) -> list[Tensor]:
             g.reduce_scatter(x, 0, sizes),
             g.reduce_scatter(x.T, -1, sizes),
             g.reduce_scatter(torch.cat([x] * g.size), 0),
-            g.broadcast(x, g.size - 1),
             g.all_gather(x[:0], 0),
         ]
     return out

@@ -68,15 +68,13 @@ def test_collectives_are_what_their_names_say(degree: int, sizes: list[int], dim
             g.all_gather(parts[g.index], dim, sizes),
             g.all_reduce(whole),
             g.all_reduce(whole, "max"),
-            g.broadcast(whole, degree - 1),
             g.reduce_scatter(whole, dim, sizes),
         ]
 
-    for i, (gathered, summed, largest, sent, scattered) in enumerate(run_ranks(Mesh.of({"tensor": degree}), fn)):
+    for i, (gathered, summed, largest, scattered) in enumerate(run_ranks(Mesh.of({"tensor": degree}), fn)):
         assert torch.equal(gathered, torch.cat(parts, dim))
         assert torch.equal(summed, total)
         assert torch.equal(largest, torch.stack(wholes).amax(0))
-        assert torch.equal(sent, wholes[-1])
         assert torch.equal(scattered, torch.split(total, sizes, dim)[i])
 
 
@@ -84,17 +82,16 @@ def test_results_belong_to_each_rank_alone() -> None:
     def fn(ranks: Ranks) -> list[Tensor]:
         g = ranks.group("tensor")
         x = torch.ones(3)
-        results = [g.all_reduce(x), g.all_gather(x, 0), g.broadcast(x)]
+        results = [g.all_reduce(x), g.all_gather(x, 0)]
         x.add_(ranks.rank)
         for r in results:
             r.add_(ranks.rank)
         g.all_reduce(x)
         return results
 
-    for rank, (summed, gathered, sent) in enumerate(run_ranks(PAIR, fn)):
+    for rank, (summed, gathered) in enumerate(run_ranks(PAIR, fn)):
         assert torch.equal(summed, torch.full((3,), 2.0 + rank))
         assert torch.equal(gathered, torch.full((6,), 1.0 + rank))
-        assert torch.equal(sent, torch.full((3,), 1.0 + rank))
 
 
 def test_what_is_done_is_recorded() -> None:

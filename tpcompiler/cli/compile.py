@@ -53,6 +53,9 @@ def shard(
         Path | None,
         typer.Option("--weights", "-w", metavar="FILE", help="Weights to shard: safetensors, a .pt file, a directory."),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace DIR even if it holds weights or a checkpoint.")
+    ] = False,
     settings: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -62,11 +65,15 @@ def shard(
     """
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
+        if out is not None and not force:  # before minutes of compiling
+            from tpcompiler.weights import refuse_to_replace
+
+            refuse_to_replace(out)
         with _loaded(model, spec, settings, stages) as (loaded, read):
             sharded = _compiled(loaded, read, stages)
         if out is not None:
             stages(f"writing {out}")
-            sharded.write(out, weights or loaded.weights, progress=stages.bytes)
+            sharded.write(out, weights or loaded.weights, progress=stages.bytes, force=force)
     from tpcompiler.cli import tables
 
     report = sharded.report()

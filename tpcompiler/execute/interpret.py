@@ -15,6 +15,7 @@ from tpcompiler.errors import TpcError
 from tpcompiler.layout import LocalRuns, LocalSize
 from tpcompiler.program import Capture, InputLeaf, Parameter, Program, Training
 from tpcompiler.runtime import Ranks, Rng
+from tpcompiler.runtime.private_apis import is_factory, pytree
 
 
 def interpret(
@@ -51,7 +52,7 @@ def interpret_capture(
 
 def bind_inputs(capture: Capture, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The tensor inputs of a call of the model's forward, by placeholder."""
-    leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
+    leaves, spec = pytree.tree_flatten((args, kwargs))
     if spec != capture.in_spec:
         raise TpcError(f"{capture.model} was traced with other arguments: {capture.in_spec}, and is called with {spec}")
     out = {}
@@ -110,19 +111,10 @@ class _Resolver:
 
 @cache
 def _signature(target: Any) -> inspect.Signature | None:
-    """Of the runtime's operators; None for everything else."""
+    """The signature of one of the runtime's operators; None for everything else."""
     if inspect.isfunction(target) and target.__module__.startswith(runtime.__name__ + "."):
         return inspect.signature(target)
     return None
-
-
-@cache
-def _makes_tensors(target: Any) -> bool:
-    """Whether it is a factory: takes a device and no tensor."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    arguments = target._schema.arguments
-    return any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
 
 
 def _run(
@@ -159,7 +151,7 @@ def _run(
 
 def _call(node: fx.Node, resolver: _Resolver, env: Mapping[fx.Node, Any], device: torch.device | str) -> Any:
     args, kwargs = fx.node.map_arg(resolver.call(node), env.__getitem__)
-    if _makes_tensors(node.target) and kwargs.get("device") is None:
+    if is_factory(node.target) and kwargs.get("device") is None:
         kwargs = {**kwargs, "device": device}
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
     try:

@@ -33,7 +33,7 @@ class CollectiveError(TpcError):
 class Executed:
     """A collective that was done, once for its whole group."""
 
-    kind: str  # all_reduce | all_gather | reduce_scatter | broadcast
+    kind: str  # all_reduce | all_gather | reduce_scatter
     direction: str  # forward | backward
     over: tuple[str, ...]  # mesh dimensions
     ranks: tuple[int, ...]  # the group's, in its order
@@ -152,14 +152,6 @@ class ThreadGroup(Group):
 
         return self._meet(call, x, work).clone(memory_format=torch.contiguous_format)
 
-    def broadcast(self, x: Tensor, source: int = 0, direction: str = FORWARD) -> Tensor:
-        call = _Offer("broadcast", "", direction, self._label, tuple(x.shape), x.dtype, source)
-
-        def work(xs: list[Tensor]) -> list[Tensor]:
-            return [xs[source].clone()] * self.size  # the source may go on and change its own
-
-        return self._meet(call, x, work).clone()
-
     def _meet(self, call: _Offer, x: Tensor, work: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
         return self._hall.meet(self, call, x.detach(), work)
 
@@ -185,14 +177,14 @@ class _Offer:
     label: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    place: int | None = None  # dimension, or source
+    dim: int | None = None
     sizes: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         what = f"{self.direction} {self.kind}" + (f"({self.op})" if self.op else "")
         what += f" of {list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
-        if self.place is not None:
-            what += f" {'from' if self.kind == 'broadcast' else 'along dimension'} {self.place}"
+        if self.dim is not None:
+            what += f" along dimension {self.dim}"
         if self.sizes is not None:
             what += f" in parts {list(self.sizes)}"
         return what + (f" for {self.label!r}" if self.label else "")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompiler.errors import TpcError
+from tpcompiler.runtime import private_apis
 from tpcompiler.runtime.mesh import Mesh, part
 from tpcompiler.runtime.runs import Run
 
@@ -70,10 +71,6 @@ class Group:
         """This rank's chunk along `dim` of the sum of all `x`; `sizes` are the chunks' lengths when they differ."""
         return x
 
-    def broadcast(self, x: Tensor, source: int = 0, direction: str = FORWARD) -> Tensor:
-        """The `source`-th rank's `x`."""
-        return x
-
     def __repr__(self) -> str:
         return f"Group({' × '.join(self.over) or 'alone'}: {self.index} of {self.size})"
 
@@ -81,7 +78,7 @@ class Group:
 class ProcessGroup(Group):
     """A group whose ranks are processes, named `name` among `torch.distributed`'s process groups.
 
-    Functional collectives on the bare name: torch.compile traces them, inductor sees (and may overlap) them.
+    The collectives return new tensors and take the group's bare name, so that torch.compile can trace them.
     `slots[i]` is the place in the process group of the group's i-th rank.
     """
 
@@ -92,14 +89,14 @@ class ProcessGroup(Group):
         self.in_order = slots == tuple(range(size))
 
     def all_reduce(self, x: Tensor, op: str = "sum", direction: str = FORWARD) -> Tensor:
-        return _wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), op, self.name))
+        return private_apis.all_reduce(x, op, self.name)
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None, direction: str = FORWARD) -> Tensor:
         dim %= x.dim()
         longest = x.shape[dim] if sizes is None else max(sizes)
         even = sizes is None or min(sizes) == longest
-        mine = _pad(x, dim, longest).contiguous()
-        whole = _wait(torch.ops._c10d_functional.all_gather_into_tensor(mine, self.size, self.name))
+        mine = _pad(x, dim, longest)
+        whole = private_apis.all_gather(mine, self.size, self.name)
         if dim == 0 and even and self.in_order:
             return whole
         chunks = torch.split(whole, mine.shape[0], 0) if mine.shape[0] else [whole] * self.size
@@ -120,15 +117,8 @@ class ProcessGroup(Group):
         if dim or not self.in_order or min(sizes) != longest:
             chunks = [_pad(c, dim, longest) for c in torch.split(x, list(sizes), dim)]
             whole = torch.cat([chunks[self.slots.index(i)] for i in range(self.size)], 0)
-        mine = _wait(torch.ops._c10d_functional.reduce_scatter_tensor(whole.contiguous(), "sum", self.size, self.name))
+        mine = private_apis.reduce_scatter(whole, self.size, self.name)
         return mine if sizes[self.index] == longest else mine.narrow(dim, 0, sizes[self.index])
-
-    def broadcast(self, x: Tensor, source: int = 0, direction: str = FORWARD) -> Tensor:
-        return _wait(torch.ops._c10d_functional.broadcast(x.contiguous(), self.slots[source], self.name))
-
-
-def _wait(x: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(x)
 
 
 def _pad(x: Tensor, dim: int, length: int) -> Tensor:

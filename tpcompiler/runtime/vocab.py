@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tpcompiler.runtime.groups import FORWARD, Group
+from tpcompiler.runtime.norms import wide
 from tpcompiler.runtime.runs import Runs, length, local_ids
 
 
@@ -26,7 +27,7 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """`F.cross_entropy` of class indices, of which this rank holds the logits of classes `rows`: the same on all ranks.
+    """`F.cross_entropy` of class indices, the same on all ranks. This rank holds the logits of the classes `rows`.
 
     `logits` [N, C, …] or [C], C being this rank's classes and possibly padding after them; `target` [N, …] or [],
     global classes; `weight` [C] like the classes. Half precision is computed in float32. The gradient of the logits is
@@ -68,7 +69,7 @@ class _Losses(torch.autograd.Function):
         smoothing: float,
     ) -> tuple[Tensor, Tensor]:
         dim = 1 if logits.dim() > 1 else 0
-        top = group.all_reduce(_wide(_max(logits, dim)), "max", FORWARD)
+        top = group.all_reduce(wide(_max(logits, dim)), "max", FORWARD)
         local, held = local_ids(target, rows)
         sums = _global_sums(logits, top, weight, local, held, dim, group, smoothing)
         exp_sum, picked, w_picked, x_sum, classes, w_sum = sums
@@ -140,10 +141,6 @@ def _subtract_at(x: Tensor, dim: int, index: Tensor, amount: Tensor) -> Tensor:
         here = _along(torch.arange(n, device=x.device), x, dim) == index.unsqueeze(dim)
         return torch.where(here, x - amount.unsqueeze(dim), x)
     return x.scatter_add_(dim, index.unsqueeze(dim), -amount.unsqueeze(dim))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _along(w: Tensor, x: Tensor, dim: int) -> Tensor:

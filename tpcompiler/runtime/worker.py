@@ -22,11 +22,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tpcompiler.errors import TpcError
 from tpcompiler.runtime.groups import Ranks
 from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.runtime.private_apis import pytree
 from tpcompiler.runtime.weights import load
 
 CALL, RESULT, ERRORS = "call-{rank:05d}.pt", "result-{rank:05d}.pt", "stderr-{rank:05d}"

@@ -19,7 +19,7 @@ from tpcompiler.weights.match import entries_of
 from tpcompiler.weights.sources import Source, Weights, open_source
 from tpcompiler.weights.tensor_files import FileInfo, write_file, write_text
 from tpcompiler.weights.wire import load_manifest, save_manifest
-from tpcompiler.weights.write import merge, output, reshard, shard, verify, write_shards
+from tpcompiler.weights.write import merge, output, refuse_to_replace, reshard, shard, verify, write_shards
 
 __all__ = [
     "Entry",
@@ -35,6 +35,7 @@ __all__ = [
     "merge",
     "open_source",
     "output",
+    "refuse_to_replace",
     "reshard",
     "save_manifest",
     "shard",

@@ -45,7 +45,7 @@ class RankRuns:
 
     @classmethod
     def of_runs(cls, size: int, per_rank: Sequence[Runs], tree: Dim | None = None) -> RankRuns:
-        """Runs per rank, whatever they come from."""
+        """The runs of each rank, from any source."""
         maximal = [join(runs) for runs in per_rank]
         distinct = {runs: i for i, runs in enumerate(dict.fromkeys(maximal))}
         return cls(size, tuple(distinct), tuple(distinct[runs] for runs in maximal), tree)

@@ -84,7 +84,7 @@ class Writer:
         return FileInfo(self.path.name, self._written, self._sha.hexdigest())
 
     def abort(self) -> None:
-        """Close without a word. Whoever made the temporary place removes the file."""
+        """Closes the file and reports no error. The maker of the temporary directory removes it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -269,6 +269,15 @@ def output(directory: Path | str) -> AbstractContextManager[Path]:
     return replacing(directory, lambda old: (old / MANIFEST).is_file(), _foreign)
 
 
+def refuse_to_replace(directory: Path | str) -> None:
+    """Raises `WeightsError` when a directory holds weights or a checkpoint, so that only who insists loses them."""
+    files = [p.name for p in Path(directory).iterdir()] if (Path(directory) / MANIFEST).is_file() else []
+    if not any(fnmatch(name, "rank-*.safetensors") for name in files):
+        return
+    what = "a checkpoint of a training run" if "state.json" in files else "weights"
+    raise WeightsError(f"{directory}: holds {what}; name another directory, or add --force to replace it")
+
+
 def _foreign(old: Path) -> list[Path]:
     """What in an earlier output we did not write as weights: programs, notes."""
     ours: set[str] = {MANIFEST}

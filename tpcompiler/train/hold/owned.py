@@ -84,7 +84,7 @@ def allocate(module: nn.Module, device: torch.device | str, dtype: torch.dtype |
 def fill(masters: Mapping[str, Tensor], slices: Mapping[str, Slice], read: Callable[[str, Slice], Tensor]) -> None:
     """Gives every master its values by `read(name, slice)`, one at a time.
 
-    The largest come first: what is needed besides a parameter's own slice is most while least is there.
+    The largest come first, while memory is emptiest: reading one can take more memory than its slice.
     """
     for name in sorted(masters, key=lambda n: -prod(shape_of(slices[n]))):
         target = local(masters[name])
