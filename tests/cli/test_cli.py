@@ -100,7 +100,7 @@ def report(layers: int) -> dict[str, Any]:
     return {**rows, "memory": memory, "seconds": {"capture": 1.0}}
 
 
-@pytest.mark.parametrize("width", [100, 120])
+@pytest.mark.parametrize("width", [80, 100, 120])
 @pytest.mark.parametrize("layers", [0, 1, 72])
 def test_the_report_has_every_number_and_fits(layers: int, width: int) -> None:
     text = drawn(tables.shard_report(report(layers), device_gib=8), width)
@@ -113,6 +113,19 @@ def test_the_report_has_every_number_and_fits(layers: int, width: int) -> None:
         assert "4, 3 × 7" in text
         assert text.count(f"× {layers} ") >= 4  # forward, backward, their sums, the norms
         assert tables.size(layers * 2**20) in text
+        assert f"{name.removesuffix('.mlp')} · mlp" in text  # nothing is broken off
+        assert "…" not in text
+
+
+def test_what_is_piped_is_as_wide_as_columns_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tpcompiler.cli.screen import Screen
+
+    for columns, width in (("64", 64), ("", 100)):
+        monkeypatch.setenv("COLUMNS", columns) if columns else monkeypatch.delenv("COLUMNS", raising=False)
+        Screen(as_json=False).show(tables.shard_report(report(3)), "x" * 300, width=100)
+        assert max(map(len, capsys.readouterr().out.splitlines())) == width
 
 
 def test_a_failed_verification_names_the_worst() -> None:
@@ -177,8 +190,30 @@ def test_equal_layers_are_folded_and_counted(layers: int) -> None:
     lines = sides.fold_layers(sides.align(program([]), program(["a = enter(a, t)"])))
     assert [x.times for x in lines if x.change == "folded"] == [layers]
     assert len(lines) == 3 + 4  # start, the mark, one layer of four lines, return
-    text = drawn(sides.side_by_side(lines, ("plain", "sharded")))
+    text = drawn(sides.Picture(lines, ("plain", "sharded")))
     assert f"× {layers}" in text
+
+
+@pytest.mark.parametrize("width", [50, 80, 170])
+def test_both_programs_can_be_read_at_any_width(width: int) -> None:
+    """Two beside each other, or one with its changes marked: every line whole, what continues further indented."""
+    long = "        return linear(x, self.weight, self.bias, 'a long argument')  # [b]"
+    plain = ["class A:", "    def f(self):", long]
+    sharded = [*plain[:2], plain[2].replace("self.bias", "None"), "        y = reduce(y, self.tensor)"]
+    text = drawn(sides.Picture(sides.align(plain, sharded), ("plain", "sharded")), width)
+    rows = text.splitlines()
+    assert max(map(len, rows)) <= width
+    if width >= 160:
+        assert any(r.startswith(plain[2]) and sharded[2] in r[80:] for r in rows)
+        return
+    starts = [len(r[2:]) - len(r[2:].lstrip()) for r in rows]
+    minus, plus = (next(i for i, r in enumerate(rows) if r.startswith(f"{m}         return")) for m in "-+")
+    assert starts[minus] == starts[plus] == 8
+    assert starts[minus + 1] == starts[plus + 1] == 12
+    for line, first, last in ((plain[2], minus, plus), (sharded[2], plus, len(rows))):
+        whole = " ".join(r[2:].strip() for r in rows[first:last])
+        assert whole.replace(" ", "").startswith(line.replace(" ", ""))
+    assert any(r.startswith("→         y = reduce") for r in rows)
 
 
 @given(st.lists(st.booleans(), max_size=40), st.integers(0, 4))

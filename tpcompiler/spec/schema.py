@@ -81,19 +81,27 @@ class AxisSpec(Section):
 
 
 class Hardware(Section):
-    """What the cost model counts with. The defaults are one H100 (SXM, bf16) in an NVSwitch host."""
+    """The machine that the program is meant for. The defaults are one H100 (SXM, bf16) in an NVSwitch host.
 
-    peak_tflops: float = Field(default=989.0, gt=0, description="Peak rate of matrix products, TFLOP/s.")
-    efficiency: float = Field(default=0.6, gt=0, le=1, description="Share of the peak that large products reach.")
-    memory_gib: float = Field(default=80.0, gt=0, description="Memory of one device, GiB.")
-    bandwidth_gbps: float = Field(
-        default=3350.0, gt=0, description="Memory bandwidth of one device, gigabytes a second."
+    Only `memory_gib` is read today: `tpc shard` shows which share of it a rank needs. The other keys are checked and
+    kept, but no decision depends on them.
+    """
+
+    peak_tflops: float = Field(default=989.0, gt=0, description="Peak rate of matrix products, TFLOP/s. Not read yet.")
+    efficiency: float = Field(
+        default=0.6, gt=0, le=1, description="Share of the peak that large products reach. Not read yet."
     )
-    alpha_us: float = Field(default=15.0, ge=0, description="Latency of one collective, microseconds.")
+    memory_gib: float = Field(
+        default=80.0, gt=0, description="Memory of one device, GiB. `tpc shard` shows how much a rank needs."
+    )
+    bandwidth_gbps: float = Field(
+        default=3350.0, gt=0, description="Memory bandwidth of one device, gigabytes a second. Not read yet."
+    )
+    alpha_us: float = Field(default=15.0, ge=0, description="Latency of one collective, microseconds. Not read yet.")
     beta_gbps: float = Field(
         default=240.0,
         gt=0,
-        description="Rate of large collectives (bytes of the value over seconds), gigabytes a second.",
+        description="Rate of large collectives (bytes of the value over seconds), gigabytes a second. Not read yet.",
     )
 
 
@@ -147,7 +155,9 @@ class Spec(Section):
         examples=["gather"],
     )
     uneven: Literal["allow", "warn", "error"] = Field(
-        default="allow", description="When an axis does not divide by its degree (25 heads over 8 ranks)."
+        default="allow",
+        description="What to do when a split axis does not divide by its degree (25 heads over 8 ranks): allow it, "
+        "warn, or refuse to compile.",
     )
     allow_empty: bool = Field(
         default=False, description="Whether a rank may hold nothing of an axis (2 heads over 4 ranks)."
@@ -161,7 +171,9 @@ class Spec(Section):
         default=0, ge=0, lt=2**63, description="Seed of the initial weights and of dropout.", examples=[0]
     )
     hardware: Hardware = Field(
-        default_factory=Hardware, description="What the cost model counts with.", examples=[{"memory_gib": 80}]
+        default_factory=Hardware,
+        description="The machine that the program is meant for.",
+        examples=[{"memory_gib": 80}],
     )
     train: dict[str, Any] = Field(
         default_factory=dict, description="The trainer's settings; `tpc train` checks them.", examples=[{"steps": 100}]
@@ -232,6 +244,31 @@ class Spec(Section):
                 chosen = choice
         return chosen
 
+    def check_outputs(self, names: Iterable[tuple[str, str]]) -> None:
+        """Raises `SpecError` for a pattern under `outputs` that none of a model's outputs matches.
+
+        `names`: the position and the key of each output; the key is empty where the model gives it none.
+        """
+        known = list(dict.fromkeys(name for pair in names for name in pair if name))
+        for pattern in self.outputs:
+            if known and not any(fnmatchcase(name, pattern) for name in known):
+                raise self.error("outputs", pattern, what=f"matches no output of the model; {nearest(pattern, known)}")
+
+    def put(self, key: Key, value: Any, said: str) -> Spec:
+        """A copy with one value put at `key`, such as `("mesh", "tensor")`; errors in it name `said`, not the file.
+
+        A mapping is put over the one that stands there, key by key.
+        """
+        *above, last = key
+        values = self.dump()
+        place: dict[str | int, Any] = values  # type: ignore[assignment]
+        for part in above:
+            inner = place.get(part)
+            place[part] = dict(inner) if isinstance(inner, Mapping) else {}
+            place = place[part]
+        place[last] = _merged(place.get(last), value)
+        return Spec._checked(values, self._origin.given(key, said))
+
     def error(self, *key: str | int, what: str) -> SpecError:
         """`file:line: key: what` for a key of this spec, ready to raise: `raise spec.error("axes", 0, what=…)`."""
         return self._origin.error(key, what)
@@ -253,6 +290,12 @@ class Spec(Section):
         """The JSON schema of the YAML file, for editors."""
         schema = cls.model_json_schema(by_alias=True)
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "tpcompiler spec"}
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
 
 
 S = TypeVar("S", bound=BaseModel)
