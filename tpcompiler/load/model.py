@@ -181,7 +181,7 @@ def _missing(target: Any, name: str, key: str, parameter: inspect.Parameter, spe
     kind = next(iter(sorted(words)), "Config")
     return ModelError(
         f"{name} needs an argument {key!r}, an object, which a spec cannot write; add a function that builds the model,"
-        f" `def Model(layers=2): return {name}({kind}(layers=layers))`, and give its arguments under `model:` in the spec"
+        f" `def Model(layers=2): return {name}({kind}(layers=layers))`, and write its arguments under `model:`"
     )
 
 
