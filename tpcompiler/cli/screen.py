@@ -94,9 +94,16 @@ def our_warnings() -> Iterator[None]:
     Of several ranks the first one shows them.
     """
 
-    def show(message: Warning | str, category: type[Warning], file: str, line: int, *rest: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if not issubclass(category, TpcWarning):
-            foreign(message, category, file, line, *rest)
+            foreign(message, category, filename, lineno, file, line)
         elif os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"tpc: warning: {message}\n")
 

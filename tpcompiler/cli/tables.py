@@ -78,9 +78,9 @@ def _collectives_wide(groups: Folded) -> Table:
     for where, group in groups:
         row = group[0]
         kind = _COLLECTIVE.get(row["kind"], row["kind"])
-        direction = Text(_DIRECTION[row["direction"]], style=_DIRECTION_STYLE[row["direction"]])
+        arrow = Text(_DIRECTION[row["direction"]], style=_DIRECTION_STYLE[row["direction"]])
         reason = _one_of([r["reason"] for r in group])
-        table.add_row(where, kind, direction, " · ".join(row["over"]), *_traffic(group), reason)
+        table.add_row(where, kind, arrow, " · ".join(row["over"]), *_traffic(group), reason)
     table.add_section()
     for direction, count, total in _totals(groups):
         table.add_row("all", "", _DIRECTION[direction], "", "", f"× {count}", size(total), "", style="bold")
@@ -96,7 +96,7 @@ def _collectives_narrow(groups: Folded) -> Table:
     for where, group in groups:
         row = group[0]
         reason = _one_of([r["reason"] for r in group]) + (f", over {' · '.join(row['over'])}" if several else "")
-        kind = _arrow(row["direction"], _COLLECTIVE.get(row["kind"], row["kind"]))
+        kind = _arrow(row["direction"], str(_COLLECTIVE.get(row["kind"], row["kind"])))
         table.add_row(_below(where, reason), kind, *_traffic(group))
     table.add_section()
     for direction, count, total in _totals(groups):
