@@ -165,8 +165,10 @@ def _in_process(name: str, timeout: float) -> Result:
 
 
 def _write(path: Path, results: Mapping[str, Result]) -> None:
+    """One JSON object, a family a line, so that a diff shows which families have changed."""
+    lines = (f"{json.dumps(name)}: {json.dumps(result, sort_keys=True)}" for name, result in sorted(results.items()))
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(results, indent=1, sort_keys=True))
+    new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     new.replace(path)
 
 

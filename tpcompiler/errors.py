@@ -11,6 +11,10 @@ class TpcError(Exception):
     """One fact, in one line. The command line prints it and exits with 2."""
 
 
+class TpcWarning(UserWarning):
+    """Something that the user asked to be warned of, in one line. The command line prints it and goes on."""
+
+
 class SpecError(TpcError):
     """The YAML spec is wrong: `file:line: key: what, and what would work`."""
 

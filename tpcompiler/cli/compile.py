@@ -112,7 +112,7 @@ def diff(
             programs = [sides.body(program.source.splitlines()) for program in (plain, sharded)]
     lines = sides.align(*programs)
     shown = sides.squeeze(sides.fold_layers(lines), context)
-    screen.show(sides.side_by_side(shown, ("one rank", f"a rank of {read.ranks}")), width=180)
+    screen.show(sides.Picture(shown, ("one rank", f"a rank of {read.ranks}")), width=180)
     screen.result({"lines": [sides.as_dict(line) for line in lines], "collectives": sharded.report()["collectives"]})
 
 
@@ -120,7 +120,7 @@ def verify(
     model: Model,
     spec: SpecFile,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Numbers are compared in it: float64, or the model's own precision.")
+        str, typer.Option("--dtype", help="The precision to compare in: float64, float32, bfloat16.")
     ] = "float64",
     micro_batches: Annotated[
         int, typer.Option("--micro-batches", min=1, help="Gradients are accumulated over so many batches.")
@@ -146,6 +146,7 @@ def verify(
                 loaded.inputs(),
                 read,
                 dtype=_dtype(dtype),
+                source=loaded.source,
                 micro_batches=micro_batches,
                 distributed=distributed,
                 progress=stages,

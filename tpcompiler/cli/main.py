@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,49 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (
-    compiling.shard,
-    compiling.diff,
-    compiling.verify,
-    compiling.explain,
-    merge.merge,
-    merge.schema,
-    training.train,
-    training.plot,
-    training.reshard,
-):
-    app.command()(_command)
-app.command("eval")(training.evaluate)
+# Each command with examples for the end of its help.
+COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    "shard": (
+        compiling.shard,
+        (
+            "tpc shard models/gpt2.py --spec specs/8way.yaml",
+            "tpc shard hf:checkpoints/llama --spec specs/8way.yaml -o out/llama",
+        ),
+    ),
+    "diff": (compiling.diff, ("tpc diff models/gpt2.py --spec specs/2way.yaml --set layers=2",)),
+    "verify": (
+        compiling.verify,
+        (
+            "tpc verify models/gpt2.py --spec specs/2way.yaml",
+            "tpc verify models/gpt2.py --spec specs/2way.yaml --set layers=2 --distributed",
+        ),
+    ),
+    "explain": (compiling.explain, ("tpc explain models/gpt2.py --spec specs/2way.yaml 'h.*.mlp'",)),
+    "merge": (
+        merge.merge,
+        (
+            "tpc merge out/gpt2 -o gpt2.safetensors",
+            "tpc merge runs/gpt2/checkpoints/step-00001000 -o merged",
+        ),
+    ),
+    "schema": (merge.schema, ("tpc schema > spec.schema.json",)),
+    "train": (
+        training.train,
+        (
+            "tpc train models/gpt2.py --spec specs/demo.yaml -o runs/demo",
+            "tpc train models/gpt2.py --spec specs/2way.yaml --data 'corpus/*.jsonl' -t optimizer.lr=1e-3 -o runs/gpt2",
+        ),
+    ),
+    "eval": (
+        training.evaluate,
+        ("tpc eval models/gpt2.py --spec specs/demo.yaml --weights runs/demo --perplexity test.txt",),
+    ),
+    "plot": (training.plot, ("tpc plot runs/small runs/large --label small --label large -o loss.png",)),
+    "reshard": (training.reshard, ("tpc reshard out/gpt2 --spec specs/4way.yaml -o out/gpt2-4way",)),
+}
+for _name, (_command, _examples) in COMMANDS.items():
+    _epilog = "\b\n" + "\n".join(["Examples:" if len(_examples) > 1 else "Example:", *(f"  {e}" for e in _examples)])
+    app.command(_name, epilog=_epilog)(_command)
 
 
 @app.callback(invoke_without_command=True)

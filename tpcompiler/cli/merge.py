@@ -10,6 +10,7 @@ import typer
 from tpcompiler.cli.options import AsJson
 from tpcompiler.cli.screen import Screen
 from tpcompiler.cli.tables import size
+from tpcompiler.errors import TpcError
 
 
 def merge(
@@ -27,6 +28,7 @@ def merge(
     Under the names they came with, bit for bit.
     """
     screen = Screen(as_json)
+    _refuse_mistakes(directory, out)
     with screen.open(), screen.progress() as stages:
         stages("merging")
         from tpcompiler import weights
@@ -35,6 +37,20 @@ def merge(
         written = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
     screen.show(*(f"{f['file']}  {size(file.stat().st_size)}" for f, file in zip(written, files, strict=True)))
     screen.result({"files": written})
+
+
+def _refuse_mistakes(directory: Path, out: Path) -> None:
+    """Raises `TpcError` for the two usual mistakes: a run instead of its checkpoint, a file of another format."""
+    from tpcompiler.train.run.checkpoint import checkpoints
+
+    if out.suffix in (".pt", ".pth", ".bin", ".ckpt") and not out.is_dir():
+        would = out.with_suffix(".safetensors")
+        raise TpcError(f"{out}: merge writes a .safetensors file or a directory of them; {would} would work")
+    found = checkpoints(directory / "checkpoints")
+    if found and not (directory / "manifest.json").exists():
+        raise TpcError(
+            f"{directory}: is a run; give one of its {len(found)} checkpoints, such as the newest, {found[0]}"
+        )
 
 
 def schema(as_json: AsJson = False) -> None:

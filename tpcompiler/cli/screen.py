@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from tpcompiler.errors import TpcError
+from tpcompiler.errors import TpcError, TpcWarning
 
 _WIDTH = 120  # when stdout is not a terminal: what a log or a page shows without wrapping
 
@@ -46,10 +46,14 @@ class Screen:
         self.err.write(said.getvalue())
 
     def show(self, *parts: RenderableType, width: int = _WIDTH) -> None:
-        """Something for people to read; nothing with `--json`. `width`: when stdout is not a terminal."""
+        """Prints something for people to read; nothing with `--json`.
+
+        It is as wide as the terminal, or as COLUMNS says; into a file or a pipe without COLUMNS, `width` columns.
+        """
         if self.as_json:
             return
-        console = Console(file=self.out, width=None if self.out.isatty() else width, highlight=False)
+        known = self.out.isatty() or "COLUMNS" in os.environ
+        console = Console(file=self.out, width=None if known else width, highlight=False)
         for part in parts:
             console.print(part)
 
@@ -84,12 +88,38 @@ class Stages:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Warnings of torch and of the model stay away, unless they were asked for."""
-    before = logging.root.manager.disable
+def our_warnings() -> Iterator[None]:
+    """Shows our own warnings, one line each, and none of torch's or the model's unless they were asked for.
+
+    Of several ranks the first one shows them.
+    """
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, TpcWarning):
+            foreign(message, category, filename, lineno, file, line)
+        elif os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"tpc: warning: {message}\n")
+
     with warnings.catch_warnings():
+        foreign, warnings.showwarning = warnings.showwarning, show
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
+        warnings.simplefilter("always", TpcWarning)
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps warnings and log lines of torch and of the model away, unless they were asked for."""
+    before = logging.root.manager.disable
+    with our_warnings():
         if "TORCH_LOGS" not in os.environ:
             logging.disable(logging.WARNING)
         try:

@@ -1,4 +1,4 @@
-"""Two programs side by side: the plain one and the sharded one, inserted collectives in colour, equal layers folded."""
+"""The plain and the sharded program compared: side by side, or as one with its changes marked; equal layers once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from difflib import SequenceMatcher
 from functools import cache
 from typing import Literal
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 Change = Literal["same", "changed", "inserted", "removed", "folded"]
 
 _FEW = 7  # repetitions of no more lines in all are not layers
+_TWO_PROGRAMS = 160  # columns from which two programs stand beside each other
+_HANG = 4  # columns by which the rest of a long line is indented further
 _ALIKE = 0.55  # similarity above which two lines are one line, changed
 # Calls of the runtime's operators, which a program imports by name; `F.cross_entropy` is torch's.
 _FORWARD = re.compile(r"(?<![.\w])(reduce|gather|gather_sequence|scatter_sequence|cross_entropy)\(")
@@ -107,24 +109,82 @@ def as_dict(line: Line) -> dict[str, str | None]:
     return {"plain": line.plain, "sharded": line.sharded, "change": line.change, "collective": line.collective}
 
 
-def side_by_side(lines: Sequence[Line], titles: tuple[str, str]) -> RenderableType:
-    """The picture: red and green parts are what changed, a green line reduces forward, a yellow one backward."""
+@dataclass(frozen=True)
+class Picture:
+    """Both programs side by side; one program with its changes marked where the width is too small for two.
+
+    Red and green parts are what changed, a green line communicates forward, a yellow one backward.
+    """
+
+    lines: Sequence[Line]
+    titles: tuple[str, str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = options.max_width >= _TWO_PROGRAMS
+        yield _two(self.lines, self.titles) if wide else _one(self.lines, self.titles)
+        legend = Text("→ collective, forward", style="bold green")
+        legend.append("   ← collective, backward", style="bold yellow")
+        yield legend
+
+
+@dataclass(frozen=True)
+class _Code:
+    """A line of code; what does not fit continues below it, indented further than its beginning."""
+
+    text: Text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        start = len(self.text.plain) - len(self.text.plain.lstrip())
+        if len(self.text) <= options.max_width:
+            yield self.text
+            return
+        code = len(_code(self.text.plain))
+        room = max(options.max_width - start - _HANG, _HANG)
+        whole = start < code <= options.max_width  # then the comment alone goes below
+        first, *rest = [self.text[start:code]] if whole else self.text[start:].wrap(console, room, overflow="fold")
+        rest += self.text[code + 2 :].wrap(console, room, overflow="fold") if whole else []
+        yield Text(" " * start).append_text(first)
+        yield from (Text(" " * (start + _HANG)).append_text(line) for line in rest)
+
+
+def _two(lines: Sequence[Line], titles: tuple[str, str]) -> Table:
     table = Table(box=None, pad_edge=False, expand=True, header_style="bold", padding=(0, 1))
-    table.add_column(titles[0], ratio=1, overflow="fold")
+    table.add_column(titles[0], ratio=1)
     table.add_column("", width=1)
-    table.add_column(titles[1], ratio=1, overflow="fold")
-    for line, following in zip(lines, [*lines[1:], None], strict=True):
+    table.add_column(titles[1], ratio=1)
+    for line, times in _counted(lines):
         plain, mark, sharded = _row(line)
+        table.add_row(_Code(plain.append_text(times)), mark, _Code(sharded.append_text(times)))
+    return table
+
+
+def _one(lines: Sequence[Line], titles: tuple[str, str]) -> Table:
+    """The sharded program; a line that the plain one alone has, or has otherwise, stands before it with a minus."""
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1, 0, 0))
+    table.add_column(width=1)
+    table.add_column()
+    table.add_row(Text("-", style="red"), Text(titles[0], style="bold"))
+    table.add_row(Text("+", style="green"), Text(titles[1], style="bold"))
+    for line, times in _counted(lines):
+        plain, mark, sharded = _row(line)
+        if line.change in ("changed", "removed"):
+            table.add_row(Text("-", style="red"), _Code(plain))
+        if line.change != "removed":
+            mark = Text("+", style="green") if line.change == "changed" and not line.collective else mark
+            table.add_row(mark, _Code(sharded.append_text(times)))
+    return table
+
+
+def _counted(lines: Sequence[Line]) -> Iterator[tuple[Line, Text]]:
+    """Each line with what stands behind it: for a class, how many layers it is."""
+    for line, following in zip(lines, [*lines[1:], None], strict=True):
         alike = _ALIKE_LAYERS.search(following.sharded or "") if following else None
-        if alike and (line.sharded or "").startswith("class "):
-            plain.append(f"  × {alike[1]}", style="bold cyan")
-            sharded.append(f"  × {alike[1]}", style="bold cyan")
-        table.add_row(plain, mark, sharded)
-    legend = Text("→ collective, forward", style="bold green").append("   ← collective, backward", style="bold yellow")
-    return Group(table, legend)
+        times = f"  × {alike[1]}" if alike and (line.sharded or "").startswith("class ") else ""
+        yield line, Text(times, style="bold cyan")
 
 
 def _row(line: Line) -> tuple[Text, Text, Text]:
+    """Both sides of a line and the mark between them, coloured."""
     plain, sharded = _text(line.plain), _text(line.sharded)
     if line.change == "folded":
         return Text(line.plain or "", style="bold cyan"), Text(""), Text(line.sharded or "", style="bold cyan")

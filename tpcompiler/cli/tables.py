@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 Row = Mapping[str, Any]
+Folded = Sequence[tuple[str, Sequence[Row]]]  # rows that are one line, under the name that they share
 
 _KIND = {"mlp": "green", "attention": "cyan", "embedding": "yellow", "head": "magenta", "other": "blue"}
 _COLLECTIVE = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter"}
 _DIRECTION = {"forward": "→ forward", "backward": "← backward"}
+_DIRECTION_STYLE = {"forward": "green", "backward": "yellow"}
+_WIDE = 110  # columns from which every fact about a collective has a column of its own
 
 
 def shard_report(report: Mapping[str, Any], device_gib: float | None = None) -> RenderableType:
@@ -33,67 +38,100 @@ def blocks(rows: Sequence[Row]) -> RenderableType | None:
     """One line for blocks that are equal but for their numbers: `h.*.mlp` × 72."""
     if not rows:
         return None
-    table = _table()
-    for heading in ("block", "kind", "axis"):
-        table.add_column(heading)
-    for heading in ("layers", "size", "a rank", "parameters"):
-        table.add_column(heading, justify="right")
-    table.add_column("over")
     same = lambda r: (r["kind"], r["axis"], r["size"], tuple(r["local"]), tuple(r["over"]))  # noqa: E731
-    for name, group in fold(rows, "name", same):
+    groups = fold(rows, "name", same)
+    tables = _Widths(_blocks(groups, wide=True), _blocks(groups, wide=False))
+    return _titled("Blocks", "what is split, and how much of it a rank holds", tables)
+
+
+def _blocks(groups: Folded, wide: bool) -> Table:
+    table = _table("block", "kind", "axis", numbers=("layers", "size", "a rank", *(["parameters"] * wide)))
+    if wide:
+        table.add_column("over")
+    for name, group in groups:
         row = group[0]
+        parameters, over = sum(_count(r["parameters"]) for r in group), " · ".join(row["over"])
         table.add_row(
-            name,
+            name if wide else _below(name, f"{parameters} parameter{'s' * (parameters > 1)}, over {over}"),
             Text(row["kind"], style=_KIND.get(row["kind"], "")),
             row["axis"],
             str(sum(r["layers"] for r in group)),
             f"{row['size']:,}",
             local_sizes(row["local"]),
-            str(sum(_count(r["parameters"]) for r in group)),
-            " · ".join(row["over"]),
+            *((str(parameters), over) if wide else ()),
         )
-    return _titled("Blocks", "what is split, and how much of it a rank holds", table)
+    return table
 
 
 def collectives(rows: Sequence[Row]) -> RenderableType:
     """One line for collectives that differ by their layer alone, with how often a step does them."""
-    table = _table()
-    for heading in ("where", "kind", "direction", "over"):
-        table.add_column(heading)
-    for heading in ("bytes", "count", "in all"):
-        table.add_column(heading, justify="right")
-    table.add_column("reason", ratio=1, style="dim")
     same = lambda r: (r["kind"], r["direction"], tuple(r["over"]), r["bytes"], _alike(r["reason"]))  # noqa: E731
-    totals = {"forward": [0, 0], "backward": [0, 0]}
-    for where, group in fold(rows, "block", same):
-        row, count = group[0], sum(r["count"] for r in group)
-        totals[row["direction"]][0] += count
-        totals[row["direction"]][1] += count * row["bytes"]
-        table.add_row(
-            where,
-            _COLLECTIVE.get(row["kind"], row["kind"]),
-            Text(_DIRECTION[row["direction"]], style="green" if row["direction"] == "forward" else "yellow"),
-            " · ".join(row["over"]),
-            size(row["bytes"]),
-            f"× {count}",
-            size(count * row["bytes"]),
-            _one_of([r["reason"] for r in group]),
-        )
-    if rows:
-        table.add_section()
-    for direction, (count, total) in totals.items():
-        if count:
-            table.add_row("all", "", _DIRECTION[direction], "", "", f"× {count}", size(total), "", style="bold")
-    if not rows:
+    groups = fold(rows, "block", same)
+    tables = _Widths(_collectives_wide(groups), _collectives_narrow(groups))
+    return _titled("Collectives", "what a rank sends in one forward and backward", tables)
+
+
+def _collectives_wide(groups: Folded) -> Table:
+    """A column for everything."""
+    table = _table("where", "kind", "direction", "over", numbers=("bytes", "count", "in all"))
+    table.add_column("reason", ratio=1, style="dim")
+    for where, group in groups:
+        row = group[0]
+        kind = _COLLECTIVE.get(row["kind"], row["kind"])
+        arrow = Text(_DIRECTION[row["direction"]], style=_DIRECTION_STYLE[row["direction"]])
+        reason = _one_of([r["reason"] for r in group])
+        table.add_row(where, kind, arrow, " · ".join(row["over"]), *_traffic(group), reason)
+    table.add_section()
+    for direction, count, total in _totals(groups):
+        table.add_row("all", "", _DIRECTION[direction], "", "", f"× {count}", size(total), "", style="bold")
+    if not groups:
         table.add_row("none")
-    return _titled("Collectives", "what a rank sends in one forward and backward", table)
+    return table
+
+
+def _collectives_narrow(groups: Folded) -> Table:
+    """The numbers in columns; below the place stand the reason, and the ranks where they are not always the same."""
+    table = _table("where", "kind", numbers=("bytes", "count", "in all"))
+    several = len({tuple(group[0]["over"]) for _, group in groups}) > 1
+    for where, group in groups:
+        row = group[0]
+        reason = _one_of([r["reason"] for r in group]) + (f", over {' · '.join(row['over'])}" if several else "")
+        kind = _arrow(row["direction"], str(_COLLECTIVE.get(row["kind"], row["kind"])))
+        table.add_row(_below(where, reason), kind, *_traffic(group))
+    table.add_section()
+    for direction, count, total in _totals(groups):
+        table.add_row("all", _arrow(direction, direction), "", f"× {count}", size(total), style="bold")
+    if not groups:
+        table.add_row("none")
+    return table
+
+
+def _traffic(group: Sequence[Row]) -> tuple[str, str, str]:
+    """The bytes of one collective, how many there are, and the bytes of all."""
+    each, count = group[0]["bytes"], _times(group)
+    return size(each), f"× {count}", size(count * each)
+
+
+def _arrow(direction: str, word: str) -> Text:
+    return Text(f"{_DIRECTION[direction][0]} {word}", style=_DIRECTION_STYLE[direction])
+
+
+def _times(group: Sequence[Row]) -> int:
+    return sum(row["count"] for row in group)
+
+
+def _totals(groups: Folded) -> Iterator[tuple[str, int, int]]:
+    """Each direction that has any: how many collectives and how many bytes."""
+    for direction in _DIRECTION:
+        members = [row for _, group in groups for row in group if row["direction"] == direction]
+        if members:
+            yield direction, _times(members), sum(row["count"] * row["bytes"] for row in members)
 
 
 def memory(row: Row, device_gib: float | None = None) -> RenderableType:
     """Bytes on the rank that holds most. Activations are not in it: they depend on batch and recomputation."""
-    table = _table()
-    for heading in ("parameters", "gradients", "optimizer", "total"):
-        table.add_column(heading, justify="right", style="bold" if heading == "total" else "")
+    table = _table(numbers=("parameters", "gradients", "optimizer", "total"))
+    table.columns[-1].style = "bold"
     cells = [size(row[key]) for key in ("parameters", "gradients", "optimizer", "total")]
     if device_gib:
         share = row["total"] / (device_gib * 2**30)
@@ -107,10 +145,7 @@ def replicated(rows: Sequence[Row]) -> RenderableType | None:
     """What every rank holds whole, and why: the largest first."""
     if not rows:
         return None
-    table = _table()
-    table.add_column("parameter")
-    for heading in ("count", "bytes each", "in all"):
-        table.add_column(heading, justify="right")
+    table = _table("parameter", numbers=("count", "bytes each", "in all"))
     table.add_column("reason", ratio=1, style="dim")
     folded = fold(rows, "name", lambda r: (r["bytes"], _alike(r["reason"])))
     for name, group in sorted(folded, key=lambda f: -sum(r["bytes"] for r in f[1])):
@@ -125,7 +160,7 @@ def verify_report(report: Mapping[str, Any]) -> RenderableType:
     """A line a case, what it found besides, and the verdict."""
     table = _table()
     table.add_column("case", ratio=1)
-    table.add_column("what is worst", ratio=1)
+    table.add_column("what is worst", ratio=1, overflow="fold")
     for heading in ("relative error", "allowed"):
         table.add_column(heading, justify="right")
     table.add_column("")
@@ -146,17 +181,13 @@ def verify_report(report: Mapping[str, Any]) -> RenderableType:
 
 def explain_report(rows: Sequence[Row]) -> RenderableType:
     """The layouts of parameters, then each axis that they are made of, with what keeps it whole."""
-    layouts = _table()
-    layouts.add_column("parameter")
-    layouts.add_column("shape", justify="right")
+    layouts = _table("parameter", numbers=("shape",))
     layouts.add_column("layout")
     for name, group in fold(rows, "name", lambda r: (tuple(r["shape"]), tuple(r["layout"]))):
         shape = " × ".join(map(str, group[0]["shape"]))
         layouts.add_row(f"{name}  × {len(group)}" if len(group) > 1 else name, shape, _coloured(group[0]["layout"]))
-    axes = _table()
-    axes.add_column("axis")
-    axes.add_column("size", justify="right")
-    axes.add_column("stands in")
+    axes = _table("axis", numbers=("size",))
+    axes.add_column("stands in", overflow="fold")
     axes.add_column("split over, or why not", ratio=1)
     found = [axis for row in rows for dimension in row["axes"] for axis in dimension]
     same = lambda a: (a["size"], tuple(a["over"]), tuple(map(_pattern, a["stands_in"])), tuple(a["reasons"]))  # noqa: E731
@@ -225,11 +256,33 @@ def error(value: float | None) -> str:
     return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+@dataclass(frozen=True)
+class _Widths:
+    """Two tables of the same rows, of which the width that there is chooses one."""
+
+    wide: Table
+    narrow: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.wide if options.max_width >= _WIDE else self.narrow
 
 
-def _titled(title: str, caption: str, table: Table) -> RenderableType:
+def _table(*words: str, numbers: Sequence[str] = ()) -> Table:
+    """An empty table. Names that do not fit continue below; nothing is cut off."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for i, heading in enumerate(words):
+        table.add_column(heading, overflow="fold", no_wrap=i > 0)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _below(name: str, detail: str) -> RenderableType:
+    """A name, and what is said of it in a line below, indented."""
+    return Group(name, Padding(Text(detail, style="dim"), (0, 0, 0, 2)))
+
+
+def _titled(title: str, caption: str, table: RenderableType) -> RenderableType:
     """A table under its title, which may be the longer of the two."""
     return Group(Text(title, style="bold").append(f"  {caption}", style="not bold dim"), table)
 

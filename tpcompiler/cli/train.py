@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpcompiler.cli.options import AsJson, Model, Set, SpecFile
-from tpcompiler.cli.screen import Screen, complain
+from tpcompiler.cli.screen import Screen, complain, our_warnings
 from tpcompiler.errors import TpcError
 
 if TYPE_CHECKING:
     from tpcompiler.spec.schema import Spec
     from tpcompiler.train.run.config import Train
 
+Change = tuple[tuple[str, ...], Any, str]  # a key of the spec, its value, and the option that gave it
 Ranks = Annotated[
     int | None,
     typer.Option(
@@ -88,7 +88,8 @@ def train(
         from tpcompiler.load.model import load_model, parse_settings
         from tpcompiler.train.run.loop import run
 
-        place = join(read.ranks.size, device, timeout)
+        with _first_rank_says():
+            place = join(read.ranks.size, device, timeout)
 
         def tell(line: str) -> None:
             if place.rank == 0:
@@ -134,7 +135,7 @@ def evaluate(
     Perplexity by the original words, and cloze accuracy, as the Megatron-LM paper does.
     """
     if perplexity is None and cloze is None:
-        raise TpcError("tpc eval: nothing to measure; give --perplexity FILE, --cloze FILE, or both")
+        raise TpcError("eval: nothing to measure; give --perplexity FILE, --cloze FILE, or both")
     read = _spec(spec, nproc, tensor, _train_changes(train_settings, None, None))
     if _starts(read):
         raise typer.Exit(_start(read))
@@ -145,7 +146,8 @@ def evaluate(
         from tpcompiler.load.model import load_model, parse_settings
         from tpcompiler.train.evaluate.measure import Question, measure
 
-        place = join(read.ranks.size, device, timeout)
+        with _first_rank_says():
+            place = join(read.ranks.size, device, timeout)
         with together(place, lambda line: _complain(screen, line)):
             loaded = load_model(model, read, parse_settings(settings or []))
             question = Question(perplexity, cloze, stride, batch, wikitext)
@@ -208,9 +210,7 @@ def reshard(
 @contextmanager
 def _live(screen: Screen) -> Iterator[None]:
     """A command that runs for days shows what it says at once: nothing is held back."""
-    with redirect_stdout(screen.err), warnings.catch_warnings():
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")
+    with redirect_stdout(screen.err), our_warnings():
         yield
 
 
@@ -220,31 +220,38 @@ def _complain(screen: Screen, line: str) -> None:
         sys.stdout.flush()
 
 
-def _spec(path: Path, nproc: int | None, tensor: int | None, changes: dict[str, Any]) -> Spec:
+def _spec(path: Path, nproc: int | None, tensor: int | None, changes: list[Change]) -> Spec:
     """The spec with the command's settings, its data degree such that all ranks have a place.
 
     What is wrong with it is said before anything is started; of ranks that run already, by the first.
     """
+    with _first_rank_says():
+        return _fitted(path, nproc, tensor, changes)
+
+
+@contextmanager
+def _first_rank_says() -> Iterator[None]:
+    """Of ranks that all make the same mistake, such as `--device cuda` without a GPU, the first one reports it."""
     from tpcompiler.train.run.start import launched
 
     try:
-        return _fitted(path, nproc, tensor, changes)
+        yield
     except TpcError:
         if launched() and os.environ["RANK"] != "0":
             raise typer.Exit(2) from None
         raise
 
 
-def _fitted(path: Path, nproc: int | None, tensor: int | None, changes: dict[str, Any]) -> Spec:
+def _fitted(path: Path, nproc: int | None, tensor: int | None, changes: list[Change]) -> Spec:
     from tpcompiler.spec.schema import Spec
     from tpcompiler.train.run.start import launched
 
     read = Spec.load(path)
-    if changes:
-        read = read.with_(train=_merged(read.train, changes))
+    for key, value, said in changes:
+        read = read.put(key, value, said)
     _train(read)
     if tensor is not None:
-        read = read.with_(mesh={"tensor": tensor, "data": read.mesh.data})
+        read = read.put(("mesh", "tensor"), tensor, f"--tensor {tensor}")
     ranks = int(os.environ["WORLD_SIZE"]) if launched() else nproc
     if ranks is None or ranks == read.ranks.size:
         return read
@@ -263,27 +270,19 @@ def _train(spec: Spec) -> Train:
     return spec.section(Train)
 
 
-def _train_changes(settings: list[str] | None, data: list[str] | None, steps: int | None) -> dict[str, Any]:
+def _train_changes(settings: list[str] | None, data: list[str] | None, steps: int | None) -> list[Change]:
+    """What the options change in the spec's train: section; those that have a name of their own win over `-t`."""
     from tpcompiler.load.model import parse_settings
 
-    changes: dict[str, Any] = {}
-    for key, value in parse_settings(settings or []).items():
-        place = changes
-        *above, last = key.split(".")
-        for part in above:
-            place = place.setdefault(part, {})
-        place[last] = value
+    changes: list[Change] = []
+    for setting in settings or []:
+        for key, value in parse_settings([setting], "--train").items():
+            changes.append((("train", *key.split(".")), value, f"--train {setting}"))
     if data:
-        changes.setdefault("data", {})["path"] = list(data)
+        changes.append((("train", "data", "path"), list(data), "--data"))
     if steps is not None:
-        changes["steps"] = steps
+        changes.append((("train", "steps"), steps, f"--steps {steps}"))
     return changes
-
-
-def _merged(old: Any, new: Any) -> Any:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return new
-    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
 
 
 def _starts(spec: Spec) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,15 @@ def load_model(ref: str, spec: Spec, overrides: Mapping[str, Any] | None = None)
     return _load_file(ref, spec, arguments)
 
 
-def parse_settings(settings: list[str]) -> dict[str, Any]:
+def parse_settings(settings: list[str], option: str = "--set") -> dict[str, Any]:
     """`["layers=2", "act=gelu"]` → typed values, as YAML types them."""
     out: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name.strip():
-            raise ModelError(f"--set {setting}: not of the form key=value; write e.g. --set layers=12")
-        out[name.strip()] = scalar(text)
+            example = "layers=12" if option == "--set" else "steps=100"
+            raise ModelError(f"{option} {setting}: not of the form key=value; write e.g. {option} {example}")
+        out[name.strip()] = scalar(text, option)
     return out
 
 
@@ -163,8 +165,24 @@ def _constructor(target: Any, name: str, arguments: Arguments) -> str:
                 raise arguments.error(key, f"{name} takes no argument {key!r}; {nearest(key, named)}")
     for key, p in named.items():
         if p.default is p.empty and key not in values:
-            raise ModelError(f"{name} needs an argument {key!r}; give it under `model:` in the spec, or --set {key}=…")
+            raise _missing(target, name, key, p, arguments.spec)
     return one_line(", ".join(f"{k}={v!r}" for k, v in values.items()), 120)
+
+
+def _missing(target: Any, name: str, key: str, parameter: inspect.Parameter, spec: Spec) -> ModelError:
+    """An argument that nobody gave, and where to give it: a plain value in the spec, an object in a function."""
+    annotation = parameter.annotation
+    plain = {"int", "float", "bool", "str", "list", "tuple", "dict"}
+    words = set(re.findall(r"\w+", annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")))
+    if annotation is parameter.empty:
+        words = {"Config"} if key in ("config", "cfg", "args", "hparams", "params") else {"int"}
+    if words & plain:
+        return ModelError(f"{name} needs an argument {key!r}; give it under `model:` in the spec, or --set {key}=…")
+    kind = next(iter(sorted(words)), "Config")
+    return ModelError(
+        f"{name} needs an argument {key!r}, an object, which a spec cannot write; add a function that builds the model,"
+        f" `def Model(layers=2): return {name}({kind}(layers=layers))`, and write its arguments under `model:`"
+    )
 
 
 def _find_inputs(module: Any, path: Path) -> Any:

@@ -49,8 +49,6 @@ def make_candidates(facts: Facts, wishes: Wishes, spec: Spec) -> tuple[Mesh, lis
     out = []
     for members in groups:
         if members[0].size >= degree or spec.allow_empty:
-            if spec.uneven == "error" and members[0].size % degree:
-                continue
             out.append(_candidate([(f, whole) for f in members], wishes))
     for p in pairs:
         if p.factor > 1 and p.factor not in cuts:

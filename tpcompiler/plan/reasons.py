@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+
 from tpcompiler.axes.infer import AxisMap
-from tpcompiler.errors import PlanError
+from tpcompiler.errors import PlanError, TpcWarning
 from tpcompiler.plan.facts import AxisFacts
 from tpcompiler.plan.result import Plan, Replicated
 from tpcompiler.plan.tally import ATTENTION
@@ -56,6 +58,7 @@ def refuse(capture: Capture, plan: Plan, spec: Spec, wishes: Wishes) -> None:
             what = f"no {kind} block of {capture.model} can be split {plan.degree}-way: {why}"
             raise spec.error("shard", kind, what=what)
     _refuse_overrides(capture, plan, spec)
+    _uneven(plan, spec)
     if not plan.split:
         kinds = {k for fact in plan.facts.axes.values() for k in fact.kinds}
         reasons = [f"{k}: {_why_no_block(plan, k)}" for k in ("attention", "mlp", "embedding") if k in kinds]
@@ -76,6 +79,18 @@ def _refuse_axes(plan: Plan, spec: Spec, wishes: Wishes) -> None:
             why = "another axis of the same tensors is split"
         what = f"{plan.names[leaf]} ({fact.size}) of {fact.parameters[0]} cannot be split: {why}"
         raise spec.error(*key, what=what)
+
+
+def _uneven(plan: Plan, spec: Spec) -> None:
+    """Warns of blocks whose axis does not divide by its degree, or refuses the first, as `uneven` says."""
+    for block in plan.uneven if spec.uneven != "allow" else ():
+        degree = len(block.local)
+        divides = next(d for d in range(degree, 0, -1) if block.size % d == 0)
+        what = f"{block.axis} ({block.size}) of {block.name} does not divide by {degree} ranks"
+        if spec.uneven == "error":
+            instead = f"{divides}-way would work, or " if divides > 1 else ""
+            raise spec.error("uneven", what=f"{what}; {instead}`uneven: allow`")
+        warnings.warn(f"{what}: ranks hold {max(block.local)} or {min(block.local)}", TpcWarning, stacklevel=2)
 
 
 def _refuse_overrides(capture: Capture, plan: Plan, spec: Spec) -> None:

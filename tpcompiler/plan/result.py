@@ -43,6 +43,11 @@ class Plan:
     facts: Facts
 
     @property
+    def uneven(self) -> tuple[Block, ...]:
+        """The blocks of which some ranks hold more than others."""
+        return tuple(block for block in self.blocks if len(set(block.local)) > 1)
+
+    @property
     def degree(self) -> int:
         """The number of ranks that share one copy of the model."""
         return prod(self.mesh[name] for name in self.mesh.names if name != "data")

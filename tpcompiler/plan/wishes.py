@@ -25,6 +25,7 @@ def read_wishes(capture: Capture, axes: AxisMap, facts: Facts, spec: Spec) -> Wi
 
     Raises `SpecError` for names that the model does not have.
     """
+    spec.check_outputs((str(i), name) for i, name in enumerate(capture.output_names))
     wishes = Wishes()
     for leaf, fact in facts.axes.items():
         for kind in fact.kinds:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,10 +23,18 @@ _NODE_LIMIT = 100_000  # aliases can make a small file exponentially large
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a document came from: its file, and the line of each key. All are equal, so that equal specs are."""
+    """Where a document came from: its file, the line of each key, and the options that gave keys.
+
+    All origins are equal, so that specs with equal values are equal.
+    """
 
     file: str = field(default="spec", compare=False)
     lines: Mapping[Key, int] = field(default_factory=dict, compare=False)
+    options: Mapping[Key, str] = field(default_factory=dict, compare=False)  # as written: `-t steps=5`
+
+    def given(self, key: Key, said: str) -> Origin:
+        """The same origin, except that `key` and all below it come from an option of the command line."""
+        return replace(self, options={**self.options, key: said})
 
     def line(self, key: Key) -> int | None:
         """The line of a key, or of the nearest thing around it that has one."""
@@ -36,7 +44,10 @@ class Origin:
         return None
 
     def error(self, key: Key, what: str) -> SpecError:
-        """`file:line: key: what`, ready to raise."""
+        """`file:line: key: what`, ready to raise; `option: what` for a key that an option gave."""
+        for n in range(len(key), 0, -1):
+            if key[:n] in self.options:
+                return SpecError(f"{self.options[key[:n]]}: {one_line(what)}")
         line = self.line(key)
         place = self.file if line is None else f"{self.file}:{line}"
         return SpecError(": ".join(filter(None, (place, dotted(key), one_line(what)))))
@@ -90,9 +101,9 @@ def parse(text: str, file: str) -> tuple[Any, Origin]:
         raise SpecError(f"{file}: nested too deeply to be a spec") from None
 
 
-def scalar(text: str) -> Any:
+def scalar(text: str, file: str = "--set") -> Any:
     """A value given on the command line, typed as YAML types it: `8` an int, `[1, 2]` a list, `gelu` a string."""
-    return parse(text, "--set")[0]
+    return parse(text, file)[0]
 
 
 class _Loader(yaml.SafeLoader):

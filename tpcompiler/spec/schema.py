@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, WithJsonSchema, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema, field_validator
 
 from tpcompiler.errors import SpecError
+from tpcompiler.spec.complaints import S, nearest, validate
 from tpcompiler.spec.located import Key, Origin, parse, read_text
 
 if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
     from tpcompiler.runtime.mesh import Mesh
 
 Choice = Literal["shard", "replicate"]
@@ -81,19 +79,27 @@ class AxisSpec(Section):
 
 
 class Hardware(Section):
-    """What the cost model counts with. The defaults are one H100 (SXM, bf16) in an NVSwitch host."""
+    """The machine that the program is meant for. The defaults are one H100 (SXM, bf16) in an NVSwitch host.
 
-    peak_tflops: float = Field(default=989.0, gt=0, description="Peak rate of matrix products, TFLOP/s.")
-    efficiency: float = Field(default=0.6, gt=0, le=1, description="Share of the peak that large products reach.")
-    memory_gib: float = Field(default=80.0, gt=0, description="Memory of one device, GiB.")
-    bandwidth_gbps: float = Field(
-        default=3350.0, gt=0, description="Memory bandwidth of one device, gigabytes a second."
+    Only `memory_gib` is read today: `tpc shard` shows which share of it a rank needs. The other keys are checked and
+    kept, but no decision depends on them.
+    """
+
+    peak_tflops: float = Field(default=989.0, gt=0, description="Peak rate of matrix products, TFLOP/s. Not read yet.")
+    efficiency: float = Field(
+        default=0.6, gt=0, le=1, description="Share of the peak that large products reach. Not read yet."
     )
-    alpha_us: float = Field(default=15.0, ge=0, description="Latency of one collective, microseconds.")
+    memory_gib: float = Field(
+        default=80.0, gt=0, description="Memory of one device, GiB. `tpc shard` shows how much a rank needs."
+    )
+    bandwidth_gbps: float = Field(
+        default=3350.0, gt=0, description="Memory bandwidth of one device, gigabytes a second. Not read yet."
+    )
+    alpha_us: float = Field(default=15.0, ge=0, description="Latency of one collective, microseconds. Not read yet.")
     beta_gbps: float = Field(
         default=240.0,
         gt=0,
-        description="Rate of large collectives (bytes of the value over seconds), gigabytes a second.",
+        description="Rate of large collectives (bytes of the value over seconds), gigabytes a second. Not read yet.",
     )
 
 
@@ -147,7 +153,9 @@ class Spec(Section):
         examples=["gather"],
     )
     uneven: Literal["allow", "warn", "error"] = Field(
-        default="allow", description="When an axis does not divide by its degree (25 heads over 8 ranks)."
+        default="allow",
+        description="What to do when a split axis does not divide by its degree (25 heads over 8 ranks): allow it, "
+        "warn, or refuse to compile.",
     )
     allow_empty: bool = Field(
         default=False, description="Whether a rank may hold nothing of an axis (2 heads over 4 ranks)."
@@ -161,7 +169,9 @@ class Spec(Section):
         default=0, ge=0, lt=2**63, description="Seed of the initial weights and of dropout.", examples=[0]
     )
     hardware: Hardware = Field(
-        default_factory=Hardware, description="What the cost model counts with.", examples=[{"memory_gib": 80}]
+        default_factory=Hardware,
+        description="The machine that the program is meant for.",
+        examples=[{"memory_gib": 80}],
     )
     train: dict[str, Any] = Field(
         default_factory=dict, description="The trainer's settings; `tpc train` checks them.", examples=[{"steps": 100}]
@@ -232,6 +242,31 @@ class Spec(Section):
                 chosen = choice
         return chosen
 
+    def check_outputs(self, names: Iterable[tuple[str, str]]) -> None:
+        """Raises `SpecError` for a pattern under `outputs` that none of a model's outputs matches.
+
+        `names`: the position and the key of each output; the key is empty where the model gives it none.
+        """
+        known = list(dict.fromkeys(name for pair in names for name in pair if name))
+        for pattern in self.outputs:
+            if known and not any(fnmatchcase(name, pattern) for name in known):
+                raise self.error("outputs", pattern, what=f"matches no output of the model; {nearest(pattern, known)}")
+
+    def put(self, key: Key, value: Any, said: str) -> Spec:
+        """A copy with one value put at `key`, such as `("mesh", "tensor")`; errors in it name `said`, not the file.
+
+        A mapping is put over the one that stands there, key by key.
+        """
+        *above, last = key
+        values = self.dump()
+        place: dict[str | int, Any] = values  # type: ignore[assignment]
+        for part in above:
+            inner = place.get(part)
+            place[part] = dict(inner) if isinstance(inner, Mapping) else {}
+            place = place[part]
+        place[last] = _merged(place.get(last), value)
+        return Spec._checked(values, self._origin.given(key, said))
+
     def error(self, *key: str | int, what: str) -> SpecError:
         """`file:line: key: what` for a key of this spec, ready to raise: `raise spec.error("axes", 0, what=…)`."""
         return self._origin.error(key, what)
@@ -255,131 +290,13 @@ class Spec(Section):
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "tpcompiler spec"}
 
 
-S = TypeVar("S", bound=BaseModel)
+def _merged(old: Any, new: Any) -> Any:
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
 
 
 def covers(pattern: str, name: str) -> bool:
     """Whether a glob matches a parameter's name or a module it lies in: `h.*.mlp` covers `h.3.mlp.c_fc.weight`."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What would have worked: ` did you mean 'tensor'?`, or the list of what there is."""
-    known = sorted(known)
-    close = get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(known[:12])}{', …' if len(known) > 12 else ''}" if known else "there is none"
-
-
-def validate(model: type[S], value: Any, origin: Origin, prefix: Key = ()) -> S:
-    """`value` as a `model`, or the first thing wrong with it in the file's order, as one line."""
-    if not isinstance(value, Mapping):
-        raise origin.error(prefix, f"{_shown(value)} is not a mapping; write keys and values, `key: value`")
-    try:
-        return model.model_validate(dict(value))
-    except ValidationError as e:
-        errors = e.errors(include_url=False)
-    # A misspelt key is also a missing one: the misspelling is the one to show.
-    first = min(errors, key=lambda err: (err["type"] != "extra_forbidden", origin.line((*prefix, *err["loc"])) or 0))
-    key, what = _explain(first, model)
-    raise origin.error((*prefix, *key), what)
-
-
-_FACTS = {
-    "int_type": "is not an integer",
-    "int_from_float": "is not an integer",
-    "float_type": "is not a number",
-    "finite_number": "is not a finite number",
-    "bool_type": "is neither true nor false",
-    "string_type": "is not a string",
-    "tuple_type": "is not a list",
-    "list_type": "is not a list",
-    "dict_type": "is not a mapping",
-    "model_type": "is not a mapping",
-    "model_attributes_type": "is not a mapping",
-    "string_too_short": "is empty",
-}
-_BOUNDS = {
-    "greater_than_equal": ("at least", "ge"),
-    "greater_than": ("more than", "gt"),
-    "less_than_equal": ("at most", "le"),
-    "less_than": ("less than", "lt"),
-}
-
-
-def _explain(error: ErrorDetails, model: type[BaseModel]) -> tuple[Key, str]:
-    """One of pydantic's errors in our words: the key, what is wrong, what would work."""
-    kind, got, context = error["type"], error["input"], error.get("ctx", {})
-    key, owner, field = _locate(error["loc"], model)
-    examples = (field.examples if field else None) or []
-    example = f"; write e.g. {key[-1]}: {_yaml(examples[0])}" if examples and isinstance(key[-1], str) else ""
-    if kind == "extra_forbidden":
-        known = [f.alias or n for n, f in owner.model_fields.items()]
-        return key, f"unknown key {key[-1]!r}; {nearest(str(key[-1]), known)}"
-    if kind == "missing":
-        return key, f"is missing{example}"
-    if kind == "literal_error":
-        return key, f"{_shown(got)} is not a choice; write {context['expected']}"
-    if kind in _BOUNDS:
-        word, bound = _BOUNDS[kind]
-        return key, f"{_shown(got)} is out of range; it must be {word} {context[bound]}"
-    if got is None:
-        return key, f"has no value{example}"
-    if kind in _FACTS:
-        return key, f"{_shown(got)} {_FACTS[kind]}{example}"
-    if kind == "value_error":
-        return key, str(context["error"])
-    ours = error["msg"].startswith("Input should")  # pydantic's own, which does not say what it got
-    return key, f"{error['msg']}, not {_shown(got)}{example}" if ours else error["msg"]
-
-
-def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[Key, type[BaseModel], Any]:
-    """Pydantic's location as a key of the file, with the model and the field that it belongs to.
-
-    Locations of unions end in the name of a member (`int`, `str`), which is no key.
-    """
-    key: list[int | str] = []
-    owner, field = model, None
-    inner: type[BaseModel] | None = model
-    for part in loc:
-        if inner is None and isinstance(part, str) and field is not None and not _holds_keys(field.annotation):
-            break
-        key.append(part)
-        if isinstance(part, int):
-            continue
-        if inner is not None:
-            owner = inner
-            field = next((f for n, f in owner.model_fields.items() if part in (n, f.alias)), None)
-            inner = _model_in(field.annotation) if field is not None else None
-    return tuple(key), owner, field
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, (_model_in(a) for a in getattr(annotation, "__args__", ()))), None)
-
-
-def _holds_keys(annotation: Any) -> bool:
-    return getattr(annotation, "__origin__", None) is dict or annotation is dict
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, (list, tuple)):
-        return "a list"
-    text = repr(value)
-    return text if len(text) <= 40 else text[:39] + "…"
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_yaml, value)) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -101,6 +101,7 @@ def verify(
     distributed: bool = False,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    source: str = "",
 ) -> Report:
     """Compile `model`, run every rank, and compare with the plain model.
 
@@ -114,7 +115,7 @@ def verify(
     if read.mesh.data > 1:
         read = read.with_(mesh={"tensor": read.mesh.tensor})
     tell("capturing the model")
-    captured = capture(model, example_inputs)
+    captured = capture(model, example_inputs, source=source)
     _affordable(captured)
     precise = float64(captured) if dtype == torch.float64 else captured
     sharded = compile_capture(precise, read, progress=tell)
