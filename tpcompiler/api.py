@@ -210,11 +210,12 @@ def _drops_apart(captured: Capture, axes: AxisMap, plan: Plan) -> frozenset[str]
     """Fused attentions with dropout of which several ranks compute the same part: their kernels would draw different
     masks."""
     tensor = {name for name in plan.mesh.names if name != "data" and plan.mesh[name] > 1}
-    split = {
-        name: {over for dim in plan.dims(axes, axes.values[name][0]) for over in dim.over} if name in axes.values else ()
-        for name in dropping_attention(captured)
-    }
-    return frozenset(name for name, over in split.items() if not tensor <= set(over))
+
+    def over(name: str) -> set[str]:
+        dims = plan.dims(axes, axes.values[name][0]) if name in axes.values else ()
+        return {n for dim in dims for n in dim.over}
+
+    return frozenset(name for name in dropping_attention(captured) if not tensor <= over(name))
 
 
 def _without(axes: AxisMap, refused: CannotSplit) -> AxisMap:

@@ -51,18 +51,18 @@ class Region:
 def hoist_enters(program: Program) -> Program:
     """Merge wherever it saves an all-reduce of an activation."""
     graph = copy_graph(program.graph)
-    trainable = {p.node for p in program.capture.parameters if p.trainable and not p.buffer}
-    _widen(graph, program, _carriers(graph, trainable))
-    _meet(graph, _carriers(graph, trainable))
+    sources = program.capture.differentiable
+    _widen(graph, program, _carriers(graph, sources))
+    _meet(graph, _carriers(graph, sources))
     erase_dead(graph)
     return replace(program, graph=graph)
 
 
-def _carriers(graph: fx.Graph, trainable: set[str]) -> set[fx.Node]:
-    """The values that a trainable parameter stands behind."""
+def _carriers(graph: fx.Graph, sources: frozenset[str]) -> set[fx.Node]:
+    """The values that a trainable parameter, or an input that may need a gradient, stands behind."""
     out: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.name in trainable if node.op == "placeholder" else not out.isdisjoint(node.all_input_nodes):
+        if node.name in sources if node.op == "placeholder" else not out.isdisjoint(node.all_input_nodes):
             out.add(node)
     return out
 
@@ -147,7 +147,8 @@ def _replace_source(region: Region, entered: fx.Node) -> None:
 
 def _enter_vectors(graph: fx.Graph, regions: list[Region], names: Over) -> None:
     """The norms' vectors together: one small all-reduce for all of them."""
-    vectors = list(dict.fromkeys(p for r in regions for p in r.parameters if not any(d.over for d in _layout(p))))
+    known = dict.fromkeys(p for r in regions for p in r.parameters if layout_of(p) is not None)
+    vectors = [p for p in known if not any(d.over for d in _layout(p))]
     vectors = [p for p in vectors if p.meta["val"].dim() == 1 and p.meta["val"].dtype == vectors[0].meta["val"].dtype]
     if len(vectors) < 2:
         return

@@ -26,11 +26,11 @@ aten = torch.ops.aten
 def sink_reductions(program: Program) -> Program:
     """Move every all-reduce to the smallest of the values that it may be taken of, or to where it meets another."""
     graph = copy_graph(program.graph)
-    trainable = {p.node for p in program.capture.parameters if p.trainable and not p.buffer}
+    sources = program.capture.differentiable
     for to_meet in (False, True):
         for node in list(graph.nodes):
             if node.target is runtime.reduce:
-                _sink(graph, node, trainable, to_meet)
+                _sink(graph, node, sources, to_meet)
     erase_dead(graph)
     return replace(program, graph=graph)
 
@@ -43,7 +43,7 @@ class LinearStep:
     weight: fx.Node | None
 
 
-def _sink(graph: fx.Graph, node: fx.Node, trainable: set[str], to_meet: bool) -> None:
+def _sink(graph: fx.Graph, node: fx.Node, sources: frozenset[str], to_meet: bool) -> None:
     path: list[LinearStep] = []
     while (step := _next(path[-1].node if path else node)) is not None:
         path.append(step)
@@ -53,7 +53,7 @@ def _sink(graph: fx.Graph, node: fx.Node, trainable: set[str], to_meet: bool) ->
     if to_meet and not _meets(best.node, over(node)):
         return
     path = path[: path.index(best) + 1]
-    weighed = [(s.node, s.weight) for s in path if s.weight is not None and _carries(s.weight, trainable)]
+    weighed = [(s.node, s.weight) for s in path if s.weight is not None and _carries(s.weight, sources)]
     saved = _elements(node) - (0 if to_meet else _elements(best.node))
     if sum(_elements(w) for _, w in weighed) >= saved:
         return
@@ -101,12 +101,12 @@ def _entered(graph: fx.Graph, w: fx.Node, reduction: fx.Node, step: fx.Node) -> 
     return copy_value(new, w, "backward: all-reduce", cause_of(reduction))
 
 
-def _carries(node: fx.Node, trainable: set[str]) -> bool:
-    """Whether a trainable parameter stands behind a value."""
+def _carries(node: fx.Node, sources: frozenset[str]) -> bool:
+    """Whether a trainable parameter, or an input that may need a gradient, stands behind a value."""
     seen, stack = set[fx.Node](), [node]
     while stack:
         n = stack.pop()
-        if n.op == "placeholder" and n.name in trainable:
+        if n.op == "placeholder" and n.name in sources:
             return True
         if n not in seen:
             seen.add(n)

@@ -128,6 +128,9 @@ def verify(
     run = Comparison(sharded, state, dtype, backward)
     tell("running all ranks")
     cases.append(run.case("outputs and gradients" if backward else "outputs", [batch]))
+    if backward and any(x.is_floating_point() for x in batch.values()):
+        tell("running all ranks for the gradients of inputs")
+        cases.append(run.of_inputs("gradients of the inputs", batch))
     other = _at_other_sizes(precise, state, batch)
     if other is not None:
         tell("running all ranks at other sizes")
@@ -185,7 +188,7 @@ def inputs_of(captured: Capture, example_inputs: Any, dtype: torch.dtype) -> Bat
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     assert len(tensors) == len(captured.inputs), f"{len(tensors)} tensors for inputs {captured.inputs}"
     return {
-        n: x.detach().to(dtype) if x.is_floating_point() else x.detach()
+        n: x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x.detach()
         for n, x in zip(captured.inputs, tensors, strict=True)
     }
 
