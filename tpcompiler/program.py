@@ -60,7 +60,6 @@ class Capture:
     model: str  # the model's class name
     source: str  # where the model stands, for messages
     arg_names: tuple[str, ...]  # the forward's own names of the tensor inputs
-    held: tuple[str, ...] = ()  # modules traced in eval mode: in training they draw random numbers (layerdrop, jitter)
 
     @cached_property
     def differentiable(self) -> frozenset[str]:
