@@ -45,7 +45,7 @@ DRAWS = {
     "torch": lambda: torch.rand([]),
     "python": random.random,
     "uniform": lambda: random.uniform(0, 1),
-    "numpy": lambda: np.random.uniform(0, 1),
+    "numpy": lambda: np.random.uniform(0, 1),  # noqa: NPY002
 }
 
 
@@ -68,38 +68,41 @@ def test_layers_that_are_skipped_at_random_are_refused(name: str) -> None:
     refused(Model(skip(called(name)), p=0.1), "if self.training and draw() < self.p", "every rank would draw another")
 
 
-def noisy(self: Any, x: Tensor) -> Tensor:
-    return self.layers[0](x + torch.randn_like(x) if self.training else x)  # type: ignore[no-any-return]
+class Noisy(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x + torch.randn_like(x) if self.training else x)  # type: ignore[no-any-return]
 
 
-def path(self: Any, x: Tensor) -> Tensor:
-    keep = x.new_empty(x.shape[0], 1).bernoulli_(0.9) if self.training else 1.0
-    return x + self.layers[0](x) * keep  # type: ignore[no-any-return]
+class Path(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        keep = x.new_empty(x.shape[0], 1).bernoulli_(0.9) if self.training else 1.0
+        return x + self.layers[0](x) * keep  # type: ignore[no-any-return]
 
 
-def scaled(self: Any, x: Tensor) -> Tensor:
-    x = self.layers[0](x)
-    if self.training:
-        x = x * 2
-    return self.layers[1](x)  # type: ignore[no-any-return]
+class Scaled(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        if self.training:
+            x = x * 2
+        return self.layers[1](x)  # type: ignore[no-any-return]
 
 
-def branched(self: Any, x: Tensor) -> Tensor:
-    return self.layers[0](x) if self.training else self.layers[1](x)  # type: ignore[no-any-return]
+class Branched(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x) if self.training else self.layers[1](x)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
-    ("forward", "line", "said"),
+    ("model", "line", "said"),
     [
-        (noisy, "torch.randn_like(x)", "draws random numbers"),
-        (path, "bernoulli_(0.9)", "draws random numbers"),
-        (scaled, "x = x * 2", "something else in training than in evaluation"),
-        (branched, "self.layers[0](x) if self.training", "something else in training than in evaluation"),
+        (Noisy, "torch.randn_like(x)", "draws random numbers"),
+        (Path, "bernoulli_(0.9)", "draws random numbers"),
+        (Scaled, "x = x * 2", "something else in training than in evaluation"),
+        (Branched, "self.layers[0](x) if self.training", "something else in training than in evaluation"),
     ],
 )
-def test_other_differences_are_refused_with_the_line(forward: Any, line: str, said: str) -> None:
-    cls = type("Own", (Model,), {"forward": forward})  # a trace names lines of forwards
-    refused(cls(forward), line, said)
+def test_other_differences_are_refused_with_the_line(model: type[Model], line: str, said: str) -> None:
+    refused(model(lambda self, x: x), line, said)
 
 
 def refused(model: nn.Module, *said: str) -> None:
@@ -113,7 +116,7 @@ def test_verify_compares_the_module_in_training_too() -> None:
     """A graph of another model than the module's is noticed, also where only training differs."""
     plain = Model(lambda self, x: self.layers[1](self.layers[0](x)))
     captured = capture(plain, (torch.randn(2, 4),))
-    model = Model(scaled)
+    model = Scaled(lambda self, x: x)
     model.load_state_dict(plain.state_dict())
     evaluation, training = same_as_module(captured, model, (torch.randn(2, 4),), True)
     assert evaluation.passed and not training.passed

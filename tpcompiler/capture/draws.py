@@ -50,7 +50,7 @@ class Drawn:
     def __add__(self, other: object) -> NoReturn:
         self.refuse()
 
-    __sub__ = __mul__ = __truediv__ = __radd__ = __rsub__ = __rmul__ = __le__ = __gt__ = __add__  # type: ignore[assignment]
+    __sub__ = __mul__ = __truediv__ = __radd__ = __rsub__ = __rmul__ = __le__ = __gt__ = __add__
 
     def _below(self, other: object) -> bool:
         if not isinstance(other, int | float) or 0 < other < 1:

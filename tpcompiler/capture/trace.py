@@ -155,11 +155,11 @@ def _export(
         inputs.append(x)
     args, kwargs = pytree.tree_unflatten(inputs, spec)
     with (
-        torch.device("meta"),
+        torch.device("meta"),  # `torch.arange(n)` without a device goes along
         lean_tracing(),
         whole_operators(),
         own_backwards(),
-    ):  # `torch.arange(n)` without a device goes along
+    ):
         dynamic_shapes = dynamic.dynamic_shapes(model, args, kwargs)
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
