@@ -19,7 +19,7 @@ from tpcompiler.axes.algebra import Mark
 from tpcompiler.axes.infer import AxisMap
 from tpcompiler.capture import capture as capture_model
 from tpcompiler.capture import capture_recorded, record
-from tpcompiler.capture.unfused import unfuse_dropping_attention
+from tpcompiler.capture.unfused import dropping_attention, unfuse_dropping_attention
 from tpcompiler.errors import CheckError
 from tpcompiler.partition import CannotSplit, partition
 from tpcompiler.passes import run_passes
@@ -193,6 +193,10 @@ def compile_capture(
         # segments of which some are split in an op that is no product, and an axis folded into the batch
         with _timed(seconds, "plan"):
             plan = make_plan(captured, axes, spec)
+        if shared := _drops_apart(captured, axes, plan):
+            with _timed(seconds, "axes"):
+                captured, axes = infer_for(unfuse_dropping_attention(captured, shared), spec)
+            continue
         try:
             with _timed(seconds, "partition"):
                 program = partition(captured, axes, plan, spec)
@@ -204,6 +208,18 @@ def compile_capture(
         program = run_passes(program)
         program = replace(program, collectives=list_collectives(program, plan))
     return Sharded(spec, captured, axes, plan, program, seconds)
+
+
+def _drops_apart(captured: Capture, axes: AxisMap, plan: Plan) -> frozenset[str]:
+    """Fused attentions with dropout of which several ranks compute the same part: their kernels would draw different
+    masks."""
+    tensor = {name for name in plan.mesh.names if name != "data" and plan.mesh[name] > 1}
+
+    def over(name: str) -> set[str]:
+        dims = plan.dims(axes, axes.values[name][0]) if name in axes.values else ()
+        return {n for dim in dims for n in dim.over}
+
+    return frozenset(name for name in dropping_attention(captured) if not tensor <= over(name))
 
 
 def _without(axes: AxisMap, refused: CannotSplit) -> AxisMap:

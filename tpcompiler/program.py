@@ -60,7 +60,23 @@ class Capture:
     model: str  # the model's class name
     source: str  # where the model stands, for messages
     arg_names: tuple[str, ...]  # the forward's own names of the tensor inputs
-    held: tuple[str, ...] = ()  # modules traced in eval mode: in training they draw random numbers (layerdrop, jitter)
+
+    @cached_property
+    def differentiable(self) -> frozenset[str]:
+        """Placeholders that a gradient may be asked of: trainable parameters, and inputs of a floating-point type."""
+        nodes = self.graph.find_nodes(op="placeholder")
+        return self.trainable | {n.name for n in nodes if n.name in self.inputs and _is_floating(n.meta.get("val"))}
+
+    @cached_property
+    def trainable(self) -> frozenset[str]:
+        """Placeholders of the parameters that are trained."""
+        return frozenset(p.node for p in self.parameters if p.trainable and not p.buffer)
+
+    @cached_property
+    def asked(self) -> frozenset[str]:
+        """Placeholders that a gradient is asked of at the example: trainable parameters, and inputs that require it."""
+        nodes = self.graph.find_nodes(op="placeholder")
+        return self.trainable | {n.name for n in nodes if n.name in self.inputs and n.meta["val"].requires_grad}
 
     @cached_property
     def output_names(self) -> tuple[str, ...]:
@@ -71,6 +87,10 @@ class Capture:
         except ValueError:  # a container whose library names no keys: places alone
             return tuple(map(str, range(self.out_spec.num_leaves)))
         return tuple(".".join(map(_key, path)) for path in paths)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _key(key: Any) -> str:

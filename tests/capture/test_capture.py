@@ -429,23 +429,3 @@ def test_float64_leaves_no_lower_precision_behind() -> None:
     low = [n for n in precise.graph.nodes if isinstance(n.meta["val"], Tensor) and n.meta["val"].is_floating_point()]
     assert all(n.meta["val"].dtype is torch.float64 for n in low)
     assert any(n.meta["val"].dtype is torch.bfloat16 for n in captured.graph.nodes if isinstance(n.meta["val"], Tensor))
-
-
-def test_layerdrop_is_held_in_eval_mode_and_dropout_around_it_still_follows_the_mode() -> None:
-    class Dropping(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-            self.drop = nn.Dropout(0.3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                if self.training and torch.rand([]) < 0.1:
-                    continue
-                x = F.dropout(self.drop(layer(x)), 0.2, self.training)
-            return x
-
-    captured = capture(Dropping, (torch.randn(2, 4),))
-    assert captured.held == ("",)
-    drops = [n.args[1:] for n in captured.graph.nodes if n.target is aten.dropout.default]
-    assert drops == [(0.3, Training(True, False)), (0.2, Training(True, False))] * 3

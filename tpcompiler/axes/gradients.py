@@ -18,6 +18,20 @@ def passes(node: fx.Node) -> bool:
     return node.op == "call_function" and carries(node) and (find(node.target) or UNKNOWN).gradient
 
 
+def carriers(graph: fx.Graph, sources: frozenset[str]) -> frozenset[str]:
+    """Names of the nodes whose gradient goes back to a placeholder among `sources`."""
+    out: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            found = node.name in sources
+        else:
+            unknown = node.op == "call_function" and node.meta.get("val") is None  # a piece that the partitioner made
+            found = (unknown or passes(node)) and not out.isdisjoint(node.all_input_nodes)
+        if found:
+            out.add(node)
+    return frozenset(n.name for n in out)
+
+
 def reached(graph: fx.Graph) -> frozenset[str]:
     """Names of the nodes that a gradient of an output reaches. What a model computes under `no_grad` or detaches, such
     as the cycles of a recurrent model, is not among them."""

@@ -13,7 +13,7 @@ from torch import fx
 from tpcompiler.axes.algebra import Mark, Terms
 from tpcompiler.axes.conflicts import find_conflicts
 from tpcompiler.axes.fit import Fit
-from tpcompiler.axes.gradients import passes, reached
+from tpcompiler.axes.gradients import carriers, passes, reached
 from tpcompiler.axes.map import AxisMap, Dims, Operand, Relation
 from tpcompiler.axes.primes import Sizes
 from tpcompiler.errors import RuleError
@@ -72,7 +72,8 @@ class _Inference:
             relations=self.relations,
             sizes=self.sizes,
             live=frozenset(self.live),
-            grads=reached(self.capture.graph) & self.grads,
+            grads=reached(self.capture.graph)
+            & (self.grads | carriers(self.capture.graph, self.capture.differentiable)),
             dynamic=self.size.dynamic,
             marks=self.terms.leaf_marks(),
             conflicts=conflicts,

@@ -15,6 +15,7 @@ from tpcompiler.capture.experts import portable_experts
 from tpcompiler.capture.init import Recorded, record
 from tpcompiler.capture.input_sizes import sizes_from_inputs
 from tpcompiler.capture.masks import recover_causal
+from tpcompiler.capture.modes import same_in_evaluation
 from tpcompiler.capture.normalise import inline, normalise
 from tpcompiler.capture.origins import at, draws_apart
 from tpcompiler.capture.promote import float64
@@ -46,8 +47,9 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
     inputs, leaves, names = _inputs(graph, traced)
     drop_empty(graph)
     set_unset(graph)
-    normalise(graph, traced.held)
+    normalise(graph)
     _no_noise(graph)
+    same_in_evaluation(graph, _evaluated(traced, recorded, source))
     sizes_from_inputs(graph, inputs)
     constants = {p.node: p.value for p in parameters if p.value is not None}
     recover_causal(graph, constants)
@@ -63,16 +65,28 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
         model=type(model).__name__,
         source=source,
         arg_names=names,
-        held=traced.held,
     )
+
+
+def _evaluated(traced: Traced, recorded: Recorded, source: str) -> fx.Graph:
+    """The graph of the model in evaluation mode."""
+    exported = traced.evaluated
+    graph = exported.graph_module.graph
+    inline(graph, exported.graph_module)
+    _placeholders(graph, exported, recorded, source)
+    _flat_output(graph)
+    drop_empty(graph)
+    set_unset(graph)
+    normalise(graph)
+    return graph
 
 
 def _no_noise(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if draws_apart(node):
             raise ModelError(
-                f"{at(node)}: draws random numbers, in evaluation too, and no two ranks would draw the same; "
-                "take them as an input"
+                f"{at(node)}: draws random numbers, and no two ranks would draw the same; set them to none, use "
+                "torch.nn.functional.dropout, or take them as an input"
             )
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tpcompiler.capture.own_backward import refuse_hooks
 from tpcompiler.capture.recording import Recording, Values
-from tpcompiler.capture.refusals import explain
+from tpcompiler.capture.refusals import CannotTrace, explain
 from tpcompiler.capture.tape import Tape, seed_from
 from tpcompiler.errors import ModelError, TpcError
 
@@ -57,6 +58,7 @@ def record(build: Callable[[], nn.Module] | nn.Module, *, source: str = "") -> R
     recording = Recording(tape)
     try:
         if isinstance(build, nn.Module):
+            refuse_hooks(build)
             memo: dict[int, Any] = {id(p): recording.stand_in(p) for p in build.parameters() if not p.is_meta}
             with Values(recording):
                 model = copy.deepcopy(build, memo)
@@ -69,6 +71,10 @@ def record(build: Callable[[], nn.Module] | nn.Module, *, source: str = "") -> R
         raise explain(error, source, "cannot be built") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{source or 'the model'}: gives a {type(model).__name__}, not a torch.nn.Module")
+    try:
+        refuse_hooks(model)
+    except CannotTrace as error:
+        raise explain(error, source, "cannot be traced") from error
     _adopt_attributes(model, recording)
     return Recorded(model, tape, _keys(tape, _named(model).items()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ aten = torch.ops.aten
 _END = torch.iinfo(torch.int64).max
 
 
-def normalise(graph: fx.Graph, held: Collection[str] = ()) -> None:
-    """Run the steps on a flat graph, in place. `held`: modules that were traced in eval mode."""
+def normalise(graph: fx.Graph) -> None:
+    """Run the steps on a flat graph, in place."""
     for step in PASSES:
         step(graph)
-    modes(graph, held)
+    modes(graph)
     remove_dead(graph)
     graph.lint()
 
@@ -214,15 +214,14 @@ _DROPOUTS = (
 )
 
 
-def modes(graph: fx.Graph, held: Collection[str]) -> None:
+def modes(graph: fx.Graph) -> None:
     """What tracing fixed to training mode becomes `Training(on, off)`: dropout, and batch norm's statistics.
 
-    A dropout that is off in training stays off, unless its module had to be traced in eval mode (`held`).
+    A dropout that is off in training stays off.
     """
     for node in list(graph.nodes):
         if node.target in _DROPOUTS:
             x, p, on = node.args
-            on = on or node.meta["module"] in held
             if not on or p == 0.0:
                 if node.target is not aten.native_dropout.default:
                     _become(graph, node, x)

@@ -17,6 +17,10 @@ _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARIES = tuple(sysconfig.get_path(p) + os.sep for p in ("stdlib", "purelib", "platlib"))
 
 
+class CannotTrace(Exception):
+    """Something in a model that a trace would not keep, and what to write instead; `explain` adds the line."""
+
+
 def chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and those it came from."""
     while error is not None:
@@ -40,6 +44,8 @@ def explain(error: Exception, source: str, what: str, owners: frozenset[str] = f
 
 
 def _why(error: Exception) -> str:
+    if refused := next((e for e in chain(error) if isinstance(e, CannotTrace)), None):
+        return str(refused)
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if any(isinstance(e, GuardOnDataDependentSymNode) for e in chain(error)) or "item() on meta" in text:
         return "what it does depends on the values of a tensor; use torch.where, or an argument that is a Python number"

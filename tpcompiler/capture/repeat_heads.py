@@ -13,11 +13,13 @@ from tpcompiler.program import Capture
 aten = torch.ops.aten
 
 
-def repeat_grouped(capture: Capture) -> Capture:
-    """Attention with grouped keys and values as attention with repeated ones."""
+def repeat_grouped(capture: Capture, only: frozenset[str] | None = None) -> Capture:
+    """Attention with grouped keys and values as attention with repeated ones: all of it, or `only` these nodes."""
     graph = copy_graph(capture.graph)
     for node in list(graph.nodes):
         if node.target is not aten.scaled_dot_product_attention.default or not bind(node)["enable_gqa"]:
+            continue
+        if only is not None and node.name not in only:
             continue
         query, *others = node.args[:3]
         heads = query.meta["val"].shape[-3]

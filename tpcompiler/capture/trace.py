@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,18 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from tpcompiler.capture.draws import Draws
 from tpcompiler.capture.init import Recorded
 from tpcompiler.capture.lean import lean_tracing, whole_operators
-from tpcompiler.capture.origins import draws_apart, stack_of
+from tpcompiler.capture.own_backward import own_backwards
 from tpcompiler.capture.recording import Literals
-from tpcompiler.capture.refusals import chain, explain
+from tpcompiler.capture.refusals import CannotTrace, chain, explain
 from tpcompiler.errors import ModelError
 
-# Random operators that have a form in which all ranks agree.
-DRAWN_ALIKE = re.compile(r"dropout|scaled_dot_product_attention")
 Shapes = tuple[tuple[int, ...], ...]
 Places = frozenset[tuple[int, int]]  # dimensions: (which of the inputs, which of its dimensions)
 
@@ -35,15 +31,15 @@ Places = frozenset[tuple[int, int]]  # dimensions: (which of the inputs, which o
 class Traced:
     """What came out, and with which inputs."""
 
-    exported: ExportedProgram
+    exported: ExportedProgram  # in training mode
+    evaluated: ExportedProgram  # in evaluation mode
     leaves: tuple[Any, ...]  # the example, flattened
     in_spec: pytree.TreeSpec
     arg_names: tuple[str, ...]  # of the leaves
-    held: tuple[str, ...]  # modules traced in eval mode, since in training they branch on random numbers or draw some
 
 
 def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
-    """Export a model in training mode.
+    """Export a model in training mode, and in evaluation mode.
 
     Sizes of 1, and batch and sequence of one size, would be taken for constants or for each other; so the example is
     traced at other sizes first where it has such, and as it is when the model refuses those.
@@ -53,37 +49,29 @@ def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
     names = arg_names(model, args, kwargs, source)
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     example_shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, Tensor))
-    model.train()
-    held: list[str] = []
     error: Exception | None = None
     for shapes in candidate_shapes(example_shapes):
         fixed: Places = frozenset()
-        while True:
-            try:
-                with _named_keywords(model, kwargs), Literals(recorded.tape):
-                    exported = _export(model, leaves, in_spec, shapes, fixed)
-            except Exception as e:  # whatever the model's own code raises
-                name = _drawing_module(model, e)
-                if name is None or name in held:
-                    error = e
-                    break
-                held.append(name)
-                model.get_submodule(name).training = False
-                continue
-            noisy = next((name for name in _noisy_modules(exported) if name not in held), None)
-            if noisy is not None and model.get_submodule(noisy).training:
-                held.append(noisy)
-                model.get_submodule(noisy).training = False
-                continue
-            also = _fixed_elsewhere(exported)
-            if also and not fixed:
-                fixed = also
-                continue
-            if _fits(exported, example_shapes):
-                return Traced(exported, tuple(leaves), in_spec, names, tuple(held))
-            break
+        try:
+            with _named_keywords(model, kwargs):
+                exported = _in_mode(recorded, True, leaves, in_spec, shapes, fixed)
+                if fixed := _fixed_elsewhere(exported):
+                    exported = _in_mode(recorded, True, leaves, in_spec, shapes, fixed)
+                if _fits(exported, example_shapes):
+                    evaluated = _in_mode(recorded, False, leaves, in_spec, shapes, fixed)
+                    return Traced(exported, evaluated, tuple(leaves), in_spec, names)
+        except Exception as e:  # whatever the model's own code raises
+            error = e
+            if any(isinstance(cause, CannotTrace) for cause in chain(e)):
+                break
     assert error is not None
     raise explain(error, source, "cannot be traced", _files(model)) from error
+
+
+def _in_mode(recorded: Recorded, training: bool, *how: Any) -> ExportedProgram:
+    recorded.model.train(training)
+    with Literals(recorded.tape), Draws():
+        return _export(recorded.model, *how)
 
 
 def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -166,7 +154,12 @@ def _export(
             dynamic[x] = {i: Dim.STATIC if (k, i) in fixed else Dim.AUTO for i in range(x.ndim)}
         inputs.append(x)
     args, kwargs = pytree.tree_unflatten(inputs, spec)
-    with torch.device("meta"), lean_tracing(), whole_operators():  # `torch.arange(n)` without a device goes along
+    with (
+        torch.device("meta"),  # `torch.arange(n)` without a device goes along
+        lean_tracing(),
+        whole_operators(),
+        own_backwards(),
+    ):
         dynamic_shapes = dynamic.dynamic_shapes(model, args, kwargs)
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
@@ -217,31 +210,10 @@ def _fixed(n: int | torch.SymInt) -> bool:
     return isinstance(n, int) or bool(n.node.expr.is_number)
 
 
-def _noisy_modules(exported: ExportedProgram) -> Iterator[str]:
-    """Modules that draw random numbers other than dropout's: ranks would draw different ones."""
-    for part in exported.graph_module.modules():
-        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
-            if draws_apart(node):
-                yield stack_of(node)[-1][0] if stack_of(node) else ""
-
-
 def _inputs(exported: ExportedProgram) -> list[Tensor]:
     nodes = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     specs = (s for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT)
     return [v for s in specs if isinstance(v := nodes[s.arg.name].meta.get("val"), Tensor)]
-
-
-def _drawing_module(model: nn.Module, error: Exception) -> str | None:
-    """The module, in training mode, whose own forward branches on the values of a tensor (layerdrop)."""
-    names = {id(vars(m)): name for name, m in model.named_modules()}
-    for e in chain(error):
-        if isinstance(e, GuardOnDataDependentSymNode):
-            for frame, _ in reversed(list(traceback.walk_tb(e.__traceback__))):
-                module = frame.f_locals.get("self")
-                name = names.get(id(vars(module))) if isinstance(module, nn.Module) else None
-                if name is not None:
-                    return name if model.get_submodule(name).training else None
-    return None
 
 
 def _files(model: nn.Module) -> frozenset[str]:

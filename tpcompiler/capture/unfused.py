@@ -2,7 +2,8 @@
 
 A fused kernel draws its own random numbers: masks then depend on how heads lie on ranks. With
 `attention_dropout: exact` in the spec, attention that drops is computed from its parts instead, and the run is the same
-at every degree.
+at every degree. Attention that several ranks compute alike is always written out where it drops: their masks, and with
+them the gradients of the weights that they all hold, would differ otherwise.
 """
 
 from __future__ import annotations
@@ -22,17 +23,22 @@ from tpcompiler.program import Capture, Training
 aten = torch.ops.aten
 
 
-def unfuse_dropping_attention(capture: Capture) -> Capture:
-    """The capture with every attention that has dropout as products, softmax and dropout."""
-    capture = repeat_grouped(capture)
+def dropping_attention(capture: Capture) -> frozenset[str]:
+    """The names of the fused attentions that have dropout."""
+    fused = capture.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    return frozenset(n.name for n in fused if bind(n)["dropout_p"])
+
+
+def unfuse_dropping_attention(capture: Capture, only: frozenset[str] | None = None) -> Capture:
+    """The capture with every attention that has dropout, or with `only` these, as products, softmax and dropout."""
+    found = dropping_attention(capture) if only is None else only
+    capture = repeat_grouped(capture, found)
     graph = copy_graph(capture.graph)
     for node in list(graph.nodes):
-        if node.target is aten.scaled_dot_product_attention.default:
-            p = bind(node)["dropout_p"]
-            if isinstance(p, Training) or p:
-                with graph.inserting_before(node):
-                    node.replace_all_uses_with(_Writer(graph, node).attention())
-                graph.erase_node(node)
+        if node.name in found:
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(_Writer(graph, node).attention())
+            graph.erase_node(node)
     graph.lint()
     return replace(capture, graph=graph)
 

@@ -86,10 +86,7 @@ def is_mixed(b: Builder, relation: Relation) -> bool:
     if not any(uneven_segments(d) for dims in relation.results for d in b.dims(dims)):
         return False
     present = b.over([t for dims in relation.results for t in dims])
-    return any(
-        o.live and o.dims is not None and o.node in b.axes.grads and b.lacking(o.dims, present)
-        for o in relation.operands
-    )
+    return any(o.dims is not None and o.node in b.axes.grads and b.lacking(o.dims, present) for o in relation.operands)
 
 
 def take_apart(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:

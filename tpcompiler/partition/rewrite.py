@@ -93,6 +93,9 @@ def _operands(b: Builder, node: fx.Node, relation: Relation) -> dict[fx.Node, fx
                 )
                 value = b.enter(value, source, lacking, cause)
         else:
+            touched = [*everywhere, *operand.dims]
+            if source.name in b.axes.grads and b.over(touched):  # made of inputs that may need a gradient
+                value = b.enter(value, source, b.over(touched), Cause(op_name(node), b.split_axes(touched)))
             for i, term in enumerate(operand.dims):
                 if b.over([term]):
                     value = b.take(value, source, i, b.dim(term))

@@ -139,7 +139,8 @@ def _replace_source(region: Region, entered: fx.Node) -> None:
 
 def _enter_vectors(graph: fx.Graph, regions: list[Region], names: Over) -> None:
     """Lets the vectors of the norms enter together, which takes one small all-reduce."""
-    vectors = list(dict.fromkeys(p for r in regions for p in r.parameters if not any(d.over for d in _layout(p))))
+    known = dict.fromkeys(p for r in regions for p in r.parameters if layout_of(p) is not None)
+    vectors = [p for p in known if not any(d.over for d in _layout(p))]
     vectors = [p for p in vectors if p.meta["val"].dim() == 1 and p.meta["val"].dtype == vectors[0].meta["val"].dtype]
     if len(vectors) < 2:
         return

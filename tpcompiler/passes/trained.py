@@ -8,10 +8,10 @@ from tpcompiler.program import Program
 
 
 def trained_values(program: Program, graph: fx.Graph) -> set[fx.Node]:
-    """The trainable parameters in a graph of a program, and every value that depends on one."""
-    trainable = {p.node for p in program.capture.parameters if p.trainable and not p.buffer}
+    """The trainable parameters and floating-point inputs of a graph, and every value that depends on one."""
+    sources = program.capture.differentiable
     out: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.name in trainable if node.op == "placeholder" else not out.isdisjoint(node.all_input_nodes):
+        if node.name in sources if node.op == "placeholder" else not out.isdisjoint(node.all_input_nodes):
             out.add(node)
     return out

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
+from tpcompiler.axes.gradients import carriers
 from tpcompiler.graphs import cause_of, example_size, layout_of, operand, over
 from tpcompiler.plan import Plan, common_name
 from tpcompiler.program import Cause, Collective, Program
@@ -47,6 +48,7 @@ class _Reader:
     def __init__(self, program: Program, plan: Plan) -> None:
         self.program, self.plan = program, plan
         self.coords = program.mesh.coords(0)
+        self.carriers = carriers(program.graph, program.capture.asked)
         self.rules: dict[Any, Callable[[fx.Node], Iterator[Collective]]] = {
             runtime.reduce: self.reduce,
             runtime.enter: self.enter,
@@ -68,6 +70,8 @@ class _Reader:
         yield self.of_value(node, "all_reduce", FORWARD, f"{cause.op} {what} {self.axis_names(node)}")
 
     def enter(self, node: fx.Node) -> Iterator[Collective]:
+        if operand(node).name not in self.carriers:
+            return  # of an input whose gradient the example does not ask for
         yield self.of_value(node, "all_reduce", BACKWARD, f"gradient of what enters {self.axis_names(node)}")
 
     def gather(self, node: fx.Node) -> Iterator[Collective]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -48,6 +48,7 @@ class Case:
 class Results:
     outputs: list[Any]
     gradients: dict[str, Tensor | None]
+    inputs: dict[str, Tensor | None] = field(default_factory=dict)  # gradients of inputs that ask for one
 
 
 class Comparison:
@@ -74,6 +75,15 @@ class Comparison:
         self.executed = self.executed or counted
         return Case(what, errors, self.tolerance, tuple(notes))
 
+    def of_inputs(self, what: str, batch: Batch) -> Case:
+        """The gradients of all floating-point inputs, also of those that the example asks none of."""
+        asked = {k: x.detach().requires_grad_(x.is_floating_point()) for k, x in batch.items()}
+        plain = self.plain([asked])
+        ranks = run_ranks(self.sharded.program.mesh, lambda r: self.rank(r, [asked]), [])
+        return Case(
+            what, {k: max(_input_error(r, k, g) for r in ranks) for k, g in plain.inputs.items()}, self.tolerance
+        )
+
     def plain(self, batches: Sequence[Batch]) -> Results:
         state = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in self.state.items()}
         capture_ = self.sharded.capture
@@ -96,14 +106,17 @@ class Comparison:
     ) -> Results:
         """`coords`: of a rank, whose outputs may be slices; None for the plain model."""
         outputs: list[Any] = []
-        for batch in batches:
+        inputs: dict[str, Tensor | None] = {}
+        for n, given in enumerate(batches):
+            batch = {k: x.detach().clone().requires_grad_(x.requires_grad) for k, x in given.items()}
             found = list(forward(batch))
             if self.backward:
                 cotangents = [None if coords is None else self.cotangent(i, x, coords) for i, x in enumerate(found)]
                 if (loss := probe(found, cotangents)) is not None:
                     loss.backward()
+            inputs |= {f"input {k} of batch {n}": x.grad for k, x in batch.items() if x.requires_grad}
             outputs.extend(x.detach() if isinstance(x, Tensor) else x for x in found)
-        return Results(outputs, {k: v.grad for k, v in state.items()})
+        return Results(outputs, {k: v.grad for k, v in state.items()}, inputs)
 
     def output_dims(self, i: int) -> tuple[Dim, ...]:
         """How output `i` (of one batch after the other) lies on the mesh: an output may be left sharded on request."""
@@ -138,6 +151,7 @@ class Comparison:
                 notes.append(f"output {i} is not the same bits on all ranks that hold the same part")
         if self.backward:
             self.compare_gradients(program, plain, ranks, errors, notes)
+            errors |= {k: max(_input_error(r, k, g) for r in ranks) for k, g in plain.inputs.items()}
         return errors, notes
 
     def compare_gradients(
@@ -155,6 +169,14 @@ class Comparison:
             errors[p.name] = float("inf") if whole is None else relative(whole, expected, scale)
             if not same:
                 notes.append(f"the gradient of {p.name} is not the same bits on ranks that hold the same part")
+
+
+def _input_error(rank: Results, name: str, expected: Tensor | None) -> float:
+    """Of one rank's gradient of an input; a run elsewhere that was not asked for any has none to compare."""
+    found = rank.inputs.get(name, expected)
+    if found is None or expected is None:
+        return 0.0 if found is expected else float("inf")
+    return relative(found, expected)
 
 
 def probe(outputs: Sequence[Any], cotangents: Sequence[Tensor | None] | None = None) -> Tensor | None:

@@ -25,9 +25,10 @@ from tpcompiler.execute.interpret import interpret_capture
 from tpcompiler.program import Capture
 from tpcompiler.runtime import Mesh
 from tpcompiler.spec.schema import Spec
-from tpcompiler.verification.compare import Batch, Case, Comparison, relative
+from tpcompiler.verification.compare import Batch, Case, Comparison
 from tpcompiler.verification.emitted import emitted_case
 from tpcompiler.verification.processes import processes_case
+from tpcompiler.verification.source_model import same_as_module
 
 NOISE = 0.02
 LARGEST = 2 * 2**30  # bytes of weights that a verification is willing to hold several times over
@@ -125,10 +126,13 @@ def verify(
     tell("checking the program")
     checked = sharded.check.as_dict()
     tell("comparing the graph with the module")
-    cases = [_same_graph(captured, module, example_inputs)]
+    cases = same_as_module(captured, module, example_inputs, backward)
     run = Comparison(sharded, state, dtype, backward)
     tell("running all ranks")
     cases.append(run.case("outputs and gradients" if backward else "outputs", [batch]))
+    if backward and any(x.is_floating_point() for x in batch.values()):
+        tell("running all ranks for the gradients of inputs")
+        cases.append(run.of_inputs("gradients of the inputs", batch))
     other = _at_other_sizes(precise, state, batch)
     if other is not None:
         tell("running all ranks at other sizes")
@@ -186,7 +190,7 @@ def inputs_of(captured: Capture, example_inputs: Any, dtype: torch.dtype) -> Bat
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     assert len(tensors) == len(captured.inputs), f"{len(tensors)} tensors for inputs {captured.inputs}"
     return {
-        n: x.detach().to(dtype) if x.is_floating_point() else x.detach()
+        n: x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x.detach()
         for n, x in zip(captured.inputs, tensors, strict=True)
     }
 
@@ -233,24 +237,3 @@ def vary(captured: Capture, batch: Batch, i: int) -> Batch:
         dims = [d for d, n in enumerate(nodes[name].meta["val"].shape) if is_dynamic(n)]
         out[name] = x.roll([i] * len(dims), dims) if dims and i else x
     return out
-
-
-def _same_graph(captured: Capture, module: nn.Module, example_inputs: Any) -> Case:
-    """The captured graph against the module itself, in evaluation mode at the module's own precision."""
-    args, kwargs = split_example(example_inputs)
-    was = module.training
-    module.eval()
-    try:
-        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            expected = [x for x in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(x, Tensor)]
-            held = {
-                **dict(module.named_parameters(remove_duplicate=False)),
-                **dict(module.named_buffers(remove_duplicate=False)),
-            }
-            leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            found = interpret_capture(captured, held, dict(zip(captured.inputs, leaves, strict=True)))
-    finally:
-        module.train(was)
-    found_tensors = [x for x in found if isinstance(x, Tensor)]
-    errors = {f"output {i}": relative(a, b) for i, (a, b) in enumerate(zip(found_tensors, expected, strict=True))}
-    return Case("the traced graph is the module", errors, 1e-4)

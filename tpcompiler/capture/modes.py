@@ -1,0 +1,68 @@
+"""Training and evaluation: one graph says both, or the model is refused.
+
+The model is traced in both modes. What differs must be what an argument `Training(on, off)` says: dropout, attention's
+dropout, running statistics. The graph traced in training, read as in evaluation, is compared with the other one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from tpcompiler.capture.origins import at
+from tpcompiler.errors import ModelError
+from tpcompiler.program import Training
+
+aten = torch.ops.aten
+
+
+def same_in_evaluation(trained: fx.Graph, evaluated: fx.Graph) -> None:
+    """Raises `ModelError`, with the line, when a model computes in evaluation what its graph does not say."""
+    numbers: dict[Any, int] = {}
+    expected = _numbered(evaluated, numbers)
+    found = _numbered(trained, numbers)
+    if _output(trained, found) == _output(evaluated, expected):
+        return
+    known = set(expected.values())
+    stranger = next((n for n in trained.nodes if n.op == "call_function" and found[n] not in known), None)
+    if stranger is None:
+        known = set(found.values())
+        stranger = next((n for n in evaluated.nodes if n.op == "call_function" and expected[n] not in known), None)
+    where = "the model's outputs" if stranger is None else at(stranger)
+    raise ModelError(
+        f"{where}: the model computes something else in training than in evaluation, and one program would do the "
+        "same in both; say the difference by torch.nn.functional.dropout, or by an argument of the forward"
+    )
+
+
+def _output(graph: fx.Graph, numbered: Mapping[fx.Node, int]) -> int:
+    return numbered[next(n for n in graph.nodes if n.op == "output")]
+
+
+def _numbered(graph: fx.Graph, numbers: dict[Any, int]) -> dict[fx.Node, int]:
+    """A number for each node, equal for what computes the same in evaluation."""
+    out: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if node.target is aten.dropout.default and isinstance(node.args[2], Training) and not node.args[2].off:
+            out[node] = out[node.args[0]]
+            continue
+        key: Any = node.name if node.op == "placeholder" else _key((node.args, node.kwargs), out)
+        out[node] = numbers.setdefault((node.op, "" if node.op == "output" else str(node.target), key), len(numbers))
+    return out
+
+
+def _key(a: Any, numbered: Mapping[fx.Node, int]) -> Any:
+    if isinstance(a, fx.Node):
+        return "node", numbered[a]
+    if isinstance(a, Training):
+        return _key(a.off, numbered)
+    if isinstance(a, (tuple, list)):
+        return tuple(_key(b, numbered) for b in a)
+    if isinstance(a, Mapping):
+        return tuple((k, _key(v, numbered)) for k, v in sorted(a.items()))
+    if isinstance(a, slice):
+        return "slice", _key((a.start, a.stop, a.step), numbered)
+    return type(a).__name__, str(a)

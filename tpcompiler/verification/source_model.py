@@ -1,0 +1,117 @@
+"""The traced graph against the user's own module: outputs and gradients, in both modes, at the module's own dtype.
+
+A trace may lose what no graph shows: a backward of the model's own, a branch on `self.training`. So the module itself
+is run and differentiated, and the graph beside it. In training mode dropout is off in both: their masks are drawn in
+other ways.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from tpcompiler.capture.trace import split_example
+from tpcompiler.execute.interpret import interpret_capture
+from tpcompiler.graphs import copy_graph
+from tpcompiler.program import Capture
+from tpcompiler.verification.compare import Case, probe, relative
+
+aten = torch.ops.aten
+TOLERANCE = 1e-4
+_DROPOUTS = frozenset(
+    f"{kind}dropout{suffix}" for kind in ("", "alpha_", "feature_", "feature_alpha_", "native_") for suffix in ("", "_")
+) | {"dropout1d", "dropout2d", "dropout3d"}
+
+
+def same_as_module(captured: Capture, module: nn.Module, example_inputs: Any, backward: bool) -> list[Case]:
+    """One case for evaluation and one for training. The module is left as it is."""
+    return [
+        _case("the traced graph is the module", captured, module, example_inputs, backward, training=False),
+        _case("the same in training, dropout off", captured, module, example_inputs, backward, training=True),
+    ]
+
+
+def _case(what: str, captured: Capture, given: nn.Module, example: Any, backward: bool, *, training: bool) -> Case:
+    module = copy.deepcopy(given).train(training)  # running statistics change, and gradients are its own
+    args, kwargs = split_example(example)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+
+    def own(inputs: Sequence[Any]) -> Any:
+        a, k = pytree.tree_unflatten(inputs, spec)
+        return pytree.tree_leaves(module(*a, **k))
+
+    def graph(inputs: Sequence[Any]) -> Any:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        batch = dict(zip(captured.inputs, tensors, strict=True))
+        return interpret_capture(_without_dropout(captured), _held(module), batch, training=training)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        found = _run(graph, module, leaves, backward)  # first: running the module may change its buffers
+        with NoDropout():
+            expected = _run(own, module, leaves, backward)
+    if len(found[0]) != len(expected[0]):
+        return Case(what, {}, TOLERANCE, (f"the module gives {len(expected[0])} tensors, its graph {len(found[0])}",))
+    errors = {f"output {i}": relative(a, b) for i, (a, b) in enumerate(zip(found[0], expected[0], strict=True))}
+    scale = max((float(g.abs().max()) for g in expected[1].values() if g.numel()), default=1.0)
+    errors |= {n: relative(found[1][n], g, scale or 1.0) for n, g in expected[1].items()}
+    return Case(what, errors, TOLERANCE)
+
+
+def _run(
+    function: Callable[[Sequence[Any]], Any], module: nn.Module, leaves: Sequence[Any], backward: bool
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The tensors that come out, and the gradients of the parameters and of the inputs that ask for one."""
+    module.zero_grad()
+    inputs = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
+    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(backward):
+        torch.manual_seed(0)
+        out = [x for x in function(inputs) if isinstance(x, Tensor)]
+        if (loss := probe(out)) is not None:
+            loss.backward()
+    asked = dict(module.named_parameters()) | {
+        f"input {i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad
+    }
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in asked.items()}
+    return [x.detach() for x in out], gradients
+
+
+def _held(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _without_dropout(captured: Capture) -> Capture:
+    """The capture with no dropout in training either."""
+    graph = copy_graph(captured.graph)
+    for node in graph.nodes:
+        if node.target is aten.dropout.default:
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is aten.scaled_dot_product_attention.default:
+            node.args = (*node.args[:4], 0.0, *node.args[5:])
+    graph.eliminate_dead_code()
+    return replace(captured, graph=graph)
+
+
+class NoDropout(TorchFunctionMode):
+    """While it lasts, nothing is dropped."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if name == "scaled_dot_product_attention":
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
