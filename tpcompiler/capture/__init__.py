@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +152,8 @@ def _inputs(graph: fx.Graph, traced: Traced) -> tuple[list[fx.Node], tuple[Any, 
     for spec, leaf, name in zip(specs, traced.leaves, traced.arg_names, strict=True):
         node = nodes[spec.arg.name]
         if isinstance(leaf, Tensor):
+            while hasattr(builtins, node.name) or node.name in ("device", "inf", "nan", "torch"):
+                node.name += "_1"  # fx renames such a node in every copy of the graph, so that nothing would find it
             node.meta["kind"] = "input"
             node.meta["shown"] = name
             inputs.append(node)

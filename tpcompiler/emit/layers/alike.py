@@ -126,7 +126,8 @@ def _kind(node: fx.Node) -> Hashable:
     kinds = tuple(
         (tuple(map(key, v.shape)), str(v.dtype)) if isinstance(v, torch.Tensor) else type(v).__name__ for v in values
     )
-    return kinds, tuple(map(nameless, dims_of(node) or ()))
+    layout = [nameless(d) if d.over else None for d in dims_of(node) or ()]
+    return kinds, tuple(layout) if any(layout) else ()  # A layout that splits nothing says no more than the shape.
 
 
 def nameless(dim: Dim) -> Hashable:

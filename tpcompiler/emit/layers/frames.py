@@ -46,6 +46,11 @@ class Frame:
         return name[len(self.name) + 1 :] if self.name else name
 
 
+def called_modules(graph: fx.Graph) -> set[str]:
+    """The qualified names of the modules that a program calls."""
+    return {call[0] for n in graph.nodes for call in stack_of(n) or ()}
+
+
 def frames(graph: fx.Graph, names: ParameterNames) -> Frame:
     """The call of the root, with all others inside. The nodes of a call are brought together."""
     nodes = [n for n in graph.nodes if n.op == "call_function" and not is_size(n) and not is_item(n)]

@@ -14,10 +14,11 @@ from torch import fx
 
 from tpcompiler.emit.layers.alike import Comparer
 from tpcompiler.emit.layers.frames import Frame
+from tpcompiler.emit.layers.parameters import ParameterNames
 from tpcompiler.emit.layers.statements import LayerCalls, Operation, Statement
 from tpcompiler.emit.ops.arguments import ArgumentPath, Arguments, arguments_of, replaced
 from tpcompiler.emit.ops.values import NodeResult, result_of, users
-from tpcompiler.emit.text.expr import ATOM, TERNARY, Expr, attribute, progression
+from tpcompiler.emit.text.expr import ATOM, TERNARY, Expr, progression
 
 
 @dataclass(eq=False)
@@ -77,11 +78,13 @@ class _Proof:
         _must(len(ends) == len(self.carried))
         names, body = self.comparer.names, self.body
         indexed = {
-            node: _indexed([names.inside(n, body.name) for n in row])
+            node: _indexed(names, body.name, [names.inside(n, body.name) for n in row])
             for node, row in self.parameters.items()
             if any(n is not node for n in row)
         }
-        callees = {frame: _indexed([body.relative(n) for n in row]) for frame, row in self.callees.items()}
+        callees = {
+            frame: _indexed(names, body.name, [body.relative(n) for n in row]) for frame, row in self.callees.items()
+        }
         self._private(ends)
         at, final = ({j: v for v, j in self.position[k].items()} for k in (0, -1))
         carried = [(v, at[end], final[end]) for v, end in self.carried.items()]
@@ -156,12 +159,12 @@ class _Proof:
         return out
 
 
-def _indexed(names: list[str | None]) -> Expr:
-    """`self.w[i]` for w.0, w.1, …; `getattr(self, f"w{i}")` for w0, w1, …"""
-    said = [n for n in names if n is not None]
-    _must(len(said) == len(names))
+def _indexed(names: ParameterNames, module: str, paths: list[str | None]) -> Expr:
+    """`self.w[i]` for w.0, w.1, …; `getattr(self, f"w{i}")` for w0, w1, … The paths are relative to `module`."""
+    said = [n for n in paths if n is not None]
+    _must(len(said) == len(paths))
     if len(set(said)) == 1:
-        return attribute("self", said[0])
+        return names.attribute(module, said[0])
     split = [re.split(r"(\d+)", n) for n in said]
     _must(len({len(s) for s in split}) == 1)
     varying = 0
@@ -175,13 +178,4 @@ def _indexed(names: list[str | None]) -> Expr:
         varying += 1
         parts.append("{" + str(row) + "}")
     _must(varying == 1)
-    text = "self"
-    for part in re.split(r"\.(?![^{]*\})", "".join(parts)):
-        whole = re.fullmatch(r"\{(.+)\}", part)
-        if whole:
-            text += f"[{whole[1]}]"
-        elif "{" in part:
-            text = f'getattr({text}, f"{part}")'
-        else:
-            text = attribute(text, part).text
-    return Expr(text)
+    return names.attribute(module, said[0], "".join(parts).split("."))

@@ -12,7 +12,7 @@ from torch import fx
 from tpcompiler.emit.layers.alike import Comparer
 from tpcompiler.emit.layers.frames import Frame
 from tpcompiler.emit.layers.numbers import Number, differing_numbers
-from tpcompiler.emit.ops.values import NodeResult, aten_name, items, result_of
+from tpcompiler.emit.ops.values import NodeResult, items, result_of, users
 
 _MOST_NUMBERS = 4  # Calls that differ in more numbers are written as different layers.
 
@@ -129,13 +129,8 @@ def _layer(frames: list[Frame], numbers: list[Number], comparer: Comparer) -> La
         for i, node in enumerate(frame.nodes):
             several = items(node)
             for item, picked in sorted(several.items()) if several else [(None, node)]:
-                if any(u not in own for u in _readers(picked)):
+                if any(u not in own for u in users(picked)):
                     outputs[i, item] = None
     order = sorted(outputs, key=lambda o: (o[0], o[1] or 0))
     inputs = {f: tuple(map(result_of, comparer.fingerprint(f).inputs)) for f in frames}
     return Layer(frames[0].title, frames, numbers, order, inputs)
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """The users that need the value itself, not only its sizes."""
-    return [u for u in node.users if not aten_name(u).startswith("sym_")]

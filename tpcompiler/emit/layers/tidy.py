@@ -22,7 +22,7 @@ def tidy(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
     twin: dict[fx.Node, fx.Node] = {}
     seen: dict[Any, fx.Node] = {}
-    scaled = {_written(n) for n in graph.nodes if aten_name(n) in ("add", "mul") and not _is_neutral(n)}
+    scaled = {_written(n) for n in graph.nodes if aten_name(n) in ("add", "mul") and not is_neutral(n)}
     for node in graph.nodes:
         if aten_name(node) in _SILENT:
             continue
@@ -65,7 +65,7 @@ def _repeated(node: fx.Node, scaled: set[Any]) -> fx.Node | None:
         name in _ALIASES
         or (name == "slice" and _is_whole(node.args))
         or (name == "contiguous" and node.users and all(aten_name(u) in _COPIES_IF_NEEDED for u in node.users))
-        or (_is_neutral(node) and _written(node) not in scaled)
+        or (is_neutral(node) and _written(node) not in scaled)
     ):
         source = node.args[0]
         return source if isinstance(source, fx.Node) else None
@@ -77,7 +77,7 @@ def _is_whole(args: tuple[Any, ...]) -> bool:
     return start in (0, None) and step == 1 and (end is None or isinstance(end, int) and end == sys.maxsize)
 
 
-def _is_neutral(node: fx.Node) -> bool:
+def is_neutral(node: fx.Node) -> bool:
     """Is the call `x + 0` of integers, or `x * 1.0`, with a result of the type of `x`?"""
     if aten_name(node) not in ("add", "mul") or node.kwargs:
         return False

@@ -12,7 +12,7 @@ from tpcompiler.emit.text.expr import ADD, MULTIPLY, Expr, constant, number
 from tpcompiler.layout import Concat, Dim, Factor, Product
 from tpcompiler.runtime.mesh import Mesh
 
-_MODULE = frozenset(dir(nn.Module)) | frozenset(vars(nn.Module())) | {"training"}
+_MODULE = frozenset(dir(nn.ModuleList()))  # `dir` of an instance lists what the constructor sets, too
 
 
 class Fields:

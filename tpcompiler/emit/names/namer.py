@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 
 from tpcompiler.emit.ops.values import NodeResult, aten_name, runtime_name
 
-RESERVED = frozenset(keyword.kwlist) | frozenset(dir(builtins)) | {"torch", "nn", "F", "self", "Tensor", "ranks", "_"}
+# What emitted functions use. An argument may hide any other built-in name, as `input` often does.
+USED = frozenset("torch nn F self Tensor ranks _ getattr setattr next zip range max min float int tuple".split())
+RESERVED = USED | frozenset(keyword.kwlist) | frozenset(dir(builtins))
 
 POOL = ("y", "z", "u", "v", "w")  # names that say nothing
 
@@ -31,7 +33,7 @@ class Namer:
     """Gives names to values. A name is free again when its value has been used for the last time."""
 
     def __init__(self, taken: Iterable[str], known: Mapping[NodeResult, str]) -> None:
-        self._taken = set(taken) | RESERVED
+        self._others = set(taken)
         self._known = dict(known)  # value → name in the user's source
         self._live: dict[str, NodeResult] = {}
         self.names: dict[NodeResult, str] = {}  # all names given, of values dead or alive
@@ -52,7 +54,10 @@ class Namer:
         return v in self.names and self._live.get(self.names[v]) == v
 
     def free(self, name: str) -> bool:
-        return name not in self._live and name not in self._taken
+        return name not in RESERVED and self._unused(name)
+
+    def _unused(self, name: str) -> bool:
+        return name not in self._live and name not in self._others
 
     def prefer(self, v: NodeResult, name: str) -> None:
         """Asks for a name for a value before all others."""
@@ -67,7 +72,8 @@ class Namer:
 
     def argument(self, v: NodeResult, name: str) -> str:
         """Binds an argument of the function to `name`, or to `name` with a number if it is in use."""
-        return self.bind(v, name if self.free(name) else self._numbered(name, 2))
+        usable = name not in USED and self._unused(name)
+        return self.bind(v, name if usable else self._numbered(name, 2))
 
     def _numbered(self, stem: str, start: int) -> str:
         i = start

@@ -77,4 +77,7 @@ def _size(size: Any, names: Mapping[str, str]) -> str:
     if key(size) in names:
         return names[key(size)]
     said = re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), key(size)).replace(" ", "")
-    return "·".join(sorted(said.split("*"))) if re.fullmatch(r"\w+(\*\w+)+", said) else said
+    said = re.sub(r"\(\(([^()]*)\)\)", r"(\1)", said)  # sympy puts a floor division in parentheses twice
+    if re.fullmatch(r"\([^()]*\)", said):
+        return said[1:-1]
+    return "·".join(sorted(said.split("*"))) if re.fullmatch(r"\w+(\*\w+)+", said) else said.replace("*", "·")

@@ -70,10 +70,10 @@ def node_of(result: NodeResult) -> fx.Node | None:
 
 
 def users(result: NodeResult) -> list[fx.Node]:
-    """The nodes that read a result."""
+    """The nodes that need a result itself, not only its sizes."""
     if isinstance(result, fx.Node):
-        return list(result.users)
-    return [u for picked in result[0].users if picked.args[1:] == (result[1],) for u in picked.users]
+        return [u for u in result.users if not aten_name(u).startswith("sym_")]
+    return [u for picked in result[0].users if picked.args[1:] == (result[1],) for u in users(picked)]
 
 
 # --- what the stages before have recorded about a node ----------------------------------------------------------------

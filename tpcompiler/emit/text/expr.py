@@ -49,17 +49,19 @@ def list_of(items: Iterable[str]) -> str:
     return f"[{', '.join(items)}]"
 
 
-def attribute(base: str, path: str) -> Expr:
-    """`self.h[0].attn.weight` for "h.0.attn.weight"."""
-    text = base
-    for part in path.split("."):
-        if part.isdigit():
-            text += f"[{part}]"
-        elif part.isidentifier() and not iskeyword(part):
-            text += f".{part}"
-        else:
-            text = f"getattr({text}, {constant(part)})"
-    return Expr(text, ATOM)
+def member(base: str, name: str) -> Expr:
+    """`base.name`, whatever the name is."""
+    return Expr(f"{base}.{name}" if is_name(name) else f"getattr({base}, {constant(name)})")
+
+
+def assignment(base: str, name: str, value: str) -> str:
+    """The statement that sets `base.name`, whatever the name is."""
+    return f"{base}.{name} = {value}" if is_name(name) else f"setattr({base}, {constant(name)}, {value})"
+
+
+def is_name(text: str) -> bool:
+    """Can the text stand in source as a name?"""
+    return text.isidentifier() and not iskeyword(text)
 
 
 def progression(values: Sequence[int | float], start: int) -> str | None:

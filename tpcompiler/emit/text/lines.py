@@ -40,7 +40,7 @@ def block(lines: list[CodeLine], indent: int) -> list[str]:
         if out and (title or apart):
             out.append("")
         if title:
-            out.append(" " * indent + title)
+            out.append(shortened(" " * indent + title))
         out += _commented(group, indent)
         apart = bool(title)
     return out
@@ -68,3 +68,8 @@ def _with_comment(code: list[str], line: CodeLine, column: int) -> list[str]:
     if not line.note:
         return code
     return [" " * (len(code[0]) - len(code[0].lstrip())) + f"# {line.note}", *code]
+
+
+def shortened(line: str) -> str:
+    """A comment or docstring that is too long for a line, without its middle."""
+    return line if len(line) <= LIMIT else f"{line[: LIMIT // 2 - 1]}…{line[-(LIMIT // 2) :]}"

@@ -10,7 +10,7 @@ from torch import fx
 from tpcompiler.emit.layers.loop_proof import Loop, LoopEnd
 from tpcompiler.emit.layers.loops import BodyPart
 from tpcompiler.emit.layers.statements import LayerCalls, Operation
-from tpcompiler.emit.names.namer import POOL, Namer
+from tpcompiler.emit.names.namer import POOL, RESERVED, Namer
 from tpcompiler.emit.ops.values import NodeResult, aten_name, count, runtime_name
 from tpcompiler.emit.text.expr import Expr, constant
 from tpcompiler.emit.text.lines import CodeLine
@@ -176,7 +176,7 @@ class _Body:
         for i, o in step.carried.items():
             out = outputs[o]
             if out not in results:
-                if inputs[i] in dead and self.namer.holds(inputs[i]):
+                if inputs[i] in dead and self.namer.holds(inputs[i]) and names[i] not in RESERVED:
                     self.namer.release([inputs[i]])
                     results[out] = self.namer.bind(out, self.namer.names[inputs[i]])
                 else:

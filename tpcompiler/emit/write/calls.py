@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tpcompiler.emit.layers.statements import LayerCalls
-from tpcompiler.emit.text.expr import attribute, constant
+from tpcompiler.emit.text.expr import constant
 from tpcompiler.emit.write.scope import Scope
 
 
 def callee(step: LayerCalls, scope: Scope) -> str:
     """`self.layer`, or what a surrounding loop calls instead."""
     frame = step.frames[0]
-    return str(scope.callees.get(frame) or attribute("self", scope.frame.relative(frame.name)))
+    return str(scope.callees.get(frame) or scope.module(frame.name))
 
 
 def sizes(step: LayerCalls, scope: Scope) -> list[str]:
@@ -57,7 +57,7 @@ def _members(step: LayerCalls, scope: Scope) -> str:
     first, last = step.frames[0].name, step.frames[-1].name
     container, _, start = first.rpartition(".")
     stop = int(last.rpartition(".")[2]) + 1
-    base = attribute("self", scope.frame.relative(container)).text if container != scope.frame.name else "self"
+    base = scope.module(container)
     longer = any(int(n.split(".")[0]) >= stop for n, _ in scope.file.names.under(container))
     if start == "0" and not longer:
         return base

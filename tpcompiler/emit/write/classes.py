@@ -30,9 +30,9 @@ from tpcompiler.program import Capture
 
 @dataclass(frozen=True)
 class ClassText:
-    """What stands in the class of a layer: the docstring, which names its modules, and the code."""
+    """What stands in the class of a layer, without its name and docstring."""
 
-    docstring: str
+    base: str  # the name of the base class
     code: str
     sizes: tuple[str, ...]  # symbols that forward is given
     draws: bool  # Are random numbers needed?
@@ -64,7 +64,7 @@ class ClassWriter:
         returned = ", ".join(body.scope.value(v).text for v in outputs)
         code += wrap(f"def forward({', '.join(['self', *declared])}) -> {returns}:", 4)
         code += block([*opening, *returning(body.lines, returned)], 8)
-        return ClassText(f'    """{_where(layer)}"""\n', "\n".join(code), tuple(sizes), fields.draws)
+        return ClassText(self._base(frame), "\n".join(code), tuple(sizes), fields.draws)
 
     def model(
         self, root: Frame, inner: list[LayerClass], inputs: list[fx.Node], flat: list[Any], capture: Capture
@@ -83,11 +83,15 @@ class ClassWriter:
         fields.rng()
         mesh = self.file.mesh
         on = "on one rank" if mesh.size == 1 else f"on each rank of {mesh}"
-        code = ["class Model(nn.Module):", f'    """{capture.model}, {on}."""', ""]
+        code = [f"class Model(nn.{self._base(root)}):", f'    """{capture.model}, {on}."""', ""]
         code += _init(["ranks: Ranks", "rng: Rng | None = None"], fields.lines("rng or Rng(seed=0)") + made)
         code += wrap(f"def forward({', '.join(['self', *self.signature.parameters])}):", 4)
         code += block([*map(CodeLine, self.signature.lines), *opening, *returning(body.lines, structure.text)], 8)
         return "\n".join(code), structure.definitions
+
+    def _base(self, frame: Frame) -> str:
+        """The base class: a module whose members have numbers for names is indexed like a list."""
+        return "ModuleList" if self.file.names.is_list(frame.name) else "Module"
 
     def _fields(self, frame: Frame, inner: list[LayerClass]) -> Fields:
         names = [n for n, _ in self.file.names.under(frame.name)]
@@ -151,10 +155,3 @@ def _init(arguments: list[str], lines: list[str]) -> list[str]:
         wrapped = wrap(statement, 8)
         code += [*wrapped[:-1], wrapped[-1] + (f"  # {comment}" if comment else "")]
     return [*code, ""]
-
-
-def _where(layer: Layer) -> str:
-    """`h.0 … h.71 (72 alike)`"""
-    names = layer.instances
-    said = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)} alike)"
-    return said + (f", called {len(layer.frames) // len(names)} times" if len(layer.frames) > len(names) else "")

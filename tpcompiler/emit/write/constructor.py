@@ -13,7 +13,7 @@ from tpcompiler.emit.layers.frames import Frame
 from tpcompiler.emit.layers.parameters import ParameterNames
 from tpcompiler.emit.layers.statements import LayerClass
 from tpcompiler.emit.names.fields import Fields
-from tpcompiler.emit.text.expr import attribute, constant, list_of, progression, tuple_of
+from tpcompiler.emit.text.expr import assignment, constant, is_name, list_of, member, progression, tuple_of
 from tpcompiler.layout import Dim
 from tpcompiler.program import Parameter
 
@@ -25,8 +25,19 @@ def constructor(
 ) -> list[str]:
     """The statements that register a module's parameters, buffers and layers (instances of `inner`)."""
     root, ties = _tree(frame, inner, names)
-    lines = _Registrations(dims, fields).module("self", root)
-    return lines + [f"{attribute('self', name)} = {attribute('self', first)}" for name, first in ties]
+    writer = _Registrations(names, dims, fields)
+    if names.is_list(frame.name):
+        made, rest = writer.list_(frame.name, root)
+        lines = [f"self.extend({made})", *writer.module("self", frame.name, rest)]
+    else:
+        lines = writer.module("self", frame.name, root)
+    for name, first in ties:
+        container, _, last = name.rpartition(".")
+        base = names.attribute(frame.name, container).text if container else "self"
+        module = ".".join(p for p in (frame.name, container) if p)
+        value = names.attribute(frame.name, first).text
+        lines.append(f"{base}[{last}] = {value}" if names.is_list(module) else assignment(base, last, value))
+    return lines
 
 
 @dataclass(frozen=True)
@@ -85,32 +96,34 @@ def _tree(frame: Frame, inner: list[LayerClass], names: ParameterNames) -> tuple
 class _Registrations:
     """Writes the statements that register the members of namespaces."""
 
-    def __init__(self, dims: Layouts, fields: Fields) -> None:
-        self.dims, self.fields = dims, fields
+    def __init__(self, names: ParameterNames, dims: Layouts, fields: Fields) -> None:
+        self.names, self.dims, self.fields = names, dims, fields
 
-    def module(self, base: str, space: Namespace) -> list[str]:
-        """The statements that register the members of `space` under the module that `base` says."""
+    def module(self, base: str, module: str, space: Namespace) -> list[str]:
+        """The statements that register the members of `space`, the module named `module` and written `base`."""
         out: list[str] = []
         for name, item in space.members.items():
-            target = attribute(base, name).text
+            inside = f"{module}.{name}" if module else name
+            target = f"{base}[{name}]" if self.names.is_list(module) else member(base, name).text
             if isinstance(item, Parameter):
-                out.append(self._parameter(base, target, name, item))
+                out.append(self._parameter(base, name, item))
             elif isinstance(item, Instance):
-                out.append(f"{target} = {self._instance(item)}")
+                out.append(assignment(base, name, self._instance(item)))
             elif name in space.made:
-                out += self.module(target, item)
+                out += self.module(target, inside, item)
             else:
-                made, rest = self._namespace(item)
-                out += [f"{target} = {made}", *self.module(target, rest)]
+                made, rest = self._namespace(inside, item)
+                out += [assignment(base, name, made), *self.module(target, inside, rest)]
         return out
 
-    def _namespace(self, space: Namespace) -> tuple[str, Namespace]:
+    def _namespace(self, module: str, space: Namespace) -> tuple[str, Namespace]:
         """The expression that makes a namespace with all that it can be given at once, and the rest."""
-        if space.members and all(m.isdigit() for m in space.members):
-            return self._list({int(n): item for n, item in space.members.items()})
-        found = {
-            n: p for n, p in space.members.items() if isinstance(p, Parameter) and not p.buffer and n.isidentifier()
-        }
+        if space.members and self.names.is_list(module):
+            made, rest = self.list_(module, space)
+            parameters = all(isinstance(i, Parameter) for i in space.members.values())
+            return f"nn.{'Parameter' if parameters else 'Module'}List({made})", rest
+        own = {n: p for n, p in space.members.items() if isinstance(p, Parameter)}
+        found = {n: p for n, p in own.items() if not p.buffer and is_name(n)}
         frozen = bool(found) and not any(p.trainable for p in found.values())
         dtype = next((p.dtype for p in found.values()), torch.float32)
         given = {n: p for n, p in found.items() if p.trainable is not frozen and p.dtype == dtype}
@@ -121,11 +134,11 @@ class _Registrations:
 
     # --- lists --------------------------------------------------------------------------------------------------------
 
-    def _list(self, items: dict[int, Namespace | Parameter | Instance]) -> tuple[str, Namespace]:
-        """A list of parameters, of layers, or of namespaces and layers."""
+    def list_(self, module: str, space: Namespace) -> tuple[str, Namespace]:
+        """The members of a list of parameters, of layers, or of namespaces and layers, and what they still need."""
+        items = {int(n): item for n, item in space.members.items()}
         if all(isinstance(i, Parameter) for i in items.values()):
-            empties = [self._empty(cast(Parameter, items[i])) for i in sorted(items)]
-            return f"nn.ParameterList({_repeated(empties, 1)})", Namespace()
+            return _repeated([self._empty(cast(Parameter, items[i])) for i in sorted(items)], 1), Namespace()
         if all(isinstance(i, Instance) for i in items.values()) and sorted(items) == list(range(len(items))):
             return self._layer_list([cast(Instance, items[i]) for i in range(len(items))]), Namespace()
         rows, later = [], {}
@@ -134,24 +147,24 @@ class _Registrations:
             if isinstance(item, Instance):
                 rows.append(self._instance(item))
                 continue
-            assert isinstance(item, Namespace), "a list of modules and parameters"
-            made, rest = self._namespace(item)
+            assert isinstance(item, Namespace), f"{module} contains modules and parameters"
+            made, rest = self._namespace(f"{module}.{i}" if module else str(i), item)
             rows.append(made)
             if rest.members:
                 later[str(i)] = rest
-        return f"nn.ModuleList({_repeated(rows, 3)})", Namespace(dict(later), frozenset(later))
+        return _repeated(rows, 3), Namespace(dict(later), frozenset(later))
 
     def _layer_list(self, items: list[Instance]) -> str:
-        """`nn.ModuleList(Block(ranks, site=3 * i) for i in range(72))`, with one comprehension for each class."""
+        """`Block(ranks, site=3 * i) for i in range(72)`, or a list with such a comprehension for each class."""
         start, parts = 0, []
         for _, group in groupby(items, key=lambda item: item.made):
             run = list(group)
             each = self._each(run, start)
             if len(run) == len(items) > 1:
-                return f"nn.ModuleList({each})"
+                return each
             parts.append(f"*({each})" if len(run) > 1 else self._instance(run[0]))
             start += len(run)
-        return f"nn.ModuleList({list_of(parts)})"
+        return list_of(parts)
 
     def _each(self, run: list[Instance], start: int) -> str:
         """A comprehension over instances of one class. The first is member `start` of its list."""
@@ -183,15 +196,15 @@ class _Registrations:
         inner = self._shape(p)[1:-1].rstrip(",") or "()"
         return f"torch.empty({inner}{'' if p.dtype == torch.float32 else f', dtype={p.dtype}'})"
 
-    def _parameter(self, base: str, target: str, name: str, p: Parameter) -> str:
+    def _parameter(self, base: str, name: str, p: Parameter) -> str:
         """The statement that registers one parameter or buffer."""
         if p.buffer:
             keep = "" if p.persistent else ", persistent=False"
             return f"{base}.register_buffer({constant(name)}, {self._empty(p)}{keep})"
         made = f"nn.Parameter({self._empty(p)}{'' if p.trainable else ', requires_grad=False'})"
-        if target.startswith("getattr") or name.isdigit():
+        if not is_name(name):
             return f"{base}.register_parameter({constant(name)}, {made})"
-        return f"{target} = {made}"
+        return assignment(base, name, made)
 
 
 def _repeated(rows: list[str], least: int) -> str:

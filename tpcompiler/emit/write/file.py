@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from io import StringIO
+from tokenize import COMMENT, NL, generate_tokens
 
 from torch import fx
 
 from tpcompiler.emit.layers.alike import Comparer
-from tpcompiler.emit.layers.frames import Frame, frames
+from tpcompiler.emit.layers.frames import Frame, called_modules, frames
 from tpcompiler.emit.layers.outline import Layer, outline
 from tpcompiler.emit.layers.parameters import ParameterNames
 from tpcompiler.emit.layers.statements import LayerClass
@@ -17,8 +19,9 @@ from tpcompiler.emit.names import symbols
 from tpcompiler.emit.names.hints import hints
 from tpcompiler.emit.names.namer import RESERVED
 from tpcompiler.emit.ops.values import runtime_name
+from tpcompiler.emit.text.lines import shortened
 from tpcompiler.emit.text.wrap import wrap
-from tpcompiler.emit.write.classes import ClassWriter
+from tpcompiler.emit.write.classes import ClassText, ClassWriter
 from tpcompiler.emit.write.header import header
 from tpcompiler.emit.write.scope import File
 from tpcompiler.emit.write.signature import signature
@@ -40,7 +43,7 @@ def emit(program: Program) -> str:
     collectives: dict[str, list[Collective]] = {}
     for c in program.collectives:
         collectives.setdefault(c.node, []).append(c)
-    names = ParameterNames(program.capture.parameters)
+    names = ParameterNames(program.capture.parameters, called_modules(graph))
     letters = symbols.letters(inputs, {*called.tensors.values(), *called.constants})
     file = File(program.mesh, names, letters, hints(graph.nodes, names), collectives)
     comparer = Comparer(names, program.dims)
@@ -69,25 +72,31 @@ def _imports(code: str, graph: fx.Graph) -> list[str]:
 
 
 class _Classes:
-    """The classes of layers in the order in which they must stand: inner ones first. Equal code is written once."""
+    """The classes of layers in the order in which they must stand: inner ones first."""
 
     def __init__(self, writer: ClassWriter, comparer: Comparer) -> None:
         self.writer, self.comparer = writer, comparer
-        self.texts: list[str] = []
-        self._by_code: dict[str, str] = {}  # code → name of the class
+        self._names: dict[tuple[str, ...], str] = {}  # what a class does → its name
+        self._found: dict[str, tuple[ClassText, list[Layer]]] = {}  # name → its text, the layers that it is
         self._taken: set[str] = {"Model", "Parameters", "Ranks", "Rng", "NamedTuple", "Any"}
 
+    @property
+    def texts(self) -> list[str]:
+        return [
+            f"class {name}(nn.{text.base}):\n{_docstring(layers)}\n\n{text.code}"
+            for name, (text, layers) in self._found.items()
+        ]
+
     def inside(self, frame: Frame, root: bool = False) -> list[LayerClass]:
-        """Writes the classes of the layers inside of `frame`."""
+        """Writes the classes of the layers inside of `frame`. Layers whose code differs only in comments share one."""
         layers = outline(frame, self.comparer, root)
         out = []
         for layer, name in [(layer, self._name(layer, layers)) for layer in layers]:
             text = self.writer.layer(layer, self.inside(layer.first))
-            same = self._by_code.setdefault(text.code, name)
-            if same == name:
-                self.texts.append(f"class {name}(nn.Module):\n{text.docstring}\n{text.code}")
-            else:
+            same = self._names.setdefault(_without_comments(text.code), name)
+            if same != name:
                 self._taken.discard(name)
+            self._found.setdefault(same, (text, []))[1].append(layer)
             out.append(LayerClass(layer, same, text.sizes, text.draws))
         return out
 
@@ -108,3 +117,20 @@ def _container(layer: Layer, others: list[Layer]) -> str:
     paths = {o: o.first.name.rpartition(".")[0].split(".") for o in others}
     own = [p for p in paths[layer] if not p.isdigit() and not all(p in path for path in paths.values())]
     return "".join(w[:1].upper() + w[1:] for w in re.split(r"\W|_", own[0])) if own else ""
+
+
+def _without_comments(code: str) -> tuple[str, ...]:
+    """The tokens of the body of a class."""
+    tokens = generate_tokens(StringIO("class _:\n" + code + "\n").readline)
+    return tuple(t.string for t in tokens if t.type not in (COMMENT, NL))
+
+
+def _docstring(layers: list[Layer]) -> str:
+    """`h.0 … h.71 (72 alike)`: the modules that a class is."""
+    said = []
+    for layer in layers:
+        names = layer.instances
+        text = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)} alike)"
+        calls = len(layer.frames) // len(names)
+        said.append(text + (f", called {calls} times" if len(layer.frames) > len(names) else ""))
+    return shortened(f'    """{"; ".join(said)}"""')

@@ -12,6 +12,9 @@ from tpcompiler.emit.text.wrap import LIMIT
 from tpcompiler.emit.write.remarks import amount
 from tpcompiler.program import Collective, Program
 
+_REASON = 32  # the narrowest column for reasons
+_HANG = " " * 8
+
 
 def header(program: Program) -> list[str]:
     """The file's docstring."""
@@ -55,6 +58,12 @@ def _collectives(collectives: tuple[Collective, ...]) -> Iterable[str]:
         for (block, kind, direction, over, size, reason), times in found.items()
     ]
     widths = [max(len(r[i]) for r in rows) for i in range(6)]
-    for *cells, reason in rows:
-        lead = "    " + "".join(c.ljust(w + 2) for c, w in zip(cells, widths, strict=True))
-        yield from map(_plain, wrap(reason, LIMIT, initial_indent=lead, subsequent_indent=" " * len(lead)))
+    wide = 4 + sum(w + 2 for w in widths) > LIMIT - _REASON
+    for *cells, block, reason in rows:
+        lead = "    " + "".join(c.ljust(w + 2) for c, w in zip(cells, widths, strict=False))
+        if wide:  # There is no room for columns of blocks and reasons.
+            lines = [lead.rstrip(), *wrap(f"{block}: {reason}", LIMIT, initial_indent=_HANG, subsequent_indent=_HANG)]
+        else:
+            lead += block.ljust(widths[5] + 2)
+            lines = wrap(reason, LIMIT, initial_indent=lead, subsequent_indent=" " * len(lead))
+        yield from map(_plain, lines)

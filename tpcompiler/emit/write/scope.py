@@ -14,11 +14,12 @@ from tpcompiler.emit.layers.frames import Frame
 from tpcompiler.emit.layers.loop_proof import Loop
 from tpcompiler.emit.layers.loops import BodyPart
 from tpcompiler.emit.layers.parameters import ParameterNames
+from tpcompiler.emit.layers.tidy import is_neutral
 from tpcompiler.emit.names.fields import Fields
 from tpcompiler.emit.ops.arguments import Arguments, arguments_of
 from tpcompiler.emit.ops.exact import spell
 from tpcompiler.emit.ops.values import NodeResult, aten_name, is_size, key, result_of, runtime_name, val_of
-from tpcompiler.emit.text.expr import TERNARY, Expr, attribute, call, constant, list_of, tuple_of
+from tpcompiler.emit.text.expr import TERNARY, Expr, call, constant, list_of, tuple_of
 from tpcompiler.errors import TpcError
 from tpcompiler.layout import LocalRuns, LocalSize
 from tpcompiler.program import Collective, Training
@@ -118,7 +119,12 @@ class Scope:
         if self.loop is not None and v in self.loop.indexed:
             return self.loop.indexed[v]
         name = self.file.names.inside(v, self.frame.name)
-        return None if name is None else attribute("self", name)
+        return None if name is None else self.file.names.attribute(self.frame.name, name)
+
+    def module(self, name: str) -> str:
+        """`self.h[0]`: a module inside of this one, or this one, by its qualified name."""
+        own = self.frame
+        return "self" if name == own.name else self.file.names.attribute(own.name, own.relative(name)).text
 
     def positive(self, v: Any) -> bool:
         """Is the size above zero on every rank?"""
@@ -154,6 +160,8 @@ class Scope:
 
     def spell(self, node: fx.Node) -> Expr:
         """The call as source."""
+        if is_neutral(node) and node not in self.replaced:  # No loop has put its counter in place of the number.
+            return self.expr(node.args[0])
         arguments = self._arguments(node)
         return self._runtime_call(node, arguments) if runtime_name(node) else spell(node, arguments, self)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
+from tpcompiler.emit.names.namer import USED
 from tpcompiler.emit.text.expr import constant, tuple_of
 from tpcompiler.program import Capture, InputLeaf
 
@@ -48,9 +49,9 @@ def signature(capture: Capture) -> Signature:
             leaf = capture.input_leaves[i]
             if not isinstance(leaf, InputLeaf):
                 continue
-            variable = name if not path else leaf_names[i].replace(".", "_")
-            out.tensors[leaf.node] = variable
-            if path:
+            variable = f"{name}_" if name in USED else name
+            out.tensors[leaf.node] = variable = leaf_names[i].replace(".", "_") if path else variable
+            if variable != name:
                 out.lines.append(f"{variable} = {name}{path}")
     return out
 
