@@ -69,4 +69,9 @@ def _attribute(n: ast.stmt) -> str | None:
 
 
 def _asks_rank(value: ast.expr) -> bool:
-    return any(isinstance(n, ast.Attribute) and n.attr in ("group", "local", "part", "index") for n in ast.walk(value))
+    """`ranks.group("tensor")`, `self.tensor.local(8)`, `(self.tensor.part(8),)`, `(…)[self.tensor.index]`."""
+    return any(
+        (isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in ("group", "local", "part"))
+        or (isinstance(n, ast.Attribute) and n.attr == "index")
+        for n in ast.walk(value)
+    )

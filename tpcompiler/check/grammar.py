@@ -177,7 +177,8 @@ class _Reader:
                 self.refuse(n, f"a call of {name}")
         elif isinstance(n.func, ast.Attribute):
             own = ast.unparse(n.func).startswith("self.")
-            if not own and not self.operation(name):
+            functional = ast.unparse(n.func.value) == "F" and hasattr(torch.nn.functional, name) and name[-1] != "_"
+            if not own and not functional and not self.operation(name):
                 self.refuse(n, f"a call of {name}")
             if own and (name.endswith("_") or name in dir(torch.nn.Module)):
                 self.refuse(n, f"a call of {name}")

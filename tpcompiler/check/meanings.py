@@ -18,7 +18,7 @@ from tpcompiler.check.terms import Term
 Arguments = dict[str, Any]
 Meaning = Callable[[Forms, Arguments], Any]
 MEANINGS: dict[str, Meaning] = {}
-_PLACES = ("device", "pin_memory", "layout")  # where, not what
+_PLACES = ("device", "pin_memory", "layout", "cudnn_enable")  # where and by what, not what
 
 
 def means(*names: str) -> Callable[[Meaning], Meaning]:
