@@ -67,7 +67,8 @@ class Sharded:
         if not self.check.passed:
             first, *others = self.check.refused
             more = f" (and {len(others)} more)" if others else ""
-            raise CheckError(f"{self.capture.model} is not written: the checker refuses the program at {first}{more}")
+            model = self.capture.model
+            raise CheckError(f"{model} is not written or run: the checker refuses the program at {first}{more}")
         return self.check
 
     @cached_property
@@ -236,6 +237,7 @@ def parallelize(
     read = Spec.load(spec)
     recorded = record(model)
     sharded = compile_capture(capture_recorded(recorded, example_inputs), read)
+    sharded.proven()
     program = sharded.program
     ranks = ranks_of(mesh, program.mesh)
     where = torch.device(device) if device is not None else device_of(mesh)

@@ -18,10 +18,10 @@ from tpcompiler.check.claims import Geometry
 from tpcompiler.check.forward import Refused, live_nodes, sweep_forward
 from tpcompiler.check.parameters import uncovered
 from tpcompiler.check.report import CheckReport, Refusal
-from tpcompiler.check.sizes import Sizes, beyond, choices
+from tpcompiler.check.sizes import Sizes, beyond, choices, example
 from tpcompiler.check.source import compare_source
 from tpcompiler.check.steps import Steps
-from tpcompiler.check.structure import compare_structure
+from tpcompiler.check.structure import Model, compare_structure
 from tpcompiler.check.values import Table
 from tpcompiler.program import Program
 from tpcompiler.runtime import dropout
@@ -70,9 +70,7 @@ def _first_that_runs(program: Program, geometry: Geometry, steps: Steps) -> tupl
     return refused
 
 
-def _sweeps(
-    program: Program, geometry: Geometry, steps: Steps, sizes: Sizes
-) -> tuple[Refusal, ...]:
+def _sweeps(program: Program, geometry: Geometry, steps: Steps, sizes: Sizes) -> tuple[Refusal, ...]:
     try:
         forward = sweep_forward(program, Table(program.capture, sizes), geometry, steps)
         sweep_backward(program, geometry, steps, forward)
@@ -82,12 +80,22 @@ def _sweeps(
 
 
 def _structure(program: Program) -> tuple[Refusal, ...]:
-    try:
-        for sizes in beyond(program.capture):
-            compare_structure(program, sizes)
-    except Refused as e:
-        return (e.refusal,)
-    return ()
+    """At sizes beyond every constant; where a model takes only some sizes (an image's), at those of its example."""
+    read, failure = 0, ""
+    for sizes in (*beyond(program.capture), *example(program.capture)):
+        if read and sizes.of_example:
+            break
+        try:
+            model = Model(program, sizes)
+        except Exception as e:  # the model does not take these
+            failure = f"{type(e).__name__}: {e}"
+            continue
+        try:
+            compare_structure(program, model)
+        except Refused as e:
+            return (e.refusal,)
+        read += 1
+    return () if read else (Refusal("the model", "", "a graph that can be read", failure),)
 
 
 def _source(program: Program, source: str, geometry: Geometry) -> tuple[Refusal, ...]:

@@ -50,7 +50,9 @@ class Decomposer:
             elif node.op == "output":
                 return read(node.args[0])
             else:
-                env[node] = self.translator.call(node.target, read(node.args), {k: read(v) for k, v in node.kwargs.items()})
+                env[node] = self.translator.call(
+                    node.target, read(node.args), {k: read(v) for k, v in node.kwargs.items()}
+                )
         raise AssertionError("a graph without an output")
 
     def _record(self, func: Any, args: Any, kwargs: Any, outline: Any) -> fx.Graph:

@@ -20,8 +20,8 @@ from tpcompiler.program import Training
 
 MOVES = frozenset(
     """view reshape _unsafe_view flatten unflatten unsqueeze squeeze contiguous alias view_as reshape_as clone transpose
-    swapaxes swapdims t numpy_T mT permute movedim moveaxis expand broadcast_to expand_as slice narrow select split_with_sizes
-    split unsafe_split chunk tensor_split unbind cat concat concatenate stack repeat repeat_interleave flip roll tile
+    swapaxes swapdims t numpy_T mT permute movedim moveaxis expand broadcast_to expand_as slice narrow select
+    split_with_sizes split unsafe_split chunk tensor_split unbind cat concat concatenate stack repeat repeat_interleave flip roll tile
     constant_pad_nd pad tril triu diagonal""".split()
 )
 ALL = "all"  # linear in all of its tensors together
@@ -29,7 +29,9 @@ _LINEAR: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(MOVES - {"constant_pad_nd", "pad", "cat", "concat", "concatenate", "stack"}, ("self",)),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), (ALL,)),
     **dict.fromkeys(("add", "sub", "rsub"), (ALL,)),
-    **dict.fromkeys(("neg", "sum", "mean", "cumsum", "index_select", "index", "gather", "detach", "conj", "real", "imag"), ("self",)),
+    **dict.fromkeys(
+        ("neg", "sum", "mean", "cumsum", "index_select", "index", "gather", "detach", "conj", "real", "imag"), ("self",)
+    ),
     **dict.fromkeys(("view_as_real", "view_as_complex", "take_along_dim"), ("self",)),
     **dict.fromkeys(("mul", "multiply", "mm", "matmul", "bmm"), ("self", "other", "mat2")),
     **dict.fromkeys(("div", "true_divide"), ("self",)),

@@ -23,6 +23,7 @@ from tpcompiler.program import Program
 from tpcompiler.runtime import dropout
 
 aten = torch.ops.aten
+DATA = "data"  # the mesh dimension along which ranks hold other samples, which draw other numbers
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class _Forward:
     def drawn(self, node: fx.Node, found: Sequence[Held | None]) -> None:
         """Ranks that hold a value in common must draw the same numbers for it."""
         for h in found:
-            common = () if h is None else self.geometry.shared(h.claim)
+            common = () if h is None else tuple(n for n in self.geometry.shared(h.claim) if n != DATA)
             if common:
                 what = f"each rank of {'·'.join(common)} draws numbers of its own for a value that they share"
                 self.refuse(node, "the same random numbers on all ranks", what)

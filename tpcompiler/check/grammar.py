@@ -24,6 +24,7 @@ _IMPORTS = {
     ("torch", "nn"),
     ("__future__", "annotations"),
     ("typing", "Any"),
+    ("typing", "NamedTuple"),
     *(("tpcompiler.runtime", n) for n in runtime.__all__),
 }
 _BUILDERS = {"group", "local", "part", "empty", "register_buffer", "register_parameter", "to", "requires_grad_"}
@@ -36,7 +37,8 @@ _HIDDEN = {"data", "grad", "grad_fn", "requires_grad", "index", "rank", "coords"
 _EXPRESSIONS = (
     ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.Call, ast.Constant, ast.Tuple, ast.List, ast.BinOp,
     ast.UnaryOp, ast.Compare, ast.IfExp, ast.Starred, ast.keyword, ast.GeneratorExp, ast.ListComp, ast.comprehension,
-    ast.BoolOp, ast.boolop, ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.JoinedStr, ast.FormattedValue, ast.Dict,
+    ast.BoolOp, ast.boolop,
+    ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.JoinedStr, ast.FormattedValue, ast.Dict,
 )  # fmt: skip
 
 
@@ -55,6 +57,7 @@ class _Reader:
         self.lines = lines
         self.classes: set[str] = set()
         self.imported: set[str] = set()
+        self.records: set[str] = set()
 
     def refuse(self, node: ast.AST, what: str) -> NoReturn:
         at = getattr(node, "lineno", 0)
@@ -86,6 +89,13 @@ class _Reader:
             self.imported.add(wanted)
 
     def class_(self, node: ast.ClassDef) -> None:
+        fields = all(
+            isinstance(n, ast.AnnAssign) and isinstance(n.value, (ast.Constant, type(None))) or _text(n)
+            for n in node.body
+        )
+        if [ast.unparse(b) for b in node.bases] == ["NamedTuple"] and fields and not node.decorator_list:
+            self.records.add(node.name)  # what a model returns
+            return
         if [ast.unparse(b) for b in node.bases] != ["nn.Module"] or node.keywords or node.decorator_list:
             self.refuse(node, "a class that is no plain nn.Module")
         seen = set()
@@ -172,12 +182,20 @@ class _Reader:
             if name not in _BUILDERS and name not in self.classes:
                 self.refuse(n, f"a call of {name or ast.unparse(n.func)} in a constructor")
         elif isinstance(n.func, ast.Name):
-            known = name in _PYTHON or name in runtime.__all__ or name in names
+            known = name in _PYTHON or name in self.records or name in runtime.__all__ or name in names
             if not known or (name in runtime.__all__ and (name not in self.imported or name[0].isupper())):
                 self.refuse(n, f"a call of {name}")
         elif isinstance(n.func, ast.Attribute):
             own = ast.unparse(n.func).startswith("self.")
             functional = ast.unparse(n.func.value) == "F" and hasattr(torch.nn.functional, name) and name[-1] != "_"
+            path = ast.unparse(n.func).split(".")
+            if (
+                path[:2] == ["torch", "ops"]
+                and path[2] in ("aten", "tpcompiler")
+                and len(path) == 5
+                and path[3][-1] != "_"
+            ):
+                return
             if not own and not functional and not self.operation(name):
                 self.refuse(n, f"a call of {name}")
             if own and (name.endswith("_") or name in dir(torch.nn.Module)):
@@ -187,7 +205,8 @@ class _Reader:
 
     def operation(self, name: str) -> bool:
         return not name.endswith("_") and (
-            name in _METHODS or any(hasattr(torch.ops.aten, f"{prefix}{name}") for prefix in ("", "linalg_", "special_"))
+            name in _METHODS
+            or any(hasattr(torch.ops.aten, f"{prefix}{name}") for prefix in ("", "linalg_", "special_"))
         )
 
 

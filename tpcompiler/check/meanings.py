@@ -18,7 +18,7 @@ from tpcompiler.check.terms import Term
 Arguments = dict[str, Any]
 Meaning = Callable[[Forms, Arguments], Any]
 MEANINGS: dict[str, Meaning] = {}
-_PLACES = ("device", "pin_memory", "layout", "cudnn_enable")  # where and by what, not what
+_PLACES = ("device", "pin_memory", "layout", "cudnn_enable", "cudnn_enabled")  # where and by what, not what
 
 
 def means(*names: str) -> Callable[[Meaning], Meaning]:
@@ -39,15 +39,21 @@ def packet(target: torch._ops.OpOverload) -> str:
 
 
 @cache
-def _schema(target: torch._ops.OpOverload) -> tuple[tuple[str, Any], ...]:
-    return tuple((a.name, a.default_value if a.has_default_value() else None) for a in target._schema.arguments)
+def _schema(target: torch._ops.OpOverload) -> tuple[tuple[str, Any, bool], ...]:
+    return tuple(
+        (a.name, a.default_value if a.has_default_value() else None, isinstance(a.real_type, torch.NumberType))
+        for a in target._schema.arguments
+    )
 
 
 def bound(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Arguments) -> Arguments:
     """Every argument by its name, defaults filled in; those that say where a tensor stands left out."""
     out: Arguments = {}
-    for i, (name, default) in enumerate(_schema(target)):
+    real = any(isinstance(a, Term) and a.dtype is not None and a.dtype.is_floating_point for a in args)
+    for i, (name, default, number) in enumerate(_schema(target)):
         value = args[i] if i < len(args) else kwargs.get(name, default)
+        if number and real and type(value) is int:
+            value = float(value)  # with real operands torch makes no difference between 2 and 2.0
         if name not in _PLACES:
             out[name] = tuple(value) if isinstance(value, list) else value
     return out
@@ -122,8 +128,10 @@ def _(f: Forms, a: Arguments) -> Any:
 @means("t", "numpy_T", "mT")
 def _(f: Forms, a: Arguments) -> Any:
     x: Term = a["self"]
-    return f.permute(x, [*range(x.rank - 2), *reversed(range(max(0, x.rank - 2), x.rank))]) if x.rank <= 2 else (
-        NotImplemented
+    return (
+        f.permute(x, [*range(x.rank - 2), *reversed(range(max(0, x.rank - 2), x.rank))])
+        if x.rank <= 2
+        else (NotImplemented)
     )
 
 
@@ -151,6 +159,20 @@ def _(f: Forms, a: Arguments) -> Any:
 @means("expand_as")
 def _(f: Forms, a: Arguments) -> Any:
     return f.expand(a["self"], a["other"].shape)
+
+
+@means("broadcast_tensors")
+def _(f: Forms, a: Arguments) -> Any:
+    shape = broadcast([t.shape for t in a["tensors"]])
+    return tuple(f.expand(t, shape) for t in a["tensors"])
+
+
+@means("arange")
+def _(f: Forms, a: Arguments) -> Any:
+    start, stop, step, dtype = a.get("start", 0), a["end"], a.get("step", 1), a["dtype"]
+    if not all(type(n) is int for n in (start, stop, step)) or step != 1:
+        return NotImplemented
+    return f.make("arange", (start, stop, dtype), (stop - start,), dtype or torch.int64)
 
 
 @means("slice")
@@ -205,9 +227,7 @@ def _(f: Forms, a: Arguments) -> Any:
 def _(f: Forms, a: Arguments) -> Any:
     x: Term = a["self"]
     d = a["dim"] % x.rank
-    return tuple(
-        f.reshape(f.slice(x, d, i, i + 1), (*x.shape[:d], *x.shape[d + 1 :])) for i in range(x.shape[d])
-    )
+    return tuple(f.reshape(f.slice(x, d, i, i + 1), (*x.shape[:d], *x.shape[d + 1 :])) for i in range(x.shape[d]))
 
 
 @means("cat", "concat", "concatenate")
@@ -230,6 +250,8 @@ def _(f: Forms, a: Arguments) -> Any:
 @means("add", "sub", "rsub")
 def _(f: Forms, a: Arguments) -> Any:
     x, y, k = a["self"], a["other"], a["alpha"]
+    if isinstance(x, Term) and type(y) is int and y == 0 and k == 1 and not x.dtype.is_floating_point:
+        return x if x.dtype != torch.bool else NotImplemented  # positions and nothing
     if not isinstance(x, Term) or not isinstance(y, Term) or isinstance(k, Term):
         return NotImplemented
     return NotImplemented if x.dtype == torch.bool or y.dtype == torch.bool else (x, y, k)
@@ -243,9 +265,15 @@ def added(f: Forms, name: str, found: tuple[Term, Term, Any]) -> Term:
     return f.sum([(1, x), (k if name == "add" else -k, y)])
 
 
+def _real(x: Term) -> bool:
+    return x.dtype.is_floating_point
+
+
 @means("mul", "multiply")
 def _(f: Forms, a: Arguments) -> Any:
     x, y = a["self"], a["other"]
+    if isinstance(x, Term) and type(y) in (int, float) and y == 1 and type(y) is (float if _real(x) else int):
+        return x if x.dtype != torch.bool else NotImplemented
     if not isinstance(x, Term) or not isinstance(y, Term) or x.dtype != y.dtype:
         return NotImplemented
     first, second = sorted((x, y), key=lambda t: t.index)
@@ -285,5 +313,5 @@ def _(f: Forms, a: Arguments) -> Any:
 @means("div", "true_divide")
 def _(f: Forms, a: Arguments) -> Any:
     x, y = a["self"], a["other"]
-    plain = isinstance(x, Term) and type(y) is int and a.get("rounding_mode") is None and x.dtype.is_floating_point
-    return f.make("divided", (x, y), x.shape, x.dtype) if plain else NotImplemented
+    plain = isinstance(x, Term) and type(y) in (int, float) and a.get("rounding_mode") is None
+    return f.make("divided", (x, float(y)), x.shape, x.dtype) if plain and x.dtype.is_floating_point else NotImplemented

@@ -178,9 +178,9 @@ class Forms(Terms):
         flat: list[tuple[Any, Term]] = []
         for c, v in addends:
             if v.op == "sum" and v.dtype == dtype and dtype.is_floating_point:
-                flat += [(c * k if c != 1 else k, u) for k, u in v.args[0]]
+                flat += [(float(c) * k, u) for k, u in v.args[0]]
             else:
-                flat.append((c, self._trimmed(v) if v.rank == len(shape) and v.shape[:1] == (1,) else v))
+                flat.append((float(c), self._trimmed(v) if v.rank == len(shape) and v.shape[:1] == (1,) else v))
         flat.sort(key=lambda p: (p[1].index, float(p[0])))
         if len(flat) == 1 and flat[0][0] == 1 and flat[0][1].shape == shape:
             return flat[0][1]
@@ -250,7 +250,7 @@ class Forms(Terms):
         """The sum over the count."""
         at = tuple(range(x.rank)) if not dims else tuple(d % x.rank for d in dims)
         total = self.total(x, at, keep, dtype)
-        return self.make("divided", (total, prod(x.shape[d] for d in at)), total.shape, total.dtype)
+        return self.make("divided", (total, float(prod(x.shape[d] for d in at))), total.shape, total.dtype)
 
     def total(self, x: Term, dims: Sequence[int] | None, keep: bool, dtype: Any) -> Term:
         """`sum` over dimensions."""

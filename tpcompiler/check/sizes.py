@@ -16,8 +16,9 @@ _PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 
 class Sizes:
     """A number for every symbol of a capture: symbols that are equal in the example stay equal."""
 
-    def __init__(self, numbers: dict[Any, int]) -> None:
+    def __init__(self, numbers: dict[Any, int], *, of_example: bool = False) -> None:
         self.numbers = numbers
+        self.of_example = of_example
         self._known: dict[Any, int] = {}
 
     def __call__(self, n: Any) -> int:
@@ -72,6 +73,11 @@ def _hint(n: torch.SymInt, symbol: Any) -> int:
 
 
 _BEYOND = ((10007, 20011, 30011, 40009, 50021, 60013), (100003, 200003, 300007, 400009, 500009, 600011))
+
+
+def example(capture: Capture) -> Iterator[Sizes]:
+    """The example's own sizes."""
+    yield Sizes(_hints(capture), of_example=True)
 
 
 def beyond(capture: Capture) -> Iterator[Sizes]:

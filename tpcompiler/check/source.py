@@ -29,7 +29,7 @@ from tpcompiler.check.one_rank import OneGraph, OneRank, RankClass, RankRows, ra
 from tpcompiler.check.report import Refusal
 from tpcompiler.check.sizes import Sizes, choices
 from tpcompiler.check.source_state import compare_state
-from tpcompiler.check.terms import Term
+from tpcompiler.check.terms import Term, children, described
 from tpcompiler.program import Program, Slot
 from tpcompiler.runtime import Group, Ranks
 
@@ -85,9 +85,7 @@ def _lengths(
 
 
 def _comparison(program: Program) -> Callable[[str, Any, Any], Any]:
-    divides = {
-        getattr(n.target, "__name__", "") for n in program.graph.nodes if n.op == "call_function"
-    }
+    divides = {getattr(n.target, "__name__", "") for n in program.graph.nodes if n.op == "call_function"}
 
     def compared(name: str, a: Any, b: Any) -> Any:
         allowed = {"FloorDiv": "floordiv", "Mod": "mod"}.get(name, "") in divides
@@ -108,6 +106,7 @@ class _Run:
         self.fields = fields
         self.graph = graph
         self.translator = graph.translator
+        self.known: set[Term] = set()
         self.where = f"rank {self.translator.ranks.first}, {'training' if graph.training else 'evaluation'}"
 
     def compare(self) -> None:
@@ -134,6 +133,7 @@ class _Run:
         finally:
             self.names.update(hidden)
         found = [recorder.known(t) if isinstance(t, Tensor) else t for t in pytree.tree_leaves(result)]
+        self.known = {term for _, term in recorder.seen.values()}
         self._finish(found, translator.sent)
 
     def _rows(self, model: nn.Module) -> None:
@@ -167,10 +167,22 @@ class _Run:
         if graph != source:  # their order is the text's, one for all ranks
             odd = next(iter((graph - source) + (source - graph)))
             claimed = f"the source communicates {odd} of {_operands(odd)}, {graph[odd]} times"
-            raise Refused(Refusal("the source", "", claimed, f"{source[odd]} times", self.where))
+            raise Refused(Refusal("the source", "", claimed, f"{source[odd]} times{self._missing(odd)}", self.where))
         for i, (x, y) in enumerate(zip(got, expected, strict=True)):
             if x is not y and (isinstance(x, Term) or isinstance(y, Term) or x != y):
-                raise Refused(Refusal("the source", "", f"output {i} is {y} of the graph", f"it is {x}", self.where))
+                true = f"it is {x}{self._missing(y)}"
+                raise Refused(Refusal("the source", "", f"output {i} is {y} of the graph", true, self.where))
+
+    def _missing(self, term: Any) -> str:
+        """The first value of the graph on the way to this one that the source does not compute."""
+        seen: set[Term] = set()
+        while isinstance(term, Term) and term not in seen:
+            seen.add(term)
+            operand = next((t for t in children(term.args) if t not in self.known and t.op != "leaf"), None)
+            if operand is None:
+                return f": it does not compute {described(term)}"
+            term = operand
+        return ""
 
 
 def _operands(t: Term) -> str:

@@ -1,4 +1,4 @@
-"""The parameters and buffers that an emitted module has: which, tied how, of what shape and dtype, and trained or not."""
+"""The parameters and buffers of an emitted module: which, tied how, of what shape and dtype, trained or not."""
 
 from __future__ import annotations
 

@@ -79,3 +79,14 @@ def children(a: Any) -> list[Term]:
         elif type(x) is tuple:
             todo.extend(reversed(x))
     return found
+
+
+def described(term: Term) -> str:
+    """The operation with its arguments, for messages."""
+
+    def said(a: Any) -> str:
+        if isinstance(a, tuple):
+            return "(" + ", ".join(map(said, a)) + ")"
+        return f"{a!r}{list(a.shape)}" if isinstance(a, Term) and a.shape is not None else str(a)
+
+    return f"{term}: {term.op}{said(term.args)}"
