@@ -22,6 +22,7 @@ from tpcompiler.capture import capture_recorded, record
 from tpcompiler.capture.unfused import unfuse_dropping_attention
 from tpcompiler.errors import CheckError
 from tpcompiler.partition import CannotSplit, partition
+from tpcompiler.partition.draws import draws_apart
 from tpcompiler.passes import run_passes
 from tpcompiler.plan import Plan, make_plan
 from tpcompiler.plan.collectives import folded, list_collectives
@@ -180,6 +181,7 @@ def compile_capture(
     """The stages after capture: axes, plan, partition."""
     seconds = {} if seconds is None else seconds
     tell = progress or (lambda stage: None)
+    whole = captured
     tell("inferring axes")
     with _timed(seconds, "axes"):
         if spec.attention_dropout == "exact":
@@ -196,6 +198,8 @@ def compile_capture(
             break
         except CannotSplit as e:
             axes = _without(axes, e)
+    if spec.attention_dropout != "exact" and draws_apart(program):  # a fused kernel's masks would differ among copies
+        return compile_capture(unfuse_dropping_attention(whole), spec, progress=progress, seconds=seconds)
     tell("running the passes")
     with _timed(seconds, "passes"):
         program = run_passes(program)

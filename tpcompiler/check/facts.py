@@ -21,7 +21,8 @@ from tpcompiler.program import Training
 MOVES = frozenset(
     """view reshape _unsafe_view flatten unflatten unsqueeze squeeze contiguous alias view_as reshape_as clone transpose
     swapaxes swapdims t numpy_T mT permute movedim moveaxis expand broadcast_to expand_as slice narrow select
-    split_with_sizes split unsafe_split chunk tensor_split unbind cat concat concatenate stack repeat repeat_interleave flip roll tile
+    split_with_sizes split unsafe_split chunk tensor_split unbind cat concat concatenate stack repeat repeat_interleave
+    flip roll tile
     constant_pad_nd pad tril triu diagonal""".split()
 )
 ALL = "all"  # linear in all of its tensors together

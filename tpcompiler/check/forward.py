@@ -168,24 +168,24 @@ class _Forward:
         mine: Any = node.args[0]
         for i, got in enumerate(mine):
             held = self.out.env[got] if isinstance(got, fx.Node) else None
-            if isinstance(held, Held) and (held.claim.partial or not (held.claim.whole or i in self.program.left_sharded)):
+            if isinstance(held, Held) and (
+                held.claim.partial or not (held.claim.whole or i in self.program.left_sharded)
+            ):
                 self.refuse(got, f"output {i} is equal on all ranks", str(held.claim))
 
     # -- saying so --------------------------------------------------------------------------------------------------
 
     def hints(self, node: fx.Node) -> tuple[tuple[Rows | None, ...] | None, ...]:
         """The program's own claims of the results' rows: what to try first, never believed."""
-        if "dims" in node.meta:
-            return (self.rows(node.meta["dims"]),)
-        return tuple(self.rows(d) for d in node.meta.get("dims_of", ()))
+        return tuple(self.rows(d) for d in _layouts(node))
 
     def rows(self, dims: Sequence[Dim]) -> tuple[Rows | None, ...]:
         return tuple(None if d.over and d.dynamic_size else self.geometry.of_dim(d) for d in dims)
 
     def claimed(self, node: fx.Node) -> str:
         """What the program says of a node."""
-        dims, note = node.meta.get("dims"), node.meta.get("note")
-        said = f"[{', '.join(map(str, dims))}]" if dims is not None else "the model's value, or rows of it"
+        layouts, note = _layouts(node), getattr(node.meta.get("placed"), "note", "")
+        said = f"[{', '.join(map(str, layouts[0]))}]" if len(layouts) == 1 else "the model's value, or rows of it"
         return f"{said}, {note}" if note else said
 
     def refuse(self, node: fx.Node, claimed: str, true: str, example: str = "") -> NoReturn:
@@ -206,3 +206,8 @@ def line_of(node: fx.Node) -> str:
     """The line of the model's source that a node comes from."""
     line = node.meta.get("line")
     return f"{line[0]}:{line[1]}: {str(line[2]).strip()}" if line else ""
+
+
+def _layouts(node: fx.Node) -> tuple[tuple[Dim, ...], ...]:
+    """What the program says of the results' layouts."""
+    return getattr(node.meta.get("placed"), "layouts", ())

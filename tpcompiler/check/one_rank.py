@@ -20,7 +20,7 @@ from tpcompiler.check.translate import Translator, described_value
 from tpcompiler.layout import LocalRuns, LocalSize
 from tpcompiler.program import Program, Training
 from tpcompiler.runtime import Group
-from tpcompiler.runtime.rows import length
+from tpcompiler.runtime.runs import length
 
 
 class RankRows(tuple[Any, ...]):

@@ -30,7 +30,7 @@ from tpcompiler.check.report import Refusal
 from tpcompiler.check.sizes import Sizes, choices
 from tpcompiler.check.source_state import compare_state
 from tpcompiler.check.terms import Term, children, described
-from tpcompiler.program import Program, Slot
+from tpcompiler.program import InputLeaf, Program
 from tpcompiler.runtime import Group, Ranks
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -149,7 +149,7 @@ class _Run:
     def _arguments(self, recorder: _Recorder) -> tuple[Any, Any]:
         leaves: list[Any] = []
         for leaf in self.program.capture.input_leaves:
-            if isinstance(leaf, Slot):
+            if isinstance(leaf, InputLeaf):
                 node: fx.Node = next(n for n in self.program.graph.nodes if n.name == leaf.node)
                 val = node.meta["val"]
                 t = torch.empty(self.graph.sizes.shape(val.shape), dtype=val.dtype, device="meta")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tpcompiler.graphs import layouts_of
 from tpcompiler.program import Program, Training
 
 
@@ -13,6 +14,6 @@ def draws_apart(program: Program) -> bool:
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.scaled_dot_product_attention.default:
             drops = any(isinstance(a, Training) and a.on for a in (*node.args, *node.kwargs.values()))
-            if drops and split - {n for d in node.meta.get("dims", ()) for n in d.over}:
+            if drops and split - {n for layout in layouts_of(node) for d in layout for n in d.over}:
                 return True
     return False
