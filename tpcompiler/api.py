@@ -22,6 +22,7 @@ from tpcompiler.capture import capture_recorded, record
 from tpcompiler.capture.unfused import dropping_attention, unfuse_dropping_attention
 from tpcompiler.errors import CheckError
 from tpcompiler.partition import CannotSplit, partition
+from tpcompiler.partition.draws import draws_apart
 from tpcompiler.passes import run_passes
 from tpcompiler.plan import Plan, make_plan
 from tpcompiler.plan.collectives import folded, list_collectives
@@ -67,7 +68,8 @@ class Sharded:
         if not self.check.passed:
             first, *others = self.check.refused
             more = f" (and {len(others)} more)" if others else ""
-            raise CheckError(f"{self.capture.model} is not written: the checker refuses the program at {first}{more}")
+            model = self.capture.model
+            raise CheckError(f"{model} is not written or run: the checker refuses the program at {first}{more}")
         return self.check
 
     @cached_property
@@ -183,6 +185,7 @@ def compile_capture(
     """The stages after capture: axes, plan, partition."""
     seconds = {} if seconds is None else seconds
     tell = progress or (lambda stage: None)
+    whole = captured
     tell("inferring axes")
     with _timed(seconds, "axes"):
         if spec.attention_dropout == "exact":
@@ -203,6 +206,8 @@ def compile_capture(
             break
         except CannotSplit as e:
             axes = _without(axes, e)
+    if spec.attention_dropout != "exact" and draws_apart(program):  # a fused kernel's masks would differ among copies
+        return compile_capture(unfuse_dropping_attention(whole), spec, progress=progress, seconds=seconds)
     tell("running the passes")
     with _timed(seconds, "passes"):
         program = run_passes(program)
@@ -256,6 +261,7 @@ def parallelize(
     read = Spec.load(spec)
     recorded = record(model)
     sharded = compile_capture(capture_recorded(recorded, example_inputs), read)
+    sharded.proven()
     program = sharded.program
     ranks = ranks_of(mesh, program.mesh)
     where = torch.device(device) if device is not None else device_of(mesh)

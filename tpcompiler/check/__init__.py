@@ -15,13 +15,13 @@ import torch
 
 from tpcompiler.check.backward import sweep_backward
 from tpcompiler.check.claims import Geometry
-from tpcompiler.check.forward import Refused, live_nodes, sites, sweep_forward
+from tpcompiler.check.forward import Refused, live_nodes, sweep_forward
 from tpcompiler.check.parameters import uncovered
-from tpcompiler.check.ran import runs_alike
 from tpcompiler.check.report import CheckReport, Refusal
-from tpcompiler.check.sizes import Sizes, choices
+from tpcompiler.check.sizes import Sizes, beyond, choices, example
 from tpcompiler.check.source import compare_source
 from tpcompiler.check.steps import Steps
+from tpcompiler.check.structure import Model, compare_structure
 from tpcompiler.check.values import Table
 from tpcompiler.program import Program
 from tpcompiler.runtime import dropout
@@ -41,7 +41,9 @@ def check(program: Program, *, source: str | None = None) -> CheckReport:
     nodes = live_nodes(program.graph)
     if not refused:
         with _uncollected():
-            refused = _first_that_runs(program, source, geometry, steps)
+            refused = _structure(program) or _first_that_runs(program, geometry, steps)
+            if not refused and source is not None:
+                refused = _source(program, source, geometry)
     return CheckReport(len(nodes), len(steps.known), time.perf_counter() - start, refused)
 
 
@@ -57,36 +59,51 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _first_that_runs(program: Program, source: str | None, geometry: Geometry, steps: Steps) -> tuple[Refusal, ...]:
+def _first_that_runs(program: Program, geometry: Geometry, steps: Steps) -> tuple[Refusal, ...]:
     """Small sizes may be too small for a model: then larger ones."""
     taken = {n for graph in (program.graph, program.capture.graph) for n in _integers(graph)}
     refused: tuple[Refusal, ...] = ()
     for sizes in choices(program.capture, taken, program.mesh.size):
-        refused = _sweeps(program, source, geometry, steps, sizes)
+        refused = _sweeps(program, geometry, steps, sizes)
         if not any(r.true.startswith("it cannot be run") for r in refused):
             break
     return refused
 
 
-def _sweeps(
-    program: Program, source: str | None, geometry: Geometry, steps: Steps, sizes: Sizes
-) -> tuple[Refusal, ...]:
+def _sweeps(program: Program, geometry: Geometry, steps: Steps, sizes: Sizes) -> tuple[Refusal, ...]:
     try:
-        forward = sweep_forward(program, Table(program.capture, sizes, sites(program)), geometry, steps)
+        forward = sweep_forward(program, Table(program.capture, sizes), geometry, steps)
         sweep_backward(program, geometry, steps, forward)
     except Refused as e:
         return (e.refusal,)
-    return () if source is None else _source_differs(program, source, geometry, sizes)
+    return ()
 
 
-def _source_differs(program: Program, source: str, geometry: Geometry, sizes: Sizes) -> tuple[Refusal, ...]:
-    try:
-        compare_source(program, source, geometry, sizes)
-    except Refused as e:
+def _structure(program: Program) -> tuple[Refusal, ...]:
+    """At sizes beyond every constant; where a model takes only some sizes (an image's), at those of its example."""
+    read, failure = 0, ""
+    for sizes in (*beyond(program.capture), *example(program.capture)):
+        if read and sizes.of_example:
+            break
         try:
-            return () if runs_alike(program, source, sizes) else (e.refusal,)
-        except Exception:  # it does not run
+            model = Model(program, sizes)
+        except Exception as e:  # the model does not take these
+            failure = f"{type(e).__name__}: {e}"
+            continue
+        try:
+            compare_structure(program, model)
+        except Refused as e:
             return (e.refusal,)
+        read += 1
+    return () if read else (Refusal("the model", "", "a graph that can be read", failure),)
+
+
+def _source(program: Program, source: str, geometry: Geometry) -> tuple[Refusal, ...]:
+    taken = {n for graph in (program.graph, program.capture.graph) for n in _integers(graph)}
+    try:
+        compare_source(program, source, geometry, taken)
+    except Refused as e:
+        return (e.refusal,)
     return ()
 
 

@@ -1,0 +1,84 @@
+"""A call of Python's torch as the calls of ATen that it makes, recorded once for each kind of operands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tpcompiler.check.terms import Term, keyed
+from tpcompiler.check.translate import Translator
+
+
+class Place:
+    """Stands for the i-th tensor of a call."""
+
+    __slots__ = ("i",)
+
+    def __init__(self, i: int) -> None:
+        self.i = i
+
+
+class Decomposer:
+    """Turns Python's calls into terms."""
+
+    def __init__(self, translator: Translator) -> None:
+        self.translator = translator
+        self._known: dict[Any, fx.Graph] = {}
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], terms: Sequence[Term]) -> Any:
+        """The result of a call whose tensors are `Place`s of `terms`."""
+        outline = tuple((t.shape, t.dtype) for t in terms)
+        key = (func, _key(args), _key(kwargs), outline)
+        graph = self._known.get(key)
+        if graph is None:
+            graph = self._known[key] = self._record(func, args, kwargs, outline)
+        env: dict[fx.Node, Any] = {}
+        places = iter(terms)
+
+        def read(a: Any) -> Any:
+            if isinstance(a, fx.Node):
+                return env[a]
+            return tuple(map(read, a)) if isinstance(a, (tuple, list)) else a
+
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(places)
+            elif node.op == "output":
+                return read(node.args[0])
+            else:
+                env[node] = self.translator.call(
+                    node.target, read(node.args), {k: read(v) for k, v in node.kwargs.items()}
+                )
+        raise AssertionError("a graph without an output")
+
+    def _record(self, func: Any, args: Any, kwargs: Any, outline: Any) -> fx.Graph:
+        made = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in outline]
+
+        def run(*tensors: Tensor) -> Any:
+            def fill(a: Any) -> Any:
+                if isinstance(a, Place):
+                    return tensors[a.i]
+                if isinstance(a, list):
+                    return list(map(fill, a))
+                if isinstance(a, tuple):
+                    return tuple(map(fill, a))
+                return slice(fill(a.start), fill(a.stop), fill(a.step)) if isinstance(a, slice) else a
+
+            with torch.device("meta"):
+                return func(*fill(args), **{k: fill(v) for k, v in kwargs})
+
+        return make_fx(run, pre_dispatch=True)(*made).graph
+
+
+def _key(a: Any) -> Any:
+    if isinstance(a, Place):
+        return ("place", a.i)
+    if isinstance(a, (tuple, list)):
+        return (type(a).__name__, tuple(map(_key, a)))
+    if isinstance(a, slice):
+        return ("slice", _key(a.start), _key(a.stop), _key(a.step))
+    return keyed(a)

@@ -1,0 +1,108 @@
+"""What is certain of operations, written without a look at the compiler's own table.
+
+* `linear_in`: of which arguments an operation is linear, the others being whole. Only there may a partial sum stand.
+* `SPREADS`: operations that work on each rank's rows alone, or on rows as a whole: only they may see anything but whole
+  operands. What the ranks' results then are of the model's is found by running them (`steps.py`).
+* a random operation may not see what ranks hold in common: each would draw numbers of its own, and copies drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tpcompiler import runtime
+from tpcompiler.check.calls import Call, Slot
+from tpcompiler.check.meanings import bound, packet
+from tpcompiler.program import Training
+
+MOVES = frozenset(
+    """view reshape _unsafe_view flatten unflatten unsqueeze squeeze contiguous alias view_as reshape_as clone transpose
+    swapaxes swapdims t numpy_T mT permute movedim moveaxis expand broadcast_to expand_as slice narrow select
+    split_with_sizes split unsafe_split chunk tensor_split unbind cat concat concatenate stack repeat repeat_interleave
+    flip roll tile
+    constant_pad_nd pad tril triu diagonal""".split()
+)
+ALL = "all"  # linear in all of its tensors together
+_LINEAR: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(MOVES - {"constant_pad_nd", "pad", "cat", "concat", "concatenate", "stack"}, ("self",)),
+    **dict.fromkeys(("cat", "concat", "concatenate", "stack"), (ALL,)),
+    **dict.fromkeys(("add", "sub", "rsub"), (ALL,)),
+    **dict.fromkeys(
+        ("neg", "sum", "mean", "cumsum", "index_select", "index", "gather", "detach", "conj", "real", "imag"), ("self",)
+    ),
+    **dict.fromkeys(("view_as_real", "view_as_complex", "take_along_dim"), ("self",)),
+    **dict.fromkeys(("mul", "multiply", "mm", "matmul", "bmm"), ("self", "other", "mat2")),
+    **dict.fromkeys(("div", "true_divide"), ("self",)),
+    "linear": ("input", "weight"),
+    "dot": ("self", "tensor"),
+    "outer": ("self", "vec2"),
+    "embedding": ("weight",),
+    "masked_fill": ("self",),
+    **dict.fromkeys(("index_add", "scatter_add", "slice_scatter", "select_scatter", "index_put"), (ALL,)),
+    **dict.fromkeys(("to", "_to_copy", "type_as", "float", "double"), ("self",)),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), ("input", "weight")),
+    "einsum": ("tensors",),
+}
+_AFFINE = ("bias", "alpha")  # arguments that must say nothing when another one is partial
+_PARTIAL_OPERATORS = {
+    runtime.reduce: "x",
+    runtime.scatter_sequence: "x",
+    runtime.dropout: "x",
+    runtime.take: "x",
+    runtime.grouped_mm: "x",
+}
+
+
+def named(call: Call) -> dict[str, Any]:
+    """The call's arguments by name."""
+    if isinstance(call.target, torch._ops.OpOverload):
+        return bound(call.target, call.args, dict(call.kwargs))
+    return dict(call.kwargs)
+
+
+def _slots(a: Any) -> set[int]:
+    if isinstance(a, Slot):
+        return {a.i}
+    return set().union(*map(_slots, a)) if isinstance(a, tuple) else set()
+
+
+def not_linear(call: Call, partial: set[int]) -> str | None:
+    """Why a call may not see partial sums in these operands; None when it may."""
+    given = named(call)
+    where = {name for name, a in given.items() if _slots(a) & partial}
+    if not isinstance(call.target, torch._ops.OpOverload):
+        allowed = _PARTIAL_OPERATORS.get(call.target)
+        return None if where == {allowed} else f"{call} is not known to be linear in {', '.join(sorted(where))}"
+    name = packet(call.target)
+    linear = _LINEAR.get(name, ())
+    if ALL in linear:
+        if name in ("add", "sub", "rsub", "cat", "concat", "concatenate", "stack"):
+            values = {i for k in ("self", "other", "tensors") for i in _slots(given.get(k))}
+            scalar = any(isinstance(given.get(k), (int, float)) and given.get(k) != 0 for k in ("self", "other"))
+            return None if values == partial and not scalar else f"{call} adds what is no partial sum to one"
+        return None
+    if len(where) != 1 or not where <= set(linear):
+        return f"{call} is not linear in {', '.join(sorted(where))}"
+    (at,) = where
+    if len(_slots(given[at]) & partial) > 1:
+        return f"{call} multiplies two partial sums"
+    if name == "masked_fill" and given.get("value") != 0:
+        return f"{call} puts a number in a partial sum"
+    if name in ("div", "true_divide") and given.get("rounding_mode") is not None:
+        return f"{call} rounds a partial sum"
+    if given.get("bias") is not None:
+        return f"{call} adds its bias on every rank"
+    return None
+
+
+def draws(call: Call) -> bool:
+    """Whether a call draws from torch's own generator, in training or evaluation."""
+    if not isinstance(call.target, torch._ops.OpOverload):
+        return False
+    if packet(call.target) == "scaled_dot_product_attention":
+        p = named(call)["dropout_p"]
+        return bool(p.on or p.off) if isinstance(p, Training) else bool(p)
+    return torch.Tag.nondeterministic_seeded in call.target.tags

@@ -1,0 +1,77 @@
+"""What the classes of an emitted source keep of a rank: sizes and rows, worked out for every rank of the mesh."""
+
+from __future__ import annotations
+
+import ast
+from types import SimpleNamespace
+from typing import Any
+
+from tpcompiler.check.claims import Geometry
+from tpcompiler.check.forward import Refused
+from tpcompiler.check.report import Refusal
+from tpcompiler.runtime import Group
+
+Fields = dict[str, dict[str, list[Any]]]  # class → attribute → a value for each rank
+
+
+class _Groups:
+    """A rank's groups, as a constructor asks for them."""
+
+    def __init__(self, geometry: Geometry, rank: int) -> None:
+        self.geometry, self.rank = geometry, rank
+
+    def group(self, *over: str) -> Group:
+        mesh = self.geometry.mesh
+        return Group(mesh.degree(over), mesh.index(over, self.geometry.coords[self.rank]), over)
+
+
+def fields_of(tree: ast.Module, geometry: Geometry) -> Fields:
+    """Every attribute that depends on the rank. Raises `Refused` for one that cannot be worked out."""
+    constants: dict[str, Any] = {}
+    for n in tree.body:
+        if isinstance(n, ast.Assign):
+            exec(compile(ast.Module([n], []), "<source>", "exec"), {}, constants)
+    out: Fields = {}
+    for cls in tree.body:
+        if isinstance(cls, ast.ClassDef):
+            out[cls.name] = _of_class(cls, geometry, constants)
+    return out
+
+
+def _of_class(cls: ast.ClassDef, geometry: Geometry, constants: dict[str, Any]) -> dict[str, list[Any]]:
+    steps = []
+    for f in cls.body:
+        if isinstance(f, ast.FunctionDef) and f.name == "__init__":
+            for n in f.body:
+                name = _attribute(n)
+                if name is not None and isinstance(n, ast.Assign) and _asks_rank(n.value):
+                    steps.append((name, n.lineno, compile(ast.Expression(n.value), "<source>", "eval")))
+    out: dict[str, list[Any]] = {name: [] for name, _, _ in steps}
+    for rank in range(geometry.size):
+        me = SimpleNamespace()
+        names = {**constants, "self": me, "ranks": _Groups(geometry, rank), "__builtins__": {}}
+        for name, line, code in steps:
+            try:
+                value = eval(code, names)
+            except Exception as e:
+                where = f"line {line}"
+                raise Refused(Refusal("the source", where, "a size or rows of a rank", str(e))) from None
+            setattr(me, name, value)
+            out[name].append(value)
+    return {name: values for name, values in out.items() if not isinstance(values[0], Group)}
+
+
+def _attribute(n: ast.stmt) -> str | None:
+    if isinstance(n, ast.Assign) and len(n.targets) == 1 and isinstance(n.targets[0], ast.Attribute):
+        target = n.targets[0]
+        return target.attr if isinstance(target.value, ast.Name) and target.value.id == "self" else None
+    return None
+
+
+def _asks_rank(value: ast.expr) -> bool:
+    """`ranks.group("tensor")`, `self.tensor.local(8)`, `(self.tensor.part(8),)`, `(…)[self.tensor.index]`."""
+    return any(
+        (isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in ("group", "local", "part"))
+        or (isinstance(n, ast.Attribute) and n.attr == "index")
+        for n in ast.walk(value)
+    )

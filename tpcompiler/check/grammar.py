@@ -1,0 +1,232 @@
+"""The small language that emitted sources are written in. What is not in it is refused with its line.
+
+A module of constants and of `nn.Module` classes with two methods each. `__init__` makes parameters, groups and numbers;
+`forward` is a list of assignments of expressions. There are no branches but on `self.training`, no state, no hooks, no
+operations in place, and nothing that depends on the rank except through the sizes and rows that `__init__` keeps.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import NoReturn
+
+import torch
+
+from tpcompiler import runtime
+from tpcompiler.check.forward import Refused
+from tpcompiler.check.report import Refusal
+
+_IMPORTS = {
+    ("torch", None),
+    ("torch.nn.functional", None),
+    ("math", None),
+    ("torch", "Tensor"),
+    ("torch", "nn"),
+    ("__future__", "annotations"),
+    ("typing", "Any"),
+    ("typing", "NamedTuple"),
+    *(("tpcompiler.runtime", n) for n in runtime.__all__),
+}
+_BUILDERS = {"group", "local", "part", "empty", "register_buffer", "register_parameter", "to", "requires_grad_"}
+_BUILDERS |= {"Parameters", "ModuleList", "ParameterList", "Parameter", "Rng", "range", "super", "__init__", "getattr"}
+_BUILDERS |= {"setattr", "add_module", "Module"}
+_PYTHON = {"range", "zip", "enumerate", "slice", "tuple", "getattr", "reversed"}
+_METHODS = {"float", "long", "bool", "half", "double", "int", "bfloat16", "size", "dim", "to", "type", "new_tensor"}
+_METHODS |= {"new_zeros", "new_ones", "new_full", "new_empty", "items", "finfo", "iinfo", "type_as", "reshape_as"}
+_HIDDEN = {"data", "grad", "grad_fn", "requires_grad", "index", "rank", "coords", "mesh", "names", "apply", "storage"}
+_EXPRESSIONS = (
+    ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.Call, ast.Constant, ast.Tuple, ast.List, ast.BinOp,
+    ast.UnaryOp, ast.Compare, ast.IfExp, ast.Starred, ast.keyword, ast.GeneratorExp, ast.ListComp, ast.comprehension,
+    ast.BoolOp, ast.boolop,
+    ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.JoinedStr, ast.FormattedValue, ast.Dict,
+)  # fmt: skip
+
+
+def read_source(text: str) -> ast.Module:
+    """The source as a tree, every part of which is in the language. Raises `Refused`."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as e:
+        raise Refused(Refusal("the source", f"line {e.lineno}", "Python", str(e.msg))) from None
+    _Reader(text.splitlines()).module(tree)
+    return tree
+
+
+class _Reader:
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+        self.classes: set[str] = set()
+        self.imported: set[str] = set()
+        self.records: set[str] = set()
+
+    def refuse(self, node: ast.AST, what: str) -> NoReturn:
+        at = getattr(node, "lineno", 0)
+        line = self.lines[at - 1].strip() if 0 < at <= len(self.lines) else ""
+        raise Refused(Refusal("the source", f"line {at}: {line}", "the language of emitted programs", what))
+
+    def module(self, tree: ast.Module) -> None:
+        self.classes = {n.name for n in tree.body if isinstance(n, ast.ClassDef)}
+        for n in tree.body:
+            if isinstance(n, ast.Import):
+                self.imports(n, [(a.name, None) for a in n.names])
+            elif isinstance(n, ast.ImportFrom):
+                self.imports(n, [(n.module or "", a.name) for a in n.names])
+            elif isinstance(n, ast.ClassDef):
+                self.class_(n)
+            elif isinstance(n, ast.Assign):
+                self.expression(n.value, set(), building=True)
+            elif not _text(n):
+                self.refuse(n, f"a statement of the kind {type(n).__name__}")
+
+    def imports(self, node: ast.Import | ast.ImportFrom, names: list[tuple[str, str | None]]) -> None:
+        for module, name in names:
+            if (module, name) not in _IMPORTS:
+                self.refuse(node, f"an import of {name or module}")
+        for a in node.names:
+            wanted = "F" if isinstance(node, ast.Import) and a.name == "torch.nn.functional" else a.name
+            if (a.asname or a.name) != wanted:
+                self.refuse(node, f"{a.name} under another name")
+            self.imported.add(wanted)
+
+    def class_(self, node: ast.ClassDef) -> None:
+        fields = all(
+            isinstance(n, ast.AnnAssign) and isinstance(n.value, (ast.Constant, type(None))) or _text(n)
+            for n in node.body
+        )
+        if [ast.unparse(b) for b in node.bases] == ["NamedTuple"] and fields and not node.decorator_list:
+            self.records.add(node.name)  # what a model returns
+            return
+        if [ast.unparse(b) for b in node.bases] != ["nn.Module"] or node.keywords or node.decorator_list:
+            self.refuse(node, "a class that is no plain nn.Module")
+        seen = set()
+        for n in node.body:
+            if isinstance(n, ast.FunctionDef) and n.name in ("__init__", "forward") and not n.decorator_list:
+                if n.name in seen:
+                    self.refuse(n, f"a second {n.name}")
+                seen.add(n.name)
+                self.function(n)
+            elif not _text(n) and not (isinstance(n, ast.AnnAssign) and n.value is None):
+                self.refuse(n, "something other than __init__ and forward")
+
+    def function(self, node: ast.FunctionDef) -> None:
+        building = node.name == "__init__"
+        names = {a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+        for extra in (node.args.vararg, node.args.kwarg):
+            names |= {extra.arg} if extra else set()
+        for default in (*node.args.defaults, *node.args.kw_defaults):
+            if default is not None and not isinstance(default, (ast.Constant, ast.UnaryOp)):
+                self.refuse(default, "a default that is no constant")
+        self.statements(node.body, names, building)
+
+    def statements(self, body: list[ast.stmt], names: set[str], building: bool) -> None:
+        for n in body:
+            if _text(n):
+                continue
+            if isinstance(n, ast.Assign):
+                self.expression(n.value, names, building)
+                for target in n.targets:
+                    self.target(target, names, building)
+            elif isinstance(n, ast.Return) and not building:
+                if n.value is not None:
+                    self.expression(n.value, names, building)
+            elif isinstance(n, ast.For) and not n.orelse:
+                self.expression(n.iter, names, building)
+                self.target(n.target, names, False)
+                self.statements(n.body, names, building)
+            elif isinstance(n, ast.Expr) and building and isinstance(n.value, ast.Call):
+                self.expression(n.value, names, building)
+            else:
+                self.refuse(n, f"a statement of the kind {type(n).__name__}")
+
+    def target(self, node: ast.expr, names: set[str], building: bool) -> None:
+        if isinstance(node, ast.Name):
+            if node.id in self.imported or node.id in self.classes or node.id == "self":
+                self.refuse(node, f"{node.id} assigned to")
+            names.add(node.id)
+        elif isinstance(node, (ast.Tuple, ast.List)):
+            for e in node.elts:
+                self.target(e.value if isinstance(e, ast.Starred) else e, names, building)
+        elif not building or not isinstance(node, (ast.Attribute, ast.Subscript)):
+            self.refuse(node, "state that is changed")
+        elif isinstance(node, ast.Attribute) and node.attr in ("forward", "training", "_parameters", "__class__"):
+            self.refuse(node, f"{node.attr} assigned to")
+
+    def expression(self, node: ast.AST, names: set[str], building: bool) -> None:
+        for n in ast.walk(node):
+            if not isinstance(n, _EXPRESSIONS):
+                self.refuse(n if hasattr(n, "lineno") else node, f"an expression of the kind {type(n).__name__}")
+            if isinstance(n, ast.comprehension):
+                if n.ifs or n.is_async:
+                    self.refuse(node, "a condition")
+                self.target(n.target, names, False)
+        for n in ast.walk(node):
+            if isinstance(n, ast.IfExp) and ast.unparse(n.test) != "self.training":
+                self.refuse(n, "a condition other than self.training")
+            elif isinstance(n, ast.BoolOp) and not (building and ast.unparse(n).startswith("rng or Rng(seed=")):
+                self.refuse(n, "a condition")
+            elif isinstance(n, ast.Attribute):
+                self.attribute(n, building)
+            elif isinstance(n, ast.Call):
+                self.call(n, names, building)
+
+    def attribute(self, n: ast.Attribute, building: bool) -> None:
+        table = building and n.attr == "index"  # (rows of rank 0, rows of rank 1, …)[self.tensor.index]
+        if n.attr in _HIDDEN and not table:
+            self.refuse(n, f"the attribute {n.attr}")
+        if n.attr.startswith("_") and n.attr != "__init__":
+            self.refuse(n, f"the attribute {n.attr}")
+
+    def call(self, n: ast.Call, names: set[str], building: bool) -> None:
+        name = n.func.id if isinstance(n.func, ast.Name) else n.func.attr if isinstance(n.func, ast.Attribute) else ""
+        if building:
+            if name not in _BUILDERS and name not in self.classes:
+                self.refuse(n, f"a call of {name or ast.unparse(n.func)} in a constructor")
+        elif isinstance(n.func, ast.Name):
+            known = name in _PYTHON or name in self.records or name in runtime.__all__ or name in names
+            if not known or (name in runtime.__all__ and (name not in self.imported or name[0].isupper())):
+                self.refuse(n, f"a call of {name}")
+        elif isinstance(n.func, ast.Attribute):
+            own = ast.unparse(n.func).startswith("self.")
+            functional = ast.unparse(n.func.value) == "F" and hasattr(torch.nn.functional, name) and name[-1] != "_"
+            path = ast.unparse(n.func).split(".")
+            if (
+                path[:2] == ["torch", "ops"]
+                and path[2] in ("aten", "tpcompiler")
+                and len(path) == 5
+                and path[3][-1] != "_"
+            ):
+                return
+            if not own and not functional and not self.operation(name):
+                self.refuse(n, f"a call of {name}")
+            if own and (name.endswith("_") or name in dir(torch.nn.Module)):
+                self.refuse(n, f"a call of {name}")
+        elif not isinstance(n.func, ast.Subscript):
+            self.refuse(n, f"a call of {ast.unparse(n.func)}")
+
+    def operation(self, name: str) -> bool:
+        return not name.endswith("_") and (
+            name in _METHODS
+            or any(hasattr(torch.ops.aten, f"{prefix}{name}") for prefix in ("", "linalg_", "special_"))
+        )
+
+
+def _text(n: ast.stmt) -> bool:
+    return isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)
+
+
+class Guarded(ast.NodeTransformer):
+    """Arithmetic that could tell lengths apart is called by name, so that it can be refused for sizes."""
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        if len(node.ops) != 1:
+            return node
+        args = [ast.Constant(type(node.ops[0]).__name__), node.left, node.comparators[0]]
+        return ast.copy_location(ast.Call(ast.Name("_compared", ast.Load()), args, []), node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        if not isinstance(node.op, (ast.Mod, ast.FloorDiv)):
+            return node
+        args = [ast.Constant(type(node.op).__name__), node.left, node.right]
+        return ast.copy_location(ast.Call(ast.Name("_compared", ast.Load()), args, []), node)

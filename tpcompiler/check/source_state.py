@@ -1,0 +1,69 @@
+"""The parameters and buffers of an emitted module: which, tied how, of what shape and dtype, trained or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NoReturn
+
+from torch import Tensor, nn
+
+from tpcompiler.check.claims import Geometry
+from tpcompiler.check.forward import Refused
+from tpcompiler.check.report import Refusal
+from tpcompiler.program import Parameter, Program
+
+
+def compare_state(program: Program, geometry: Geometry, rank: int, model: nn.Module) -> list[tuple[Tensor, str]]:
+    """Every tensor of the module, with the name of its placeholder. Raises `Refused` where it is not the program's."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    seen: dict[int, str] = {}
+    out: list[tuple[Tensor, str]] = []
+    known: set[str] = set()
+    for p in program.capture.parameters:
+        held = buffers if p.buffer else parameters
+        found = [held[n] for n in p.names if n in held]
+        known.update(n for n in p.names if n in held)
+        if not found:
+            continue
+        mine = found[0]
+        if len(found) != len(p.names) or any(t is not mine for t in found):
+            _refuse(p, f"one tensor under {', '.join(p.names)}", "they are not tied")
+        if id(mine) in seen:
+            _refuse(p, "a tensor of its own", f"it is tied to {seen[id(mine)]}")
+        seen[id(mine)] = p.name
+        for claimed, true in _differences(program, geometry, rank, p, mine):
+            _refuse(p, claimed, true)
+        out.append((mine, p.node))
+    used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    there = {node for _, node in out}
+    for p in program.capture.parameters:
+        if p.node in used and p.node not in there:
+            _refuse(p, "a parameter or buffer of the source", "it has none of that name")
+    for extra in sorted((set(parameters) | set(buffers)) - known):
+        raise Refused(Refusal(extra, "", "a parameter or buffer of the model", "the model has none of that name"))
+    if model._forward_hooks or model._backward_hooks:
+        raise Refused(Refusal("the source", "", "modules without hooks", "a hook"))
+    return out
+
+
+def _differences(
+    program: Program, geometry: Geometry, rank: int, p: Parameter, mine: Tensor
+) -> Iterator[tuple[str, str]]:
+    dims = program.dims.get(p.name)
+    shape = p.shape if dims is None else tuple(d.local_size(geometry.mesh, geometry.coords[rank]) for d in dims)
+    if tuple(mine.shape) != shape:
+        yield f"the source gives rank {rank} the shape {list(shape)}", f"{list(mine.shape)}"
+    if mine.dtype != p.dtype:
+        yield f"the dtype {p.dtype}", f"{mine.dtype}"
+    if not p.buffer and mine.requires_grad != p.trainable:
+        yield ("it is trained", "it is not") if p.trainable else ("it is not trained", "it is")
+    if mine._backward_hooks:
+        yield "a parameter without hooks", "it has one"
+
+
+def _refuse(p: Parameter, claimed: str, true: str) -> NoReturn:
+    raise Refused(Refusal(p.name, "", claimed, true))
+
+
+__all__ = ["compare_state"]

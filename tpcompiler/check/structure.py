@@ -1,0 +1,150 @@
+"""Whether a program computes the model's values, decided by structure: its outputs' terms are the model's.
+
+Every rank's rows are put together in thought: a program is read as one rank alone would run it. How the ranks hold
+these values is for `forward.py` to establish. Batch and sequence are primes beyond every constant, so that no length
+is taken for a number that stands in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx
+
+from tpcompiler.check.forward import Refused, line_of, live_nodes
+from tpcompiler.check.normal_form import Forms
+from tpcompiler.check.report import Refusal
+from tpcompiler.check.sizes import Sizes
+from tpcompiler.check.terms import Term, children
+from tpcompiler.check.translate import Translator, mode_of, whole_argument
+from tpcompiler.program import Program
+
+aten = torch.ops.aten
+
+
+class Model:
+    """A capture's values as terms."""
+
+    def __init__(self, program: Program, sizes: Sizes) -> None:
+        self.forms = Forms()
+        self.translator = Translator(self.forms)
+        self.sizes = sizes
+        self.env: dict[fx.Node, Any] = {}
+        self.leaves: dict[str, Any] = {}
+        self.terms: set[Term] = set()
+        self.outputs: tuple[Any, ...] = ()
+        self.sites = 0
+        for node in program.capture.graph.nodes:
+            if node.op == "output":
+                self.outputs = tuple(self.env[a] if isinstance(a, fx.Node) else a for a in node.args[0])
+                continue
+            value = self.read(node)
+            self.env[node] = value
+            for term in value if isinstance(value, tuple) else (value,):
+                if isinstance(term, Term):
+                    term.name = term.name or node.name
+                    self.terms.add(term)
+
+    def read(self, node: fx.Node) -> Any:
+        val = node.meta.get("val")
+        if node.op in ("placeholder", "get_attr"):
+            if not isinstance(val, Tensor):
+                return None
+            made = self.forms.make("leaf", (node.name,), self.sizes.shape(val.shape), val.dtype)
+            self.leaves[node.name] = made
+            return made
+        if isinstance(val, (torch.SymInt, int)) and not isinstance(val, bool):
+            return self.sizes(val)
+        args, kwargs = arguments(node, self.env)
+        if node.target is aten.dropout.default:
+            x, p, mode = args
+            site, self.sites = self.sites, self.sites + 1
+            return self.forms.dropout(x, p, mode_of(mode), site)
+        return self.translator.call(node.target, args, kwargs, self.described(val))
+
+    def described(self, val: Any) -> Any:
+        """What is known of a value: stand-ins with its sizes as numbers."""
+        if isinstance(val, Tensor):
+            return torch.empty(self.sizes.shape(val.shape), dtype=val.dtype, device="meta")
+        if isinstance(val, (tuple, list)):
+            return [self.described(v) for v in val]
+        return None
+
+
+def arguments(node: fx.Node, env: Mapping[fx.Node, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A node's arguments with values in the place of nodes, as one rank alone would have them."""
+
+    def read(a: Any) -> Any:
+        if isinstance(a, fx.Node):
+            return env[a]
+        if isinstance(a, (tuple, list)):
+            return tuple(map(read, a))
+        if isinstance(a, slice):
+            return slice(read(a.start), read(a.stop), read(a.step))
+        return whole_argument(a)
+
+    return read(tuple(node.args)), {k: read(v) for k, v in node.kwargs.items()}
+
+
+def compare_structure(program: Program, model: Model) -> None:
+    """Raises `Refused` when an output of the program is not the model's."""
+    env: dict[fx.Node, Any] = {}
+    for node in live_nodes(program.graph):
+        if node.op == "output":
+            _outputs(node, model, env)
+        elif node.op == "placeholder":
+            if node.name not in model.leaves:
+                _refuse(node, "a parameter, buffer or input of the model", "the model has none of that name")
+            env[node] = model.leaves[node.name]
+        elif node.op != "call_function":
+            _refuse(node, "a call of a function", f"a node of the kind {node.op}")
+        else:
+            try:
+                args, kwargs = arguments(node, env)
+                env[node] = model.translator.call(node.target, args, kwargs)
+            except Exception as e:
+                _refuse(node, "an operation on the model's values", f"{_one_line(e)}")
+
+
+def _outputs(node: fx.Node, model: Model, env: Mapping[fx.Node, Any]) -> None:
+    mine: Any = node.args[0]
+    if len(mine) != len(model.outputs):
+        _refuse(node, f"{len(model.outputs)} outputs", f"{len(mine)}")
+    for i, (got, expected) in enumerate(zip(mine, model.outputs, strict=True)):
+        value = env[got] if isinstance(got, fx.Node) else got
+        if isinstance(expected, Term) or isinstance(value, Term):
+            if value is not expected:
+                at = _stranger(got, model, env) if isinstance(got, fx.Node) else node
+                _refuse(at, "a value of the model", "no value of the model", f"output {i} is computed from it")
+        elif value != expected:
+            _refuse(node, f"output {i} is {expected}", f"{value}")
+
+
+def _stranger(node: fx.Node, model: Model, env: Mapping[fx.Node, Any]) -> fx.Node:
+    """The first node on the way to a wrong output that is no value of the model, all its operands being some."""
+    seen = {node}
+    todo, found = [node], node
+    while todo:
+        at = todo.pop()
+        found = at
+        for operand in at.all_input_nodes:
+            value = env.get(operand)
+            mine = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(t, Term) and t not in model.terms for t in mine) and operand not in seen:
+                seen.add(operand)
+                todo.append(operand)
+                break
+    return found
+
+
+def _refuse(node: fx.Node, claimed: str, true: str, example: str = "") -> NoReturn:
+    raise Refused(Refusal(node.name, line_of(node), claimed, true, example))
+
+
+def _one_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+__all__ = ["Model", "children", "compare_structure"]

@@ -1,0 +1,92 @@
+"""Terms: what a value is computed from, each once, so that equal computations are one object.
+
+A term is an operation's name, its arguments (terms, numbers, dtypes, nested tuples) and what is known of its result.
+Two terms are equal exactly when they are the same object: no number is ever drawn to find that out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+Shape = tuple[int, ...]
+
+
+class Term:
+    """One value. `shape` and `dtype` are None for a list of tensors, whose `items` are described instead."""
+
+    __slots__ = ("args", "dtype", "index", "items", "name", "op", "shape")
+
+    def __init__(self, index: int, op: str, args: tuple[Any, ...], shape: Any, dtype: Any, items: Any = None) -> None:
+        self.index = index
+        self.op = op
+        self.args = args
+        self.shape: Shape = shape
+        self.dtype: torch.dtype = dtype
+        self.items: tuple[tuple[Shape, torch.dtype], ...] | None = items
+        self.name = ""
+
+    def __repr__(self) -> str:
+        return self.name or f"{self.op}#{self.index}"
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+
+class Terms:
+    """All terms so far."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Term] = {}
+
+    def find(self, op: str, args: tuple[Any, ...]) -> Term | None:
+        """The term of this operation on these arguments, if there is one already."""
+        return self._made.get((op, keyed(args)))
+
+    def make(self, op: str, args: tuple[Any, ...], shape: Any, dtype: Any, items: Any = None) -> Term:
+        """The term of this operation on these arguments."""
+        key = (op, keyed(args))
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = Term(len(self._made), op, args, shape, dtype, items)
+        return found
+
+
+def keyed(a: Any) -> Any:
+    """Hashable, and different for 1, 1.0 and True."""
+    kind = type(a)
+    if kind is tuple:
+        return tuple([keyed(x) for x in a])
+    if kind is int or kind is Term or kind is str or a is None:
+        return a
+    if kind is float or kind is bool or kind is complex:
+        return (kind.__name__, repr(a))
+    if kind is slice:
+        return ("slice", keyed(a.start), keyed(a.stop), keyed(a.step))
+    return a
+
+
+def children(a: Any) -> list[Term]:
+    """The terms among nested arguments, in order."""
+    found: list[Term] = []
+    todo = [a]
+    while todo:
+        x = todo.pop()
+        if type(x) is Term:
+            found.append(x)
+        elif type(x) is tuple:
+            todo.extend(reversed(x))
+    return found
+
+
+def described(term: Term) -> str:
+    """The operation with its arguments, for messages."""
+
+    def said(a: Any) -> str:
+        if isinstance(a, tuple):
+            return "(" + ", ".join(map(said, a)) + ")"
+        return f"{a!r}{list(a.shape)}" if isinstance(a, Term) and a.shape is not None else str(a)
+
+    return f"{term}: {term.op}{said(term.args)}"

@@ -1,0 +1,178 @@
+"""Calls as terms: ATen's operations, and the runtime's operators as one rank alone would run them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpcompiler import runtime
+from tpcompiler.check.calls import Over, runtime_signature
+from tpcompiler.check.meanings import MEANINGS, added, bound, packet
+from tpcompiler.check.normal_form import Forms
+from tpcompiler.check.terms import Term, keyed
+from tpcompiler.layout import LocalRuns, LocalSize
+from tpcompiler.program import Training
+
+aten = torch.ops.aten
+
+
+class Translator:
+    """Makes terms of calls. `whole`: the runtime's operators are what they are on one rank, for all ranks' rows."""
+
+    def __init__(self, forms: Forms) -> None:
+        self.forms = forms
+        self._inferred: dict[Any, Any] = {}
+
+    def call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], known: Any = None) -> Any:
+        """The result of a call: a term, a tuple of terms, or a number. `known`: its shapes and dtypes, if given."""
+        if target is operator.getitem and isinstance(args[0], (tuple, Term)):
+            return self.item(args[0], args[1])
+        if isinstance(target, torch._ops.OpOverload):
+            if target is aten.sym_size.int:
+                return args[0].shape[args[1]]
+            return self.aten(target, args, kwargs, known)
+        signature = runtime_signature(target)
+        if signature is not None:
+            given = dict(signature.bind(*args, **kwargs).arguments)
+            return self.runtime(target, given, known)
+        if not any(isinstance(a, Term) for a in args):
+            return target(*args, **kwargs)  # sizes from sizes
+        raise ValueError(f"{getattr(target, '__name__', target)} is no operation that a program may call")
+
+    def item(self, value: Any, i: int) -> Any:
+        if isinstance(value, tuple):
+            return value[i]
+        assert value.items is not None
+        shape, dtype = value.items[i]
+        return self.forms.make("item", (value, i), shape, dtype)
+
+    def aten(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], known: Any = None) -> Any:
+        """An operation of ATen in normal form, or a term of its own."""
+        name, given = packet(target), bound(target, args, kwargs)
+        meaning = MEANINGS.get(name)
+        if meaning is not None:
+            self.forms.known = tuple(known.shape) if isinstance(known, Tensor) else None
+            found = meaning(self.forms, given)
+            if found is not NotImplemented:
+                if isinstance(found, tuple) and name in ("add", "sub", "rsub"):
+                    try:
+                        return added(self.forms, name, found)
+                    except NotImplementedError:
+                        found = NotImplemented
+                else:
+                    return found
+        return self.own(name, tuple(given.items()), known, lambda: (target, args, kwargs))
+
+    def own(self, op: str, args: tuple[Any, ...], known: Any, call: Callable[[], Any]) -> Any:
+        """A term whose shape is that of the model's value, or worked out without values."""
+        found = self.forms.find(op, args)
+        if found is None:
+            described = described_value(known) if known is not None else self.infer(*call())
+            if isinstance(described, list):
+                found = self.forms.make(op, args, None, None, tuple(described))
+            else:
+                found = self.forms.make(op, args, *described)
+        return found if found.items is None else tuple(self.item(found, i) for i in range(len(found.items)))
+
+    def infer(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The shape and dtype that a call's result has, found by torch on tensors without values."""
+        key = (target, keyed(_outline(tuple(args))), keyed(_outline(tuple(sorted(kwargs.items())))))
+        if key not in self._inferred:
+
+            def fill(a: Any) -> Any:
+                if isinstance(a, Term):
+                    return torch.empty(a.shape, dtype=a.dtype, device="meta")
+                if isinstance(a, (tuple, list)):
+                    return tuple(map(fill, a))
+                return fill(a.on) if isinstance(a, Training) else a
+
+            given = {k: fill(v) for k, v in kwargs.items()}
+            if isinstance(target, torch._ops.OpOverload) and any(a.name == "device" for a in target._schema.arguments):
+                given["device"] = "meta"
+            self._inferred[key] = described_value(target(*map(fill, args), **given))
+        return self._inferred[key]
+
+    # -- the runtime's operators, on one rank alone -----------------------------------------------------------------
+
+    def runtime(self, target: Any, a: dict[str, Any], known: Any) -> Any:
+        """What the operator is of whole values."""
+        f = self.forms
+        if target in (runtime.enter, runtime.reduce, runtime.scatter_sequence):
+            return a["x"]
+        if target is runtime.gather_sequence:
+            self._long(a.get("size"), a["x"].shape[a["dim"]])
+            return a["x"]
+        if target in (runtime.take, runtime.gather):
+            self._rows(a["rows"], a["x"].shape[a["dim"]])
+            return a["x"]
+        if target is runtime.dropout:
+            return f.dropout(a["x"], a["p"], mode_of(a["training"]), a["site"])
+        if target is runtime.lookup:
+            self._rows(a["rows"], a["weight"].shape[0])
+            padding = a.get("padding_idx")
+            return self.call(aten.embedding.default, (a["weight"], a["ids"], -1 if padding is None else padding), {})
+        if target is runtime.rms_norm:
+            args: tuple[Any, ...] = (a["x"], (a["size"],), a.get("weight"), a.get("eps"))
+            self._long(a["size"], a["x"].shape[-1])
+            return self.call(aten.rms_norm.default, args, {})
+        if target is runtime.layer_norm:
+            self._long(a["size"], a["x"].shape[-1])
+            vectors = (a.get("weight"), a.get("bias"), a.get("eps", 1e-5))
+            return self.call(aten.layer_norm.default, (a["x"], (a["size"],), *vectors), {}, None)
+        if target is runtime.cross_entropy:
+            return self._loss(a)
+        return self.own(f"runtime.{target.__name__}", tuple(sorted(a.items())), known, lambda: (target, (), a))
+
+    def _loss(self, a: dict[str, Any]) -> Any:
+        logits = a["logits"]
+        self._rows(a["rows"], logits.shape[min(1, logits.rank - 1)])
+        if a["target"].dtype.is_floating_point:
+            raise ValueError("the loss of class probabilities has no form for split classes")
+        kind = ("none", "mean", "sum").index(a.get("reduction", "mean"))
+        rest = (a.get("ignore_index", -100), float(a.get("label_smoothing", 0.0)))
+        return self.call(aten.cross_entropy_loss.default, (logits, a["target"], a.get("weight"), kind, *rest), {})
+
+    def _rows(self, rows: Any, size: int) -> None:
+        if not isinstance(rows, LocalRuns):
+            raise ValueError("rows that are no layout's")
+        self._long(rows.dim.size, size)
+
+    def _long(self, said: Any, size: int) -> None:
+        if said is not None and said != size:
+            raise ValueError(f"{said} rows are spoken of, and there are {size}")
+
+
+def mode_of(a: Any) -> Any:
+    """An argument that depends on the mode, one that is the same in both modes being itself."""
+    if isinstance(a, Training):
+        return a.on if keyed(a.on) == keyed(a.off) else a
+    return a
+
+
+def described_value(value: Any) -> Any:
+    """(shape, dtype), or a list of them."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    return [(tuple(v.shape), v.dtype) for v in value]
+
+
+def whole_argument(a: Any) -> Any:
+    """An argument as one rank alone would have it."""
+    if isinstance(a, LocalSize):
+        return a.dim.size
+    return mode_of(a)
+
+
+def _outline(a: Any) -> Any:
+    if isinstance(a, Term):
+        return (a.shape, a.dtype)
+    if isinstance(a, (tuple, list)):
+        return tuple(map(_outline, a))
+    return a
+
+
+__all__ = ["Over", "Translator", "described_value", "mode_of", "whole_argument"]
