@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpcompiler import check as module
 from tpcompiler.api import Sharded, compile_capture
 from tpcompiler.capture import capture
 from tpcompiler.check import check
-from tpcompiler.check.sizes import choices
 from tpcompiler.spec.schema import Spec
 from tpcompiler.verification.verify import verify
 

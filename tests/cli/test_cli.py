@@ -86,7 +86,7 @@ def test_help_ends_in_examples_that_the_command_takes(name: str, capsys: pytest.
     examples = [line.strip() for line in out.partition("Example")[2].splitlines()[1:] if line.strip()]
     assert status == 0
     assert examples
-    group = typer.main.get_command(main.app)
+    group: Any = typer.main.get_command(main.app)
     for example in examples:
         program, command, *arguments = shlex.split(example.partition(" > ")[0])
         assert (program, command) == ("tpc", name)

@@ -46,7 +46,7 @@ class Beside(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList([Attention(i % 2 * 3), feed_forward()]) for i in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        for attention, ff in self.layers:
+        for attention, ff in self.layers:  # type: ignore[misc]
             x = x + attention(x)
             x = x + ff(x)
         return x
