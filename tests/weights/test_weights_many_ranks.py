@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from time import perf_counter
+from time import process_time  # others may share the machine
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,19 +49,19 @@ def program(mesh: Mesh) -> Any:
 def test_a_manifest_of_512_ranks_takes_a_second(degrees: dict[str, int], tmp_path: Path) -> None:
     mesh = Mesh.of(degrees)
     layout.cache_clear()
-    started = perf_counter()
+    started = process_time()
     made = tuple(entries(program(mesh), torch.float32))
-    making = perf_counter() - started
+    making = process_time() - started
     files = [FileInfo(f"rank-{r:05d}.safetensors", 1, "0" * 64) for r in range(512)]
     save_manifest(Manifest(checkpoint_mesh(mesh), made).with_files(files), tmp_path)
-    started = perf_counter()
+    started = process_time()
     read = load_manifest(tmp_path)
-    reading = perf_counter() - started
+    reading = process_time() - started
     assert read.entries == made
     assert making < 1 and reading < 1, f"entries {making:.2f} s, reading {reading:.2f} s"
-    started = perf_counter()
+    started = process_time()
     spots = read.contents("rank-00511.safetensors")
-    assert perf_counter() - started < 1
+    assert process_time() - started < 1
     held: list[Runs] = [d.runs[d.rank[511]] for d in made[0].layout.dims]
     assert spots[0].shape == tuple(map(length, held))
     assert len(spots) == LAYERS * len(LAYER)
