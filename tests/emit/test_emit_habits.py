@@ -46,7 +46,9 @@ class Beside(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList([Attention(i % 2 * 3), feed_forward()]) for i in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        for attention, ff in self.layers:  # type: ignore[misc]
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleList)
+            attention, ff = layer
             x = x + attention(x)
             x = x + ff(x)
         return x

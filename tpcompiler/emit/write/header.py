@@ -12,7 +12,7 @@ from tpcompiler.emit.text.wrap import LIMIT
 from tpcompiler.emit.write.remarks import amount
 from tpcompiler.program import Collective, Program
 
-_REASON = 32  # the narrowest column for reasons
+_REASON = 20  # the narrowest column for reasons
 _HANG = " " * 8
 
 
