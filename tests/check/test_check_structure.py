@@ -77,6 +77,8 @@ def test_a_fault_of_the_graph_is_refused(fault: str) -> None:
     assert not check(mutant).passed
 
 
+DROPS = "dropout(y, 0.1, self.training, self.rng, 1)"
+WPE = "self.wpe = Parameters(weight=(self.vocab2, 32))"
 SOURCES = {
     "a branch on a length": ("        x = self.h[0](x)\n", "        x = self.h[0](x) if s > 12 else x\n"),
     "a length compared": ("x = self.h[0](x)\n", "x = self.h[0](x) * (s > 1)\n"),
@@ -87,13 +89,13 @@ SOURCES = {
         "(y if self.tensor.index else reduce(y, self.tensor))",
     ),
     "rows of the first rank": ("(self.tensor.part(101),)", "((0, 51),)"),
-    "another probability": ("dropout(y, 0.1, self.training, self.rng, 1)", "dropout(y, 0.2, self.training, self.rng, 1)"),
+    "another probability": (DROPS, DROPS.replace("0.1", "0.2")),
     "another site": ("self.training, self.rng, 1)", "self.training, self.rng, 2)"),
-    "dropout left off": ("dropout(y, 0.1, self.training, self.rng, 1)", "dropout(y, 0.1, False, self.rng, 1)"),
-    "torch's dropout": ("dropout(y, 0.1, self.training, self.rng, 1)", "F.dropout(y, 0.1, self.training)"),
+    "dropout left off": (DROPS, "dropout(y, 0.1, False, self.rng, 1)"),
+    "torch's dropout": (DROPS, "F.dropout(y, 0.1, self.training)"),
     "training scaled": ("return x + dropout(y", "return x * (2.0 if self.training else 1.0) + dropout(y"),
-    "not trained": ("self.wpe = Parameters(weight=(self.vocab2, 32))", "self.wpe = Parameters(weight=(self.vocab2, 32)).requires_grad_(False)"),
-    "bfloat16": ("self.wpe = Parameters(weight=(self.vocab2, 32))", "self.wpe = Parameters(weight=(self.vocab2, 32)).to(torch.bfloat16)"),
+    "not trained": (WPE, f"{WPE}.requires_grad_(False)"),
+    "bfloat16": (WPE, f"{WPE}.to(torch.bfloat16)"),
     "untied": (
         "logits = F.linear(x, self.wte.weight)",
         "logits = F.linear(x, self.wte.weight.detach())",
@@ -145,7 +147,7 @@ def test_real_widths_without_rotation_are_refused() -> None:
         for m in s.all_input_nodes
         for n in m.all_input_nodes
         if n.target.__name__ == "getitem"
-    }  # noqa: E501
+    }
     attention.update_arg(0, plain)
     mutant.graph.lint()
     assert not check(mutant).passed
