@@ -202,6 +202,8 @@ def _(f: Forms, a: Arguments) -> Any:
     sizes = a.get("split_sizes", a.get("split_size"))
     if isinstance(sizes, int):
         n, total = sizes, x.shape[a["dim"]]
+        if n > total:
+            return (f.slice(x, a["dim"], 0, n),)
         sizes = [min(n, total - i) for i in range(0, total, n)] if n else [0]
     return f.split(x, a["dim"], sizes)
 

@@ -24,7 +24,7 @@ from tpcompiler.check.decompose import Decomposer, Place
 from tpcompiler.check.fields import Fields, fields_of
 from tpcompiler.check.forward import Refused
 from tpcompiler.check.grammar import Guarded, read_source
-from tpcompiler.check.normal_form import Forms
+from tpcompiler.check.normal_form import OPEN, Forms
 from tpcompiler.check.one_rank import OneGraph, OneRank, RankClass, RankRows, rank_classes
 from tpcompiler.check.report import Refusal
 from tpcompiler.check.sizes import Sizes, choices
@@ -217,6 +217,8 @@ class _Recorder(TorchFunctionMode):
             asked = func(*args, **kwargs)
             if not isinstance(asked, Tensor):  # x.shape, but not x.T
                 return asked
+        if func is Tensor.__getitem__:
+            args = self.sliced(*args)
         terms: list[Term] = []
 
         def read(a: Any) -> Any:
@@ -231,6 +233,23 @@ class _Recorder(TorchFunctionMode):
 
         given = read(tuple(args)), tuple((k, read(v)) for k, v in sorted(kwargs.items()) if k != "device")
         return self.made(self.decomposer.call(func, *given, terms))
+
+    def sliced(self, x: Tensor, index: Any) -> tuple[Tensor, Any]:
+        """`x[index]` with its slices taken as they are written: Python would cut ends off at this run's lengths."""
+        items = list(index) if isinstance(index, tuple) else [index]
+        if any(isinstance(i, Tensor) and i.dtype == torch.bool or i is True or i is False for i in items):
+            return x, index
+        if not any(i is Ellipsis for i in items):
+            items.append(Ellipsis)
+        at = next(n for n, i in enumerate(items) if i is Ellipsis)
+        items[at : at + 1] = [slice(None)] * (x.dim() - sum(i is not None and i is not Ellipsis for i in items))
+        d = 0
+        for n, i in enumerate(items):
+            if isinstance(i, slice) and i != slice(None) and i.step in (None, 1):
+                call = (self.term(x), d, i.start, i.stop if i.stop is not None else OPEN)
+                x, items[n] = self.made(self.translator.call(torch.ops.aten.slice.Tensor, call, {})), slice(None)
+            d += i is not None
+        return x, tuple(items)
 
     def made(self, value: Any) -> Any:
         if isinstance(value, Term):
