@@ -47,3 +47,19 @@ def test_a_model_that_returns_a_cache_by_default_is_taken_without_one() -> None:
     report = verify(model, example, {"mesh": {"tensor": 2}})
     assert report.passed, str(report)
     assert config.use_cache, "the user's own configuration stays"
+
+
+class Lengthened(nn.Module):
+    """Adds a size to a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x))) + x.shape[1]  # type: ignore[no-any-return]
+
+
+def test_a_size_may_be_added_to_a_value() -> None:
+    report = verify(Lengthened(), (torch.randn(2, 6, 8),), {"mesh": {"tensor": 2}})
+    assert report.passed, str(report)
