@@ -251,11 +251,12 @@ def parallelize(
     module, else they are those that its constructor draws, by the spec's seed and each parameter's name: the same on
     any mesh. No rank ever makes or reads more than one whole parameter. Buffers keep their values.
 
-    `device`: the mesh's, or the processes' backend's, if not given. `dtype`: as `Module.to`. Dropout draws anew when
-    `module.rng.at(step, first_sample)` says so, on all ranks alike. Errors: `TpcError`, one line.
+    `device`: the mesh's, or the processes' backend's, if not given. `dtype`: of real parameters and buffers. Dropout
+    draws anew when `module.rng.at(step, first_sample)` says so, on all ranks alike. Errors: `TpcError`, one line.
     """
     from tpcompiler.emit import load_source
     from tpcompiler.runtime import Rng
+    from tpcompiler.runtime.precision import cast
     from tpcompiler.weights.fill import InitialValues, device_of, fill_from, own_values, ranks_of
 
     read = Spec.load(spec)
@@ -270,7 +271,7 @@ def parallelize(
     with where:
         module: nn.Module = emitted.Model(ranks, Rng(read.seed, where))
     if dtype is not None:
-        module = module.to(dtype)
+        module = cast(module, dtype)
     if weights is None:
         weights = own_values(model) if isinstance(model, nn.Module) else InitialValues(recorded, read.seed)
     fill_from(module, program, ranks.coords, weights)

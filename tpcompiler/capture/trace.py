@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from tpcompiler.capture.caches import without_caches
 from tpcompiler.capture.draws import Draws
 from tpcompiler.capture.init import Recorded
 from tpcompiler.capture.lean import lean_tracing, whole_operators
@@ -44,7 +45,7 @@ def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
     Sizes of 1, and batch and sequence of one size, would be taken for constants or for each other; so the example is
     traced at other sizes first where it has such, and as it is when the model refuses those.
     """
-    model = recorded.model
+    model = without_caches(recorded.model)
     args, kwargs = split_example(example)
     names = arg_names(model, args, kwargs, source)
     leaves, in_spec = pytree.tree_flatten((args, kwargs))

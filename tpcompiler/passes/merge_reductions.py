@@ -47,7 +47,10 @@ def _is_sum(node: fx.Node) -> bool:
     return (
         node.target is aten.add.Tensor
         and not node.kwargs
-        and all(isinstance(x, fx.Node) and x.meta["val"].dtype == node.meta["val"].dtype for x in node.args)
+        and all(
+            isinstance(x, fx.Node) and getattr(x.meta["val"], "dtype", None) == node.meta["val"].dtype
+            for x in node.args
+        )
     )
 
 

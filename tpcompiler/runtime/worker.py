@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tpcompiler.errors import TpcError
 from tpcompiler.runtime.groups import Ranks
 from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.runtime.precision import cast
 from tpcompiler.runtime.private_apis import pytree
 from tpcompiler.runtime.weights import load
 
@@ -47,7 +48,7 @@ def run(program: Path, call: dict[str, Any]) -> dict[str, Any]:
     with device:
         model: nn.Module = import_program(program).Model(ranks)
     if call["dtype"] is not None:
-        model.to(call["dtype"])
+        cast(model, call["dtype"])
     load(model, program, ranks)
     model.eval()
     outputs: list[Any] = []

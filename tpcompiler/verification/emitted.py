@@ -13,6 +13,7 @@ from tpcompiler.emit import load_source
 from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.program import Capture, InputLeaf
 from tpcompiler.runtime import Ranks
+from tpcompiler.runtime.precision import cast
 from tpcompiler.verification.compare import Batch, Case, Comparison, Results, count_executed, count_listed
 from tpcompiler.weights.fill import fill_from
 
@@ -26,7 +27,7 @@ def emitted_case(run: Comparison, batches: Sequence[Batch]) -> Case:
     emitted = load_source(source, f"tpc_verify_{name}")
 
     def rank(ranks: Ranks) -> Results:
-        model: nn.Module = emitted.Model(ranks).to(run.dtype).eval()
+        model: nn.Module = cast(emitted.Model(ranks), run.dtype).eval()
         fill_from(model, program, ranks.coords, run.state)
 
         def forward(batch: Batch) -> list[Any]:

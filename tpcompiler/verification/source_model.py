@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tpcompiler.capture.caches import without_caches
 from tpcompiler.capture.trace import split_example
 from tpcompiler.execute.interpret import interpret_capture
 from tpcompiler.graphs import copy_graph
@@ -39,7 +40,8 @@ def same_as_module(captured: Capture, module: nn.Module, example_inputs: Any, ba
 
 
 def _case(what: str, captured: Capture, given: nn.Module, example: Any, backward: bool, *, training: bool) -> Case:
-    module = copy.deepcopy(given).train(training)  # running statistics change, and gradients are its own
+    module = without_caches(copy.deepcopy(given))  # running statistics change, and gradients are its own
+    module.train(training)
     args, kwargs = split_example(example)
     leaves, spec = pytree.tree_flatten((args, kwargs))
 
