@@ -22,7 +22,7 @@ from tpcompiler.train.data.corpus import Source, pieces
 from tpcompiler.train.data.samples import Causal
 from tpcompiler.train.data.tokenizer import ByteTokenizer
 from tpcompiler.train.data.tokens import TokenFile, Tokens
-from tpcompiler.train.run.config import Train
+from tpcompiler.train.settings import Train
 
 
 def settings_of(tmp_path: Path, **train: object) -> Train:

@@ -26,9 +26,9 @@ from tpcompiler.train.data.batches import open_corpus
 from tpcompiler.train.evaluate import measure  # noqa: F401  imported once, before ranks are forked
 from tpcompiler.train.hold.owned import from_constructor
 from tpcompiler.train.run import loop  # noqa: F401
-from tpcompiler.train.run.compiled import Compiled, compile_model, loss_output, training_inputs
-from tpcompiler.train.run.config import Train
+from tpcompiler.train.settings import Train
 from tpcompiler.train.show.log import read_log
+from tpcompiler.train.step.compiled import Compiled, compile_model, loss_output, training_inputs
 from tpcompiler.train.step.engine import Engine, Outcome
 from tpcompiler.weights.manifest import DATA
 
