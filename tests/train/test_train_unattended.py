@@ -46,7 +46,7 @@ def test_weights_are_mapped_where_the_mapping_is_certain() -> None:
     assert named(prefixed, strip="transformer.") == {n: f"transformer.{n}" for n in SHAPES}
     layers = {n.replace("h.", "layers."): s for n, s in SHAPES.items()}
     assert named(layers, rename=("layers.=h.",))["h.1.w"] == "layers.1.w"
-    turned = {n: s[::-1] if n.startswith("h") else s for n, s in SHAPES.items()}
+    turned = {n: s[::-1] if n.startswith("h.") else s for n, s in SHAPES.items()}
     assert named(turned, transpose=("h.*",)) == {n: n for n in SHAPES}
 
 
@@ -67,7 +67,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_read(
 
 
 def test_another_vocabulary_is_refused_by_train_resume_and_eval(tmp_path: Path) -> None:
-    in_processes(GPT2, 1, 1, tmp_path, steps=2)
+    in_processes(GPT2, 1, 1, tmp_path, steps=2, schedule={"warmup": 1})
     run = tmp_path / "run"
     other = [*train_command(GPT2, GPT2.spec(1), tmp_path / "other"), "--set", "vocab=300", "-w", str(newest(tmp_path))]
     assert "[261, 16]" in failing(other, 1, tmp_path / "other")
@@ -114,21 +114,23 @@ def case(here: Path, loss: str) -> Case:
 @pytest.mark.parametrize(("loss", "labels"), [(SHIFTS, "next"), (PADS, "next"), (PLAIN, "same")])
 def test_labels_that_would_be_shifted_twice_or_never_are_refused(loss: str, labels: str, tmp_path: Path) -> None:
     model = case(tmp_path, loss)
-    command = train_command(model, model.spec(1, steps=1, data={"labels": labels}), tmp_path)
+    once = {"steps": 1, "schedule": {"warmup": 0}}
+    command = [*train_command(model, model.spec(1, **once), tmp_path), "--train", f"data.labels={labels}"]
     other = {"next": "same", "same": "next"}[labels]
     assert f"data.labels: {other} would work" in failing(command, 1, tmp_path)
-    in_processes(model, 1, 1, tmp_path / "right", steps=1, data={"labels": other})
+    in_processes(model, 1, 1, tmp_path / "right", "--train", f"data.labels={other}", **once)
 
 
 def test_a_resumed_run_says_what_changed_and_refuses_another_run(tmp_path: Path) -> None:
-    in_processes(GPT2, 1, 1, tmp_path, steps=2)
+    schedule = {"warmup": 1, "until": 9}
+    in_processes(GPT2, 1, 1, tmp_path, steps=2, schedule=schedule)
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["train.optimizer.lr"] == 1e-2
-    command = train_command(GPT2, GPT2.spec(1, steps=4), tmp_path)
+    command = train_command(GPT2, GPT2.spec(1, steps=4, schedule=schedule), tmp_path)
     said = failing([*command, "--train", "optimizer.lr=0.1"], 1, tmp_path)
     assert "train.optimizer.lr: the run began with 0.01, now it is 0.1" in said
     more = ["--train", "optimizer.lr=0.1", "--allow-changed", "train.optimizer.*"]
-    in_processes(GPT2, 1, 1, tmp_path, *more, steps=4)
+    in_processes(GPT2, 1, 1, tmp_path, *more, steps=4, schedule=schedule)
     assert "changed since the run began: train.optimizer.lr: 0.01 → 0.1" in (tmp_path / "output").read_text()
     assert len(losses(tmp_path / "run")) == 4
 
@@ -254,7 +256,8 @@ def test_a_rank_that_does_not_answer_is_named_within_the_timeout(
     stopped: int, tensor: int, data: int, tmp_path: Path
 ) -> None:
     command = [*train_command(GPT2, GPT2.spec(tensor, data, steps=100_000), tmp_path), "--timeout", "4"]
-    ranks = Processes(command, 2, tmp_path / "output")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun serves it
+    ranks = Processes(command, 2, tmp_path / "output", port=store.port)
     stepping(ranks, tmp_path, 3)
     pid = ranks.ranks[stopped].pid
     assert pid is not None
@@ -276,17 +279,17 @@ def test_a_bad_batch_is_skipped_or_left_behind(tmp_path: Path) -> None:
         "steps": 8,
         "batch": 4,
         "micro_batch": 4,
-        "data": {"path": str(tmp_path / "text.txt"), "held_out": 0},
         "checkpoints": {"every": 1},
         "precision": "fp32",
     }
-    command = train_command(model, model.spec(1, **settings), tmp_path / "stop")
+    text_only = ["--data", str(tmp_path / "text.txt"), "--train", "data.held_out=0", "--train", "seed=3"]
+    command = [*train_command(model, model.spec(1, **settings), tmp_path / "stop"), *text_only]
     assert "the run stops" in failing(command, 1, tmp_path / "stop")
-    in_processes(model, 1, 1, tmp_path / "skip", on_bad_batch="skip", **settings)
+    in_processes(model, 1, 1, tmp_path / "skip", *text_only, on_bad_batch="skip", **settings)
     assert "the weights were left as they are" in (tmp_path / "skip" / "output").read_text()
     with open_source(newest(tmp_path / "skip")) as weights:
         assert all(bool(weights.read(n).isfinite().all()) for n in weights.tensors)
-    in_processes(model, 1, 1, tmp_path / "rewind", on_bad_batch="rewind", **settings)
+    in_processes(model, 1, 1, tmp_path / "rewind", *text_only, on_bad_batch="rewind", **settings)
     assert "continues with the data behind that batch" in (tmp_path / "rewind" / "output").read_text()
     assert len(losses(tmp_path / "rewind" / "run")) == 8
 
@@ -306,7 +309,7 @@ def test_schedules_rise_to_the_peak_and_never_rise_again(decay: str) -> None:
 
 def test_a_masked_model_has_no_perplexity(tmp_path: Path) -> None:
     bert = CASES["bert"]
-    in_processes(bert, 1, 1, tmp_path, steps=1)
+    in_processes(bert, 1, 1, tmp_path, steps=1, schedule={"warmup": 0})
     (tmp_path / "text").write_text("a text of some words")
     command = ["eval", bert.path, "-s", str(tmp_path / "spec.yaml"), "-w", str(tmp_path / "run"), "--device", "cpu"]
     assert "no causal model" in failing([*command, "--perplexity", str(tmp_path / "text")], 1, tmp_path)

@@ -110,7 +110,7 @@ def _renamed(source: Source, renaming: Renaming) -> dict[str, str]:
     return named
 
 
-def _prefix(parameters: Sequence[Parameter], named: Mapping[str, str], where: str) -> tuple[Callable[[str], str], str]:
+def _prefix(parameters: Sequence[Parameter], named: Mapping[str, str]) -> tuple[Callable[[str], str], str]:
     """How the model's names become the source's, when one prefix is all that differs."""
 
     def all_there(change: Callable[[str], str]) -> bool:
