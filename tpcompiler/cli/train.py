@@ -173,10 +173,8 @@ def _show_names(
     model: str, spec: Spec, settings: list[str] | None, weights: Path | None, renaming: Renaming, as_json: bool
 ) -> None:
     """`--dry-run`: where each parameter is in the weights. Nothing is compiled, and no value is read."""
-    from tpcompiler.capture import capture_recorded, record
     from tpcompiler.load.model import load_model, parse_settings
-    from tpcompiler.train.hold.mapping import values_of
-    from tpcompiler.weights import open_source
+    from tpcompiler.train.run.saving import names_in
 
     screen = Screen(as_json)
     with screen.open():
@@ -184,10 +182,7 @@ def _show_names(
         there = weights or loaded.weights
         if there is None:
             raise TpcError("tpc train --dry-run: shows how weights are read; give --weights FILE")
-        with loaded.environment:
-            capture = capture_recorded(record(loaded.build), loaded.inputs(), source=loaded.source)
-        with open_source(there) as source:
-            names, _ = values_of(source, capture, renaming)
+        names = names_in(loaded, there, renaming)
     screen.show(*names.lines(), width=1000)
     screen.result({"names": dict(names.stored), "transposed": sorted(names.transposed)})
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from tpcompiler.errors import TpcError
+from tpcompiler.runtime.stored import disk
 from tpcompiler.train.data.corpus import Source, content_digest, pieces
 from tpcompiler.train.data.tokenizer import Tokenizer
 from tpcompiler.train.settings import Data
 from tpcompiler.weights.atomic import replacing_file
-from tpcompiler.runtime.stored import disk
 
 _DTYPES = {"uint16": torch.uint16, "uint32": torch.uint32}
 _CODES = {"uint16": "H", "uint32": "I"}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tpcompiler.errors import WeightsError
 from tpcompiler.program import Capture, Parameter
-from tpcompiler.weights import Source
 from tpcompiler.runtime.runs import Slice
+from tpcompiler.weights import Source
 
 Read = Callable[[str, Slice], Tensor]
 

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tpcompiler.capture import capture_recorded, record
 from tpcompiler.errors import TpcError
-from tpcompiler.train.hold.mapping import Renaming, check_checkpoint, values_of
+from tpcompiler.load.target import Loaded
+from tpcompiler.runtime.stored import disk
+from tpcompiler.train.hold.mapping import NameMap, Renaming, check_checkpoint, values_of
 from tpcompiler.train.hold.owned import checkpoint_mesh, entries, from_constructor
 from tpcompiler.train.optim.scaler import Scale
 from tpcompiler.train.run.checkpoint import Snapshot, State, find, set_aside_newer
@@ -18,7 +21,6 @@ from tpcompiler.train.settings import Train
 from tpcompiler.train.step.engine import Engine
 from tpcompiler.weights import Manifest, Weights, open_source
 from tpcompiler.weights.atomic import replacing_file
-from tpcompiler.runtime.stored import disk
 from tpcompiler.weights.wire import to_tree
 
 
@@ -29,6 +31,14 @@ class Start:
     weights: Path | None = None
     renaming: Renaming = field(default_factory=Renaming)
     allow_changed: tuple[str, ...] = ()
+
+
+def names_in(loaded: Loaded, weights: Path, renaming: Renaming) -> NameMap:
+    """Where each parameter of a model is in a file of weights. Nothing is compiled, and no value is read."""
+    with loaded.environment:
+        captured = capture_recorded(record(loaded.build), loaded.inputs(), source=loaded.source)
+    with open_source(weights) as source:
+        return values_of(source, captured, renaming)[0]
 
 
 def resume(run: TrainingRun, start: Start, tell: Tell) -> None:

@@ -15,7 +15,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tpcompiler import __version__
 from tpcompiler.errors import TpcError
 from tpcompiler.execute.interpret import bind_inputs
 from tpcompiler.load.target import Loaded
@@ -41,7 +40,7 @@ Flat = dict[str, Any]
 
 # Settings that may change without making a run another one: they say where it runs, how fast, and what it shows.
 FREE = (
-    "mesh.*", "shard.*", "override*", "axes*", "uneven", "allow_empty", "hardware.*", "inputs*", "outputs*", "version",
+    "mesh.*", "shard.*", "override*", "axes*", "uneven", "allow_empty", "hardware.*", "inputs*", "outputs*",
     "train.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile", "train.cuda_graphs",
     "train.evaluation.*", "train.checkpoints.*", "train.logging.*", "train.data.cache", "train.data.path",
     "train.data.validation", "train.on_bad_batch", "train.compare_ranks",
@@ -113,9 +112,9 @@ def _summary(run: TrainingRun, example: dict[str, Any]) -> str:
 
 
 def all_settings(spec: Spec, train: Train, capture: Capture, corpus: Corpus) -> Flat:
-    """Everything that a run is made of, by dotted key: the spec with all defaults, the model, the data, the version."""
+    """Everything that a run is made of, by dotted key: the spec with all defaults, the model, the data."""
     shapes = sorted((p.name, p.shape, str(p.dtype)) for p in capture.parameters)
-    whole = {**spec.dump(), "train": train.model_dump(mode="json"), "version": __version__}
+    whole = {**spec.dump(), "train": train.model_dump(mode="json")}
     whole["model_parameters"] = _digest(shapes)
     whole["train"]["schedule"]["until"] = train.schedule.until or train.steps
     whole["train"]["data"]["samples"] = len(corpus.train.samples)

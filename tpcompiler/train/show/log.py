@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any
 
 from tpcompiler.errors import TpcError
-from tpcompiler.weights.atomic import replacing_file
 from tpcompiler.runtime.stored import disk
+from tpcompiler.weights.atomic import replacing_file
 
 NAME = "log.jsonl"
 

@@ -14,8 +14,8 @@ from tpcompiler.runtime import Ranks, Rng
 from tpcompiler.runtime.runs import Slice
 from tpcompiler.train.data.batches import Batch, Batches
 from tpcompiler.train.data.order import mix
-from tpcompiler.train.hold.storage import Numbers, hold
 from tpcompiler.train.hold.owned import fill, fill_buffers, state_name, trained_slice
+from tpcompiler.train.hold.storage import Numbers, hold
 from tpcompiler.train.optim.clip import grad_norm, local, share
 from tpcompiler.train.optim.scaler import Scale, all_finite
 from tpcompiler.train.optim.schedule import learning_rate
