@@ -118,7 +118,8 @@ class Schedule(Section):
     decay: Literal["cosine", "linear", "constant", "inverse_sqrt", "stable"] = Field(
         default="cosine",
         description="How the learning rate falls. cosine, linear: from the warm-up to `until`. constant: not at all. "
-        "inverse_sqrt: with one over the root of the step. stable: not until the last `cooldown` of the steps before `until`, "
+        "inverse_sqrt: with one over the root of the step. stable: not until the last `cooldown` of the steps before "
+        "`until`, "
         "then by a line.",
     )
     cooldown: Fraction = Field(default=0.2, gt=0, description="stable only: share of `until` that the fall takes.")
