@@ -25,10 +25,10 @@ from tpcompiler.load.model import load_model, parse_settings
 from tpcompiler.runtime import Ranks, Rng
 from tpcompiler.runtime.groups import Group
 from tpcompiler.spec.schema import Spec
-from tpcompiler.train.hold.held import by_name
 from tpcompiler.train.hold.owned import allocate, fill, from_constructor
-from tpcompiler.train.run.compiled import Compiled, compile_model, loss_output
-from tpcompiler.train.run.config import Train
+from tpcompiler.train.hold.storage import by_name
+from tpcompiler.train.settings import Train
+from tpcompiler.train.step.compiled import Compiled, compile_model, loss_output
 from tpcompiler.train.step.engine import Engine
 
 

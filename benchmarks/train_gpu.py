@@ -35,9 +35,11 @@ from tpcompiler.runtime.groups import ProcessGroup
 from tpcompiler.spec.schema import Spec
 from tpcompiler.train.hold.owned import from_constructor
 from tpcompiler.train.optim.clip import local
-from tpcompiler.train.run.config import Train
-from tpcompiler.train.run.loop import Run, peak_memory, set_up
-from tpcompiler.train.run.start import Board, Place, join
+from tpcompiler.train.run.board import Board
+from tpcompiler.train.run.launch import Place, join
+from tpcompiler.train.run.reporter import peak_memory
+from tpcompiler.train.run.training_run import TrainingRun, set_up
+from tpcompiler.train.settings import Train
 from tpcompiler.train.step.flops import flops_per_token, peak_tflops
 
 
@@ -82,7 +84,7 @@ def alone(size: int, device: str | None) -> Place:
     return Place(0, size, 0, torch.device("cuda", 0) if cuda else torch.device("cpu"), Board())
 
 
-def build(a: argparse.Namespace, place: Place, dropout: float, compile: str) -> Run:
+def build(a: argparse.Namespace, place: Place, dropout: float, compile: str) -> TrainingRun:
     spec = Spec.load(a.spec)
     if a.tensor is not None:
         spec = spec.with_(mesh={"tensor": a.tensor})
@@ -110,10 +112,10 @@ def build(a: argparse.Namespace, place: Place, dropout: float, compile: str) -> 
     else:
         torch.manual_seed(0)
         with torch.no_grad():
-            for name, master in engine.held.masters.items():
+            for name, master in engine.storage.masters.items():
                 values = local(master)
                 values.fill_(1.0 if "weight" in name else 0.0) if values.dim() < 2 else values.normal_(std=0.02)
-            engine.held.publish()
+            engine.storage.publish()
     return run
 
 
@@ -166,7 +168,7 @@ def measure(a: argparse.Namespace, place: Place, dropout: float, compile: str) -
         "settings": a.set,
         "tensor": run.place.world,
         "alone": a.alone is not None,
-        "parameters_a_rank": sum(p.numel() for p in engine.held.masters.values()),
+        "parameters_a_rank": sum(p.numel() for p in engine.storage.masters.values()),
         "dropout": dropout,
         "compile": compile,
         "graphs": engine.recorded,
@@ -191,7 +193,7 @@ def measure(a: argparse.Namespace, place: Place, dropout: float, compile: str) -
     }
 
 
-def profile(run: Run, batches: list[Any], step: int) -> None:
+def profile(run: TrainingRun, batches: list[Any], step: int) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from tpcompiler.errors import WeightsError
 from tpcompiler.layout import Factor
 from tpcompiler.runtime.mesh import Mesh
+from tpcompiler.train.run.board import Board
 from tpcompiler.train.run.checkpoint import STATE, Snapshot, State, Writer, checkpoints, find, name_of, sweep
-from tpcompiler.train.run.start import Board
 from tpcompiler.weights import Entry, Layout, Manifest, Weights
 from tpcompiler.weights.manifest import BUFFER_FILE, RANK_FILE
 

@@ -21,7 +21,7 @@ from tpcompiler.runtime.groups import Ranks
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.train.optim.clip import Share, clip_, grad_norm, share
 from tpcompiler.train.optim.scaler import Scale, all_finite
-from tpcompiler.train.run.config import LossScale
+from tpcompiler.train.settings import LossScale
 
 Layout = tuple[Dim, ...]
 

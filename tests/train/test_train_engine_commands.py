@@ -20,7 +20,7 @@ from tests.train.train_runs import CASES, Processes, in_processes, losses, train
 from tpcompiler.cli.main import main
 from tpcompiler.spec.schema import Spec
 from tpcompiler.train.run.checkpoint import checkpoints
-from tpcompiler.train.run.config import Train
+from tpcompiler.train.settings import Train
 from tpcompiler.weights import Weights
 
 GPT2 = CASES["gpt2"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.train.test_train_engine import close
 from tests.train.train_runs import CASES, DROPPING, Case, Processes, in_processes, in_threads, losses, train_command
 from tpcompiler.errors import TpcError
-from tpcompiler.train.run import loop
+from tpcompiler.train.run import training_run
 from tpcompiler.train.run.checkpoint import State, checkpoints, name_of
 from tpcompiler.weights import Weights
 
@@ -165,9 +165,9 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_LOCK_WAIT", 0.2)
-    with loop.locked(tmp_path):
-        with pytest.raises(TpcError, match="another run is writing there"), loop.locked(tmp_path):
+    monkeypatch.setattr(training_run, "_LOCK_WAIT", 0.2)
+    with training_run.locked(tmp_path):
+        with pytest.raises(TpcError, match="another run is writing there"), training_run.locked(tmp_path):
             pass
-    with loop.locked(tmp_path):
+    with training_run.locked(tmp_path):
         pass

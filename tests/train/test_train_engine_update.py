@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.train.test_train_engine import close
 from tests.train.train_runs import TRAIN, Case, in_processes
-from tpcompiler.train.hold.held import Numbers
+from tpcompiler.train.hold.storage import Numbers
 from tpcompiler.train.optim.update import OnePass, Torch, Update
-from tpcompiler.train.run.config import Optimizer
+from tpcompiler.train.settings import Optimizer
 
 SHAPES = {"a.weight": (4, 3), "a.bias": (4,), "b.weight": (2, 5), "scale": ()}
 UNITS = [["a.weight", "a.bias"], ["b.weight", "scale"]]

@@ -18,7 +18,7 @@ from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.train.optim.clip import clip_, grad_norm, local, share
 from tpcompiler.train.optim.optimizer import make_optimizer
 from tpcompiler.train.optim.scaler import all_finite
-from tpcompiler.train.run.config import Optimizer
+from tpcompiler.train.settings import Optimizer
 
 MESH = Mesh.of({"data": 2, "tensor": 2})
 # An odd number of rows, split unevenly; query rows split and key rows replicated; a replicated bias.

@@ -16,7 +16,7 @@ from models.llama import Llama
 from tpcompiler.capture import capture
 from tpcompiler.errors import TpcError
 from tpcompiler.program import Capture
-from tpcompiler.train.run.limits import check_inputs
+from tpcompiler.train.step.limits import check_inputs
 
 SIZES = {"vocab": 100, "positions": 32, "hidden": 16, "heads": 4, "layers": 1}
 CASES = {"gpt2": (GPT2, gpt2_inputs), "bert": (Bert, bert_inputs), "llama": (Llama, gpt2_inputs)}

@@ -16,7 +16,7 @@ from tpcompiler.errors import SpecError
 from tpcompiler.spec.schema import Spec
 from tpcompiler.train.optim.optimizer import make_optimizer, parameter_groups, set_learning_rate
 from tpcompiler.train.optim.schedule import learning_rate
-from tpcompiler.train.run.config import Optimizer, Train
+from tpcompiler.train.settings import Optimizer, Train
 
 
 def settings_of(**train: object) -> Train:

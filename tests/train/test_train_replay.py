@@ -18,10 +18,10 @@ from tpcompiler.load.model import load_model
 from tpcompiler.runtime import Ranks
 from tpcompiler.spec.schema import Spec
 from tpcompiler.train.data.batches import Corpus, open_corpus
-from tpcompiler.train.hold.held import Copies
 from tpcompiler.train.hold.owned import from_constructor
-from tpcompiler.train.run.compiled import compile_model, loss_output, training_inputs
-from tpcompiler.train.run.config import Train
+from tpcompiler.train.hold.storage import PlainStorage
+from tpcompiler.train.settings import Train
+from tpcompiler.train.step.compiled import compile_model, loss_output, training_inputs
 from tpcompiler.train.step.engine import Engine
 from tpcompiler.train.step.replay import Device, Graph, Recorder, steady
 
@@ -122,13 +122,13 @@ def run(engine: Engine, corpus: Corpus, steps: int) -> tuple[list[float], list[f
         norms.append(float(outcome.norm))
         if step == 4 and corpus.validation is not None:
             engine.evaluate(corpus.validation, 1)
-    return losses, norms, {n: m.detach().clone() for n, m in engine.held.masters.items()}
+    return losses, norms, {n: m.detach().clone() for n, m in engine.storage.masters.items()}
 
 
 def changing(engine: Engine) -> Iterator[Tensor]:
     """What a step changes in place."""
-    held = engine.held
-    assert isinstance(held, Copies)
+    held = engine.storage
+    assert isinstance(held, PlainStorage)
     yield from held.masters.values()
     yield from held._parameters.values()
     yield from held._totals

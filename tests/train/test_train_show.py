@@ -19,11 +19,11 @@ from models.gpt2 import example_inputs as gpt2_inputs
 from models.llama import Llama
 from tpcompiler.errors import TpcError
 from tpcompiler.train.show.display import Display, Meter, facts, line, sparkline
-from tpcompiler.train.show.log import NAME, Record, RunLog, read_log
+from tpcompiler.train.show.log import NAME, RunLog, StepRecord, read_log
 from tpcompiler.train.show.plot import plot
 from tpcompiler.train.step.flops import flops_per_token, forward_flops, peak_tflops
 
-FULL = Record(
+FULL = StepRecord(
     step=30,
     loss=4.25,
     lr=1e-4,
@@ -41,7 +41,7 @@ FULL = Record(
 
 
 def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
-    records = [FULL, Record(step=31, loss=float("nan")), Record(step=32)]
+    records = [FULL, StepRecord(step=31, loss=float("nan")), StepRecord(step=32)]
     with RunLog(tmp_path, tensorboard=False) as log:
         for r in records:
             log.write(r)
@@ -55,12 +55,12 @@ def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
 def test_going_on_forgets_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     with RunLog(tmp_path, tensorboard=False) as log:
         for step in range(1, 6):
-            log.write(Record(step=step, loss=float(step)))
+            log.write(StepRecord(step=step, loss=float(step)))
     with (tmp_path / NAME).open("ab") as f:
         f.write(b'{"step": 6, "lo')
     assert [r.step for r in read_log(tmp_path)] == [1, 2, 3, 4, 5]
     with RunLog(tmp_path, resumed=3, tensorboard=False) as log:
-        log.write(Record(step=4, loss=40.0))
+        log.write(StepRecord(step=4, loss=40.0))
     assert [(r.step, r.loss) for r in read_log(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
@@ -90,7 +90,7 @@ def test_a_terminal_gets_a_panel_and_a_file_gets_lines() -> None:
         console = Console(file=out, force_terminal=terminal, width=100, color_system=None)
         with Display("a run", 90, console) as display:
             for step in (10, 20, 30):
-                display.show(Record(step=step, loss=5.0 - step / 40))
+                display.show(StepRecord(step=step, loss=5.0 - step / 40))
             display.show(FULL)
             display.message("checkpoint 30 [ok]")
         shown[terminal] = out.getvalue()
@@ -104,7 +104,7 @@ def test_a_terminal_gets_a_panel_and_a_file_gets_lines() -> None:
 
 
 def test_a_record_shows_what_it_has_and_no_more() -> None:
-    assert line(Record(step=1, loss=2.0), 5) == "step 1/5  loss 2.0000"
+    assert line(StepRecord(step=1, loss=2.0), 5) == "step 1/5  loss 2.0000"
     assert len(facts(FULL, 90)) == 11
 
 
@@ -129,7 +129,7 @@ def test_curves_of_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
         run.mkdir()
         with RunLog(run, tensorboard=False) as log:
             for step in range(1, 50):
-                log.write(Record(step=step, loss=5 / step + k, evaluation=4.0 if step % 10 == 0 else None))
+                log.write(StepRecord(step=step, loss=5 / step + k, evaluation=4.0 if step % 10 == 0 else None))
     pictures = [plot(runs[:n], tmp_path / f"{n}.png").read_bytes() for n in (1, 2)]
     assert all(p[:8] == b"\x89PNG\r\n\x1a\n" for p in pictures)
     assert pictures[0] != pictures[1]

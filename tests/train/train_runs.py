@@ -26,9 +26,9 @@ from tpcompiler.train.data.batches import open_corpus
 from tpcompiler.train.evaluate import measure  # noqa: F401  imported once, before ranks are forked
 from tpcompiler.train.hold.owned import from_constructor
 from tpcompiler.train.run import loop  # noqa: F401
-from tpcompiler.train.run.compiled import Compiled, compile_model, loss_output, training_inputs
-from tpcompiler.train.run.config import Train
+from tpcompiler.train.settings import Train
 from tpcompiler.train.show.log import read_log
+from tpcompiler.train.step.compiled import Compiled, compile_model, loss_output, training_inputs
 from tpcompiler.train.step.engine import Engine, Outcome
 from tpcompiler.weights.manifest import DATA
 
@@ -147,17 +147,22 @@ class Processes:
         output: Path,
         absent: int = 0,
         largest_file: int | None = None,
+        port: int | None = None,
     ) -> None:
+        """`port`: of a store that serves the ranks, as torchrun's does; without it rank 0 serves one."""
         multiprocessing.set_forkserver_preload([__name__])  # torch is imported once, not by every rank
         context = multiprocessing.get_context("forkserver")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        served = port is not None
+        if port is None:
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]
         shared = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(world),
             "GLOO_SOCKET_IFNAME": "lo",
+            "TORCHELASTIC_USE_AGENT_STORE": str(served),
         }
         self.output = output
         environments = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world - absent)]

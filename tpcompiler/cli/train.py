@@ -17,7 +17,8 @@ from tpcompiler.errors import TpcError
 
 if TYPE_CHECKING:
     from tpcompiler.spec.schema import Spec
-    from tpcompiler.train.run.config import Train
+    from tpcompiler.train.hold.mapping import Renaming
+    from tpcompiler.train.settings import Train
 
 Change = tuple[tuple[str, ...], Any, str]  # a key of the spec, its value, and the option that gave it
 Ranks = Annotated[
@@ -27,20 +28,41 @@ Ranks = Annotated[
         "-n",
         min=1,
         metavar="N",
-        help="Ranks on this host; over the spec's tensor degree, they are data ranks. Left out: those of the spec.",
+        help="How many ranks to run on this host. More than the tensor degree are data ranks. Default: the spec's.",
     ),
 ]
 Tensor = Annotated[
-    int | None, typer.Option("--tensor", min=1, metavar="N", help="Tensor degree; over the spec's mesh.tensor.")
+    int | None,
+    typer.Option("--tensor", min=1, metavar="N", help="The tensor degree, instead of the spec's mesh.tensor."),
 ]
-Device = Annotated[str | None, typer.Option("--device", metavar="KIND", help="cuda or cpu. Left out: cuda if any.")]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="KIND", help="cuda or cpu. Default: cuda if there is a GPU.")
+]
 Timeout = Annotated[
-    float, typer.Option("--timeout", min=1, metavar="S", help="Seconds until a rank that does not come is given up.")
+    float,
+    typer.Option(
+        "--timeout",
+        min=1,
+        metavar="S",
+        help="Seconds without an answer after which a rank counts as lost, and the run ends.",
+    ),
+]
+Strip = Annotated[str, typer.Option("--strip", metavar="PREFIX", help="A prefix that the weights' names lose.")]
+Rename = Annotated[
+    list[str] | None,
+    typer.Option("--rename", metavar="OLD=NEW", help="Replaces OLD by NEW in the weights' names. Can be repeated."),
+]
+Transpose = Annotated[
+    list[str] | None,
+    typer.Option("--transpose", metavar="GLOB", help="Matrices that the weights store transposed. Can be repeated."),
 ]
 TrainSet = Annotated[
     list[str] | None,
     typer.Option(
-        "--train", "-t", metavar="KEY=VALUE", help="A setting over the spec's train:, e.g. optimizer.lr=1e-3."
+        "--train",
+        "-t",
+        metavar="KEY=VALUE",
+        help="Replaces a setting of the spec's train: section, e.g. optimizer.lr=1e-3.",
     ),
 ]
 
@@ -50,43 +72,76 @@ def train(
     spec: SpecFile,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", "-d", metavar="PATH", help="Text, .jsonl or token files; over the spec's. Repeatable."),
+        typer.Option(
+            "--data", "-d", metavar="PATH", help="Text, .jsonl or token files, instead of the spec's. Can be repeated."
+        ),
     ] = None,
     nproc: Ranks = None,
     tensor: Tensor = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="RUN", help="Keep log and checkpoints there; one with checkpoints goes on."
+            "--output",
+            "-o",
+            metavar="RUN",
+            help="Keeps the log and the checkpoints in RUN. A run that has checkpoints there continues.",
         ),
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option("--weights", "-w", metavar="FILE", help="Begin with these weights, not with new ones."),
+        typer.Option("--weights", "-w", metavar="FILE", help="Starts from these weights instead of new ones."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, metavar="N", help="Over the spec's train.steps.")
+        int | None,
+        typer.Option("--steps", min=1, metavar="N", help="How many steps, instead of the spec's train.steps."),
     ] = None,
     train_settings: TrainSet = None,
     settings: Set = None,
+    strip: Strip = "",
+    rename: Rename = None,
+    transpose: Transpose = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Shows where in --weights each parameter is found, and stops.")
+    ] = False,
+    stop_after: Annotated[
+        str | None,
+        typer.Option("--stop-after", metavar="TIME", help="Writes a checkpoint after this time, and ends: 3h50m, 90s."),
+    ] = None,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-changed",
+            metavar="KEY",
+            help="Continues RUN although this setting differs from what it began with. A glob. Can be repeated.",
+        ),
+    ] = None,
     device: Device = None,
     timeout: Timeout = 600.0,
     as_json: AsJson = False,
 ) -> None:
     """Train a model on the ranks of a spec.
 
-    Starts the ranks on this host, or joins those that torchrun started. A RUN with checkpoints is gone on with.
+    Starts the ranks on this host, or joins those that torchrun started. Continues from the newest checkpoint in RUN.
+    SIGTERM, Ctrl-C, SIGUSR1 and --stop-after write a checkpoint first; the exit codes are 143, 130, 0 and 0.
     """
+    from tpcompiler.train.run.stop import parse_duration
+
     changes = _train_changes(train_settings, data, steps)
+    seconds = None if stop_after is None else parse_duration(stop_after)
     read = _spec(spec, nproc, tensor, changes)
+    if dry_run:
+        _show_names(model, read, settings, weights, _renaming(strip, rename, transpose), as_json)
+        return
     if _starts(read):
         raise typer.Exit(_start(read))
-    from tpcompiler.train.run.start import join, together
+    from tpcompiler.train.run.launch import join
+    from tpcompiler.train.run.together import together
 
     screen = Screen(as_json)
     with _live(screen):
         from tpcompiler.load.model import load_model, parse_settings
         from tpcompiler.train.run.loop import run
+        from tpcompiler.train.run.saving import Start
 
         with _first_rank_says():
             place = join(read.ranks.size, device, timeout)
@@ -97,9 +152,39 @@ def train(
 
         with together(place, lambda line: _complain(screen, line)):
             loaded = load_model(model, read, parse_settings(settings or []))
-            report = run(loaded, read, _train(read), place, out, weights=weights or loaded.weights, tell=tell)
+            renaming = _renaming(strip, rename, transpose)
+            start = Start(weights or loaded.weights, renaming, tuple(allow_changed or ()))
+            report = run(loaded, read, _train(read), place, out, start=start, stop_after=seconds, tell=tell)
+    if report.stopped is not None:
+        tell(f"stopped by {report.stopped} after step {report.steps}; the same command continues")
     if place.rank == 0:
         screen.result(report.as_dict())
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+def _renaming(strip: str, rename: list[str] | None, transpose: list[str] | None) -> Renaming:
+    from tpcompiler.train.hold.mapping import Renaming
+
+    return Renaming(strip, tuple(rename or ()), tuple(transpose or ()))
+
+
+def _show_names(
+    model: str, spec: Spec, settings: list[str] | None, weights: Path | None, renaming: Renaming, as_json: bool
+) -> None:
+    """`--dry-run`: where each parameter is in the weights. Nothing is compiled, and no value is read."""
+    from tpcompiler.load.model import load_model, parse_settings
+    from tpcompiler.train.run.saving import names_in
+
+    screen = Screen(as_json)
+    with screen.open():
+        loaded = load_model(model, spec, parse_settings(settings or []))
+        there = weights or loaded.weights
+        if there is None:
+            raise TpcError("tpc train --dry-run: shows how weights are read; give --weights FILE")
+        names = names_in(loaded, there, renaming)
+    screen.show(*names.lines(), width=1000)
+    screen.result({"names": dict(names.stored), "transposed": sorted(names.transposed)})
 
 
 def evaluate(
@@ -120,8 +205,11 @@ def evaluate(
     stride: Annotated[int, typer.Option("--stride", min=1, help="Tokens from one window to the next.")] = 32,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows at once on a rank.")] = 8,
     wikitext: Annotated[
-        bool, typer.Option("--wikitext", help="The text has its words and marks apart, as WikiText's files do.")
+        bool, typer.Option("--wikitext", help="The text has spaces around its punctuation, as WikiText's files do.")
     ] = False,
+    strip: Strip = "",
+    rename: Rename = None,
+    transpose: Transpose = None,
     nproc: Ranks = None,
     tensor: Tensor = None,
     train_settings: TrainSet = None,
@@ -139,7 +227,8 @@ def evaluate(
     read = _spec(spec, nproc, tensor, _train_changes(train_settings, None, None))
     if _starts(read):
         raise typer.Exit(_start(read))
-    from tpcompiler.train.run.start import join, together
+    from tpcompiler.train.run.launch import join
+    from tpcompiler.train.run.together import together
 
     screen = Screen(as_json)
     with _live(screen):
@@ -150,7 +239,7 @@ def evaluate(
             place = join(read.ranks.size, device, timeout)
         with together(place, lambda line: _complain(screen, line)):
             loaded = load_model(model, read, parse_settings(settings or []))
-            question = Question(perplexity, cloze, stride, batch, wikitext)
+            question = Question(perplexity, cloze, stride, batch, wikitext, _renaming(strip, rename, transpose))
             result = measure(loaded, read, _train(read), place, weights, question)
     if place.rank == 0:
         screen.show(*(f"{key}  {value:.6g}" for key, value in result.items()))
@@ -209,7 +298,7 @@ def reshard(
 
 @contextmanager
 def _live(screen: Screen) -> Iterator[None]:
-    """A command that runs for days shows what it says at once: nothing is held back."""
+    """Shows what a command says at once: it may run for days."""
     with redirect_stdout(screen.err), our_warnings():
         yield
 
@@ -232,7 +321,7 @@ def _spec(path: Path, nproc: int | None, tensor: int | None, changes: list[Chang
 @contextmanager
 def _first_rank_says() -> Iterator[None]:
     """Of ranks that all make the same mistake, such as `--device cuda` without a GPU, the first one reports it."""
-    from tpcompiler.train.run.start import launched
+    from tpcompiler.train.run.launch import launched
 
     try:
         yield
@@ -244,7 +333,7 @@ def _first_rank_says() -> Iterator[None]:
 
 def _fitted(path: Path, nproc: int | None, tensor: int | None, changes: list[Change]) -> Spec:
     from tpcompiler.spec.schema import Spec
-    from tpcompiler.train.run.start import launched
+    from tpcompiler.train.run.launch import launched
 
     read = Spec.load(path)
     for key, value, said in changes:
@@ -265,7 +354,7 @@ def _fitted(path: Path, nproc: int | None, tensor: int | None, changes: list[Cha
 
 
 def _train(spec: Spec) -> Train:
-    from tpcompiler.train.run.config import Train
+    from tpcompiler.train.settings import Train
 
     return spec.section(Train)
 
@@ -287,12 +376,12 @@ def _train_changes(settings: list[str] | None, data: list[str] | None, steps: in
 
 def _starts(spec: Spec) -> bool:
     """Whether this process is to start the ranks, rather than to be one."""
-    from tpcompiler.train.run.start import launched
+    from tpcompiler.train.run.launch import launched
 
     return spec.ranks.size > 1 and not launched()
 
 
 def _start(spec: Spec) -> int:
-    from tpcompiler.train.run.start import launch
+    from tpcompiler.train.run.launch import launch
 
     return launch(sys.argv[1:], spec.ranks.size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -133,12 +134,19 @@ class Ranks:
     is collective for process groups: every rank asks for its groups in the same order, as SPMD programs do.
     """
 
-    def __init__(self, mesh: Mesh, rank: int, connect: Callable[[tuple[str, ...]], Group] | None = None) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        rank: int,
+        connect: Callable[[tuple[str, ...]], Group] | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
         assert 0 <= rank < mesh.size, f"rank {rank} on a mesh of {mesh.size}"
         assert connect is not None or mesh.size == 1
         self.mesh = mesh
         self.rank = rank
         self.coords = mesh.coords(rank)
+        self.timeout = timeout
         self._connect = connect
         self._groups: dict[tuple[str, ...], Group] = {}
 
@@ -164,10 +172,11 @@ class Ranks:
         return cls(Mesh(()), 0)
 
     @classmethod
-    def from_env(cls, mesh: Mesh, backend: str | None = None, timeout: Any = None) -> Ranks:
+    def from_env(cls, mesh: Mesh, backend: str | None = None, timeout: timedelta | None = None) -> Ranks:
         """This process's place, after `torchrun`'s environment; joins the other processes when nobody did before.
 
-        `backend` is NCCL with CUDA and gloo without, unless given. A mesh of one rank needs no other processes.
+        `backend` is NCCL with CUDA and gloo without, unless given; `timeout` is that of every group.
+        A mesh of one rank needs no other processes.
         """
         if not dist.is_initialized():
             if mesh.size == 1:
@@ -178,7 +187,7 @@ class Ranks:
                 f"the mesh {mesh} has {mesh.size} ranks but {dist.get_world_size()} processes run; "
                 f"start it with --nproc-per-node so that they agree"
             )
-        return cls(mesh, dist.get_rank(), _connector(mesh, dist.get_rank(), range(mesh.size)))
+        return cls(mesh, dist.get_rank(), _connector(mesh, dist.get_rank(), range(mesh.size), timeout), timeout)
 
     @classmethod
     def from_device_mesh(cls, device_mesh: Any, mesh: Mesh | None = None) -> Ranks:
@@ -212,7 +221,7 @@ class Ranks:
         return f"Ranks({self.mesh}: rank {self.rank})"
 
 
-def _init_from_env(mesh: Mesh, backend: str | None, timeout: Any) -> None:
+def _init_from_env(mesh: Mesh, backend: str | None, timeout: timedelta | None) -> None:
     if "RANK" not in os.environ:
         raise TpcError(f"the mesh {mesh} needs {mesh.size} processes: start it with torchrun --nproc-per-node")
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
@@ -221,7 +230,9 @@ def _init_from_env(mesh: Mesh, backend: str | None, timeout: Any) -> None:
     dist.init_process_group(backend, timeout=timeout)
 
 
-def _connector(mesh: Mesh, rank: int, world: Sequence[int]) -> Callable[[tuple[str, ...]], Group]:
+def _connector(
+    mesh: Mesh, rank: int, world: Sequence[int], timeout: timedelta | None = None
+) -> Callable[[tuple[str, ...]], Group]:
     """Makes process groups; `world[r]` is the process that plays the mesh's rank r."""
 
     def connect(over: tuple[str, ...]) -> Group:
@@ -233,7 +244,9 @@ def _connector(mesh: Mesh, rank: int, world: Sequence[int]) -> Callable[[tuple[s
             members = mesh.group(over, first)
             if first != min(members) or not (everybody or rank in members):
                 continue
-            pg = dist.new_group(sorted(world[r] for r in members), use_local_synchronization=not everybody)
+            pg = dist.new_group(
+                sorted(world[r] for r in members), timeout=timeout, use_local_synchronization=not everybody
+            )
             if rank in members:
                 mine = pg
         assert mine is not None

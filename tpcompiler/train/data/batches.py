@@ -20,7 +20,7 @@ from tpcompiler.train.data.order import Permutation, mix
 from tpcompiler.train.data.samples import Causal, Masked, Part, Samples
 from tpcompiler.train.data.tokenizer import Tokenizer, load_tokenizer
 from tpcompiler.train.data.tokens import Tokens, open_tokens
-from tpcompiler.train.run.config import Train
+from tpcompiler.train.settings import Train
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class Corpus:
     tokenizer: Tokenizer
     sequence: int
     largest_id: int  # that a batch may hold
+    identity: tuple[tuple[str, int, int], ...] = ()  # of each file: its type, and how many tokens it has, the largest
 
     def fits(self, vocabulary: int | None = None, positions: int | None = None) -> None:
         """Raises `TpcError` when the model has too few embeddings for these ids or for this sequence length."""
@@ -146,10 +147,10 @@ def open_corpus(train: Train) -> Corpus:
     Let one process of each host do it first, then the others: they find the cache filled. Raises `TpcError`.
     """
     data, tokenizer = train.data, load_tokenizer(train.tokenizer)
-    samples, largest = _open(data.path, train, tokenizer)
+    samples, largest, identity = _open(data.path, train, tokenizer)
     held: Samples | None
     if data.validation:
-        held, other = _open(data.validation, train, tokenizer)
+        held, other, _ = _open(data.validation, train, tokenizer)
         largest = max(largest, other)
     else:
         whole = len(samples)
@@ -160,11 +161,14 @@ def open_corpus(train: Train) -> Corpus:
                 f"more text, a shorter sequence or evaluation: {{every: 0}} would work"
             )
     validation = _batches(held, train, shuffle=False) if held is not None else None
-    return Corpus(_batches(samples, train, shuffle=True), validation, tokenizer, train.sequence, largest)
+    batches = _batches(samples, train, shuffle=True)
+    return Corpus(batches, validation, tokenizer, train.sequence, largest, identity)
 
 
-def _open(paths: tuple[str, ...], train: Train, tokenizer: Tokenizer) -> tuple[Samples, int]:
-    """The samples of some files, at least one, and the largest id that they can hold."""
+def _open(
+    paths: tuple[str, ...], train: Train, tokenizer: Tokenizer
+) -> tuple[Samples, int, tuple[tuple[str, int, int], ...]]:
+    """The samples of some files, at least one; the largest id that they can hold; and what the files are."""
     tokens = open_tokens(sources(paths, train.data), train.data, tokenizer)
     samples = make_samples(tokens, train, tokenizer)
     if not len(samples):
@@ -173,7 +177,8 @@ def _open(paths: tuple[str, ...], train: Train, tokenizer: Tokenizer) -> tuple[S
             f"more text or a shorter sequence would work"
         )
     # Masked batches hold marks and random words besides.
-    return samples, tokens.largest if train.data.task == "causal" else max(tokens.largest, tokenizer.vocab - 1)
+    largest = tokens.largest if train.data.task == "causal" else max(tokens.largest, tokenizer.vocab - 1)
+    return samples, largest, tuple((f.dtype, f.count, f.largest) for f in tokens.files)
 
 
 def make_samples(tokens: Tokens, train: Train, tokenizer: Tokenizer) -> Samples:

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from tpcompiler.errors import TpcError
-from tpcompiler.train.run.config import BUILTIN, Data
+from tpcompiler.train.settings import BUILTIN, Data
 
 _PIECE = 1 << 20  # characters: what is tokenised at once
 

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 
 from tpcompiler.errors import TpcError
+from tpcompiler.runtime.stored import disk
 from tpcompiler.train.data.corpus import Source, content_digest, pieces
 from tpcompiler.train.data.tokenizer import Tokenizer
-from tpcompiler.train.run.config import Data
+from tpcompiler.train.settings import Data
+from tpcompiler.weights.atomic import replacing_file
 
 _DTYPES = {"uint16": torch.uint16, "uint32": torch.uint32}
 _CODES = {"uint16": "H", "uint32": "I"}
@@ -110,7 +109,7 @@ def _tokenised(source: Source, data: Data, tokenizer: Tokenizer, cache: Path) ->
         return known
     dtype = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
     count, largest = 0, 0
-    with replacing(path) as out:
+    with disk(path, "write"), replacing_file(path) as new, new.open("wb") as out:
         for text, ends in pieces(source, data.field):
             ids = tokenizer.encode(text)
             if ends and tokenizer.specials.end is not None and ids:
@@ -120,6 +119,8 @@ def _tokenised(source: Source, data: Data, tokenizer: Tokenizer, cache: Path) ->
                 count, largest = count + len(ids), max(largest, max(ids))
         if not count:
             raise TpcError(f"data {source}: the file is empty")
+        out.flush()
+        os.fsync(out.fileno())
     return _write_sidecar(TokenFile(path, dtype, count, largest))
 
 
@@ -185,23 +186,6 @@ def _read_sidecar(path: Path) -> TokenFile | None:
 
 
 def _write_sidecar(file: TokenFile) -> TokenFile:
-    with replacing(_beside(file.path)) as out:
+    with disk(file.path, "write"), replacing_file(_beside(file.path)) as new, new.open("wb") as out:
         out.write(json.dumps({**asdict(file), "path": file.path.name}).encode())
     return file
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes `path`'s place, whole and synced, when the block ends well, and vanishes when not."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        scratch.replace(path)
-    except OSError as e:
-        raise TpcError(f"cannot write {path}: {e.strerror or e}") from None
-    finally:
-        scratch.unlink(missing_ok=True)

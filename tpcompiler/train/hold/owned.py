@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tpcompiler.layout import Dim, slice_on
-from tpcompiler.program import Capture, Program
+from tpcompiler.program import Program
 from tpcompiler.runtime.mesh import Coords, Mesh, chunk
 from tpcompiler.runtime.runs import Slice, cut, length, shape_of, slice_of
 from tpcompiler.train.optim.clip import local
 from tpcompiler.train.optim.update import MOMENTS
-from tpcompiler.weights import Entry, Layout, RankRuns, Source, weight_mesh
+from tpcompiler.train.private_torch import buffers_here, parameters_here
+from tpcompiler.weights import Entry, Layout, RankRuns, weight_mesh
 from tpcompiler.weights.manifest import DATA
 
 OPTIMIZER_FILE = "optimizer-{rank:05d}.safetensors"
@@ -68,16 +69,16 @@ def allocate(module: nn.Module, device: torch.device | str, dtype: torch.dtype |
     """Gives parameters and buffers on meta their memory, parameters as `dtype`; tied ones stay one."""
     memo: dict[int, nn.Parameter] = {}
     for m in module.modules():
-        for name, p in m._parameters.items():
+        for name, p in parameters_here(m).items():
             if p is None:
                 continue
             if id(p) not in memo:
                 memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype, device=device), p.requires_grad)
                 memo[id(memo[id(p)])] = memo[id(p)]
-            m._parameters[name] = memo[id(p)]
-        for name, b in m._buffers.items():
+            parameters_here(m)[name] = memo[id(p)]
+        for name, b in buffers_here(m).items():
             if b is not None:
-                m._buffers[name] = torch.empty_like(b, device=device)
+                buffers_here(m)[name] = torch.empty_like(b, device=device)
 
 
 @torch.no_grad()
@@ -94,12 +95,6 @@ def fill(masters: Mapping[str, Tensor], slices: Mapping[str, Slice], read: Calla
 def from_constructor(replay: Callable[[str], Tensor]) -> Callable[[str, Slice], Tensor]:
     """Initial values by the model's own constructor: the whole of one parameter is there while it is cut."""
     return lambda name, runs: slice_of(replay(name).contiguous(), runs)
-
-
-def from_source(source: Source, capture: Capture) -> Callable[[str, Slice], Tensor]:
-    """Values from a file of weights, slice by slice, a parameter by any of its names."""
-    names = {p.name: next((n for n in p.names if n in source.tensors), p.name) for p in capture.parameters}
-    return lambda name, runs: source.read(names[name], runs)
 
 
 @torch.no_grad()

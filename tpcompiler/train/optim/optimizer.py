@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpcompiler.train.run.config import Optimizer
+from tpcompiler.train.settings import Optimizer
 
 FUSED_ON = frozenset({"cpu", "cuda", "mps", "xpu"})
 

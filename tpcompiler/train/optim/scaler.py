@@ -11,7 +11,8 @@ from torch import Tensor
 from tpcompiler.errors import TpcError
 from tpcompiler.runtime.groups import Ranks
 from tpcompiler.train.optim.clip import local
-from tpcompiler.train.run.config import LossScale
+from tpcompiler.train.private_torch import largest_values
+from tpcompiler.train.settings import LossScale
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,6 @@ def all_finite(gradients: Iterable[Tensor], ranks: Ranks) -> Tensor:
     """
     mine = [local(g) for g in gradients]
     held = [x for x in mine if x.numel()] or [torch.zeros(1, device=x.device) for x in mine[:1]] or [torch.zeros(1)]
-    norms = torch._foreach_norm(held, float("inf"))
+    norms = largest_values(held)
     bad = (~torch.isfinite(torch.stack(norms))).any().float()
     return ranks.group(ranks.mesh.names).all_reduce(bad, "max") == 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from tpcompiler.train.optim.clip import clip_
 from tpcompiler.train.optim.clip import clip_factor as factor_of
 from tpcompiler.train.optim.optimizer import make_optimizer, set_learning_rate
-from tpcompiler.train.run.config import Optimizer
+from tpcompiler.train.settings import Optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

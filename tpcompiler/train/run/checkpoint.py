@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tpcompiler.errors import TpcError, WeightsError
 from tpcompiler.runtime.stored import disk
-from tpcompiler.train.run.start import Board
+from tpcompiler.train.run.board import Board
 from tpcompiler.weights import FileInfo, Manifest, load_manifest, save_manifest, write_file, write_text
 from tpcompiler.weights.atomic import put_in_place
 
@@ -46,10 +46,12 @@ class State:
     tokens: int  # seen
     seed: int  # of weights and dropout
     data_seed: int  # of the data's order and of the masking
-    updates: int  # steps that changed the weights: all but those that the loss scale skipped
+    updates: int  # steps that changed the weights: all but those that were left out
     scale: Mapping[str, float | int] | None = None  # fp16's loss scale
     evaluation: float | None = None  # the loss on held-out text at this step, if it was taken
     layouts: Mapping[str, Any] = field(default_factory=dict)  # parameter → its layout, before data ranks share it
+    settings: Mapping[str, Any] = field(default_factory=dict)  # all that the run is made of, by dotted key
+    skipped: int = 0  # steps left out because a batch was bad; those that the loss scale left out are in `scale`
 
     def dump(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -150,7 +152,7 @@ class Writer:
         if self._board.rank:
             return
         try:
-            self._commit(temporary, snapshot, self._collect(key))
+            self._commit(temporary, snapshot, self._collect(key, temporary))
         except TpcError:
             self._discard(temporary)
             raise
@@ -162,7 +164,7 @@ class Writer:
             temporary.mkdir(parents=True, exist_ok=True)
         return [write_file(temporary / name, tensors) for name, tensors in snapshot.files.items() if tensors]
 
-    def _collect(self, key: str) -> list[FileInfo]:
+    def _collect(self, key: str, temporary: Path) -> list[FileInfo]:
         files = []
         for rank in range(self._board.world):
             text = self._board.wait(f"{key}/{rank}")
@@ -174,6 +176,15 @@ class Writer:
             files += [FileInfo(**info) for info in value["files"]]
         for rank in range(self._board.world):
             self._board.delete(f"{key}/{rank}")
+        for info in files:  # what other hosts wrote must be here, or the checkpoint would not be whole
+            try:
+                there = (temporary / info.name).stat().st_size
+            except OSError:
+                there = -1
+            if there != info.bytes:
+                raise WeightsError(
+                    f"checkpoint: {temporary / info.name} is not on this host; is {self.directory} shared?"
+                )
         return files
 
     def _commit(self, temporary: Path, snapshot: Snapshot, files: list[FileInfo]) -> None:
@@ -188,7 +199,13 @@ class Writer:
         shutil.rmtree(temporary, ignore_errors=True)
 
     def _prune(self) -> None:
-        complete = checkpoints(self.directory)
+        """Keeps the newest and the best. A damaged one is set aside: it must not take the place of a whole one."""
+        complete = []
+        for path in checkpoints(self.directory):
+            if _resized(path):
+                set_aside(path)
+            else:
+                complete.append(path)
         kept = set(complete[: self.keep])
         if self.keep_best:
             losses = {path: _evaluation(path) for path in complete}
@@ -222,6 +239,25 @@ def remove(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def set_aside(path: Path) -> Path | None:
+    """Renames a damaged checkpoint, so that it is never counted, nor deleted. Returns its new path."""
+    there = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(there, ignore_errors=True)
+    try:
+        os.rename(path, there)
+    except OSError:
+        return None
+    return there
+
+
+def _resized(path: Path) -> bool:
+    """Whether a file of a checkpoint is missing or has another size than its manifest says. Reads no tensor."""
+    try:
+        return any((path / f.name).stat().st_size != f.bytes for f in load_manifest(path).files)
+    except (WeightsError, OSError):
+        return True
+
+
 def sweep(directory: Path, keep_temporary: bool = False) -> None:
     """Removes what a crash left. Only the owner of a run may: see `locked`."""
     for pattern in ("old",) if keep_temporary else ("old", "tmp"):
@@ -239,7 +275,7 @@ def _evaluation(path: Path) -> float | None:
 def find(directory: Path, board: Board, key: str = "resume") -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and why newer ones are not. Collective: ranks share the reading.
 
-    Sizes and digests of all files are compared with the manifest.
+    Sizes and digests of all files are compared with the manifest. Changes nothing on the disk.
     """
     refused: list[str] = []
     candidates = json.loads(board.gather(f"{key}/list", json.dumps([p.name for p in checkpoints(directory)]))[0])
@@ -250,6 +286,15 @@ def find(directory: Path, board: Board, key: str = "resume") -> tuple[Path | Non
             return path, refused
         refused.append(found[0])
     return None, refused
+
+
+def set_aside_newer(directory: Path, found: Path | None, board: Board) -> None:
+    """Sets aside what `find` refused: the checkpoints newer than `found`. Rank 0 does it. Collective."""
+    if board.rank == 0 and found is not None:
+        for path in checkpoints(directory):
+            if path == found:
+                break
+            set_aside(path)
 
 
 def _damage(path: Path, part: int, parts: int) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from datetime import timedelta
-from math import isfinite
+from math import inf, isfinite
+from statistics import median
+from time import monotonic
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -15,8 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tpcompiler.train.show.log import Record
+from tpcompiler.train.show.log import StepRecord
 
+_REDRAW = 0.2  # seconds between two drawings of the panel: one takes milliseconds
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -31,13 +34,13 @@ class Meter:
         self._seconds: deque[float] = deque(maxlen=over)
 
     def step(self, seconds: float) -> dict[str, float | None]:
-        """The speeds of a `Record`, after a step that took `seconds`."""
+        """The speeds of a `StepRecord`, after a step that took `seconds`."""
         self._seconds.append(seconds)
         middle = sorted(self._seconds)[len(self._seconds) // 2]
         rate = self.tokens / middle
         tflops = rate * self.flops_per_token / self.ranks / 1e12
         return {
-            "seconds": middle,
+            "seconds": seconds,
             "tokens_per_second": rate,
             "tflops": tflops,
             "peak_fraction": tflops / self.peak if self.peak else None,
@@ -51,6 +54,9 @@ class Display:
         self.title, self.steps = title, steps
         self.console = console or Console(stderr=True)
         self._losses: deque[float] = deque(maxlen=60)
+        self._drawn = -inf
+        self._latest: StepRecord | None = None
+        self._seconds: deque[float] = deque(maxlen=10)
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
     def __enter__(self) -> Display:
@@ -60,38 +66,51 @@ class Display:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
+            self._draw()
             self._live.stop()
 
-    def show(self, record: Record) -> None:
+    def show(self, record: StepRecord) -> None:
         if record.loss is not None and isfinite(record.loss):
             self._losses.append(record.loss)
+        if record.seconds is not None:
+            self._seconds.append(record.seconds)
         if self._live is None:
             self.message(line(record, self.steps))
         else:
-            self._live.update(self._panel(record), refresh=True)
+            self._latest = record
+            now = monotonic()
+            if now - self._drawn >= _REDRAW:
+                self._draw()
+                self._drawn = now
+
+    def _draw(self) -> None:
+        if self._live is not None and self._latest is not None:
+            self._live.update(self._panel(self._latest), refresh=True)
 
     def message(self, text: str) -> None:
         """A line that stays: a checkpoint, an evaluation, a skipped step."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _panel(self, record: Record) -> RenderableType:
+    def _panel(self, record: StepRecord) -> RenderableType:
         table = Table.grid(padding=(0, 2))
-        for _ in range(3):
+        pairs = 3 if self.console.width >= 110 else 2  # values are never cut short
+        for _ in range(pairs):
             table.add_column(style="dim", justify="right")
             table.add_column(min_width=16)
-        cells = facts(record, self.steps)
-        for i in range(0, len(cells), 3):
-            table.add_row(*(Text(word) for cell in cells[i : i + 3] for word in cell))
+        cells = facts(record, self.steps, median(self._seconds) if self._seconds else None)
+        for i in range(0, len(cells), pairs):
+            table.add_row(*(Text(word) for cell in cells[i : i + pairs] for word in cell))
         bar = ProgressBar(total=self.steps, completed=record.step)
         return Panel(
             Group(table, Text(sparkline(self._losses), style="cyan"), bar), title=self.title, title_align="left"
         )
 
 
-def facts(record: Record, steps: int) -> list[tuple[str, str]]:
-    """What there is to say of a record: (word, value with its unit)."""
+def facts(record: StepRecord, steps: int, seconds: float | None = None) -> list[tuple[str, str]]:
+    """What there is to say of a record: (word, value with its unit). `seconds`: what a step usually takes."""
     r = record
-    left = (steps - r.step) * r.seconds if r.seconds is not None else None
+    usual = seconds if seconds is not None else r.seconds
+    left = (steps - r.step) * usual if usual is not None else None
     share = f" ({r.peak_fraction:.1%} of peak)" if r.peak_fraction is not None else ""
     rows = [
         ("step", f"{r.step}/{steps}"),
@@ -109,7 +128,7 @@ def facts(record: Record, steps: int) -> list[tuple[str, str]]:
     return [(word, value) for word, value in rows if value is not None]
 
 
-def line(record: Record, steps: int) -> str:
+def line(record: StepRecord, steps: int) -> str:
     """A record as one plain line."""
     return "  ".join(f"{word} {value}" for word, value in facts(record, steps))
 

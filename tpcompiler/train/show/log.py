@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tpcompiler.errors import TpcError
-from tpcompiler.train.data.tokens import replacing
+from tpcompiler.runtime.stored import disk
+from tpcompiler.weights.atomic import replacing_file
 
 NAME = "log.jsonl"
 
 
 @dataclass(frozen=True)
-class Record:
+class StepRecord:
     """A step, after it was done. None: not measured."""
 
     step: int  # optimizer steps done
@@ -25,13 +27,14 @@ class Record:
     lr: float | None = None
     grad_norm: float | None = None  # before the clip
     tokens: int | None = None  # seen since the run began
-    seconds: float | None = None  # a step
+    seconds: float | None = None  # this step took
+    data_seconds: float | None = None  # of these, waiting for data
     tokens_per_second: float | None = None  # of all ranks together
     tflops: float | None = None  # model TFLOP/s a GPU
     peak_fraction: float | None = None
     memory: int | None = None  # bytes, the most that rank 0 held
     loss_scale: float | None = None
-    skipped: int | None = None  # steps left out by the loss scale
+    skipped: int | None = None  # steps left out: by the loss scale, or as bad batches
     evaluation: float | None = None  # mean loss on held-out text, nats
 
     def values(self) -> dict[str, float]:
@@ -44,29 +47,46 @@ class RunLog:
     `tensorboard` None means: when the package is there.
     """
 
-    def __init__(self, directory: Path, resumed: int = 0, tensorboard: bool | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        resumed: int = 0,
+        tensorboard: bool | None = None,
+        lost: Callable[[str], None] = lambda line: None,
+    ) -> None:
         path = directory / NAME
-        kept = read_log(path) if path.exists() else []
-        with replacing(path) as out:
+        kept = read_log(path, strict=False) if path.exists() else []
+        with disk(path, "write"), replacing_file(path) as new, new.open("wb") as out:
             out.writelines(_line(r) for r in kept if r.step <= resumed)
+        self._lost, self._failed = lost, False
         self._file = path.open("ab")
         self._board = _board(directory, resumed, tensorboard)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: StepRecord) -> None:
+        """Appends a record. A full disk costs records, not the run: `lost` says so, once."""
         try:
             self._file.write(_line(record))
             self._file.flush()
+            if self._board is not None:
+                for name, value in record.values().items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, record.step)
         except OSError as e:
-            raise TpcError(f"cannot write {self._file.name}: {e.strerror}") from None
-        if self._board is not None:
-            for name, value in record.values().items():
-                if name != "step":
-                    self._board.add_scalar(name, value, record.step)
+            self._lose(e)
+
+    def _lose(self, e: OSError) -> None:
+        if not self._failed:
+            self._failed = True
+            self._lost(
+                f"the log cannot be written, and training continues: {e.filename or self._file.name}: {e.strerror}"
+            )
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for end in (self._file.close, *([self._board.close] if self._board is not None else [])):
+            try:
+                end()
+            except OSError as e:
+                self._lose(e)
 
     def __enter__(self) -> RunLog:
         return self
@@ -75,8 +95,9 @@ class RunLog:
         self.close()
 
 
-def _line(record: Record) -> bytes:
-    return json.dumps(record.values()).encode() + b"\n"
+def _line(record: StepRecord) -> bytes:
+    values = {k: v if isfinite(v) else str(v) for k, v in record.values().items()}
+    return json.dumps(values, allow_nan=False).encode() + b"\n"
 
 
 def _board(directory: Path, resumed: int, wanted: bool | None) -> Any:
@@ -90,14 +111,17 @@ def _board(directory: Path, resumed: int, wanted: bool | None) -> Any:
     return SummaryWriter(str(directory / "tensorboard"), purge_step=resumed + 1 if resumed else None)
 
 
-def read_log(run: Path) -> list[Record]:
-    """The records of a run's directory, or of a log file. A last line that was torn by a crash is left out."""
+def read_log(run: Path, strict: bool = True) -> list[StepRecord]:
+    """The records of a run's directory, or of a log file. A last line that was torn by a crash is left out.
+
+    Any other line that is not a record raises `TpcError`, or is left out as well when not `strict`.
+    """
     path = run / NAME if run.is_dir() else run
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as e:
         raise TpcError(f"{path}: {e.strerror}; give a run's directory or its {NAME}") from None
-    known = {f.name for f in fields(Record)}
+    known = {f.name for f in fields(StepRecord)}
     records = []
     for number, line in enumerate(lines[:-1], 1):
         try:
@@ -105,6 +129,9 @@ def read_log(run: Path) -> list[Record]:
             if not isinstance(value, Mapping) or "step" not in value:
                 raise ValueError
         except ValueError:
-            raise TpcError(f"{path}:{number}: not a record of a run") from None
-        records.append(Record(**{k: v for k, v in value.items() if k in known}))
+            if strict:
+                raise TpcError(f"{path}:{number}: not a record of a run") from None
+            continue
+        numbers: dict[str, Any] = {k: float(v) if isinstance(v, str) else v for k, v in value.items() if k in known}
+        records.append(StepRecord(**numbers))
     return records

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tpcompiler.errors import TpcError
-from tpcompiler.train.show.log import Record, read_log
+from tpcompiler.train.show.log import StepRecord, read_log
 
 
 def plot(runs: Sequence[str | Path], out: str | Path, labels: Sequence[str] | None = None) -> Path:
@@ -48,7 +48,7 @@ def plot(runs: Sequence[str | Path], out: str | Path, labels: Sequence[str] | No
     return out
 
 
-def _curve(run: Path) -> list[Record]:
+def _curve(run: Path) -> list[StepRecord]:
     records = read_log(run)
     if not any(r.loss is not None or r.evaluation is not None for r in records):
         raise TpcError(f"{run}: holds no step with a loss yet")

@@ -11,25 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tpcompiler.ops.table import UNKNOWN, find
-from tpcompiler.train.run.config import Train
+from tpcompiler.train.hold.layers import layers_of
+from tpcompiler.train.settings import Train
 
 Forward = Callable[..., Any]
-
-
-def layers_of(module: nn.Module) -> list[nn.Module]:
-    """The layers of an emitted program: the outermost modules, below the root, of classes that it defines itself."""
-    emitted = type(module).__module__
-    found: list[nn.Module] = []
-
-    def visit(m: nn.Module) -> None:
-        for child in m.children():
-            if type(child).__module__ == emitted:
-                found.append(child)
-            else:
-                visit(child)
-
-    visit(module)
-    return list(dict.fromkeys(found))
 
 
 def prepare(module: nn.Module, train: Train, hooked: bool) -> None:
@@ -43,8 +28,6 @@ def prepare(module: nn.Module, train: Train, hooked: bool) -> None:
             _replace(layer, partial(_recomputing, train.activation_checkpointing == "attention"))
     if train.compile == "none":
         return
-    # Equal layers differ in the number of their dropout: one graph must do for all of them.
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
     if train.compile == "whole" and not hooked:
         _replace(module, torch.compile)
     else:

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tpcompiler.errors import TpcError
+from tpcompiler.train.private_torch import depends_on_values, is_steady
 
 _WARM_UP = 2  # calls before the recorded one: compilation, NCCL's connections, the libraries' choice of kernels
 
@@ -27,7 +27,7 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
 
-class Records(Protocol):
+class RecordingDevice(Protocol):
     """What can record."""
 
     def record(self, fn: Callable[[], Any]) -> tuple[Graph, Any]:
@@ -44,7 +44,7 @@ class Recorder:
     waits for the device cannot be recorded, and without `on` none is: it always runs as it is.
     """
 
-    def __init__(self, on: Records | None) -> None:
+    def __init__(self, on: RecordingDevice | None) -> None:
         self._on = on
         self._calls = 0
         self._graph: Graph | None = None
@@ -130,13 +130,7 @@ def _first(e: BaseException) -> BaseException:
 
 def steady(graph: fx.Graph) -> bool:
     """Whether a program issues the same work whatever its inputs hold: no size depends on a value."""
-    for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.data_dependent_output in node.target.tags:
-            return False
-        val = node.meta.get("val")
-        if val is not None and free_unbacked_symbols(val):
-            return False
-    return True
+    return all(is_steady(node.target) and not depends_on_values(node) for node in graph.nodes)
 
 
 def on_stream(device: Device | None) -> AbstractContextManager[None]:

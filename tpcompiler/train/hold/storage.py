@@ -23,10 +23,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from tpcompiler.runtime import Ranks
+from tpcompiler.train.hold.layers import layers_of
 from tpcompiler.train.hold.owned import allocate
 from tpcompiler.train.optim.update import OnePass, Torch, Update
-from tpcompiler.train.run.config import Precision, Train
-from tpcompiler.train.step.prepare import layers_of
+from tpcompiler.train.private_torch import copy_, parameters_here, zero_
+from tpcompiler.train.settings import Precision, Train
 from tpcompiler.weights.manifest import DATA
 
 
@@ -51,7 +52,7 @@ class Numbers:
         }[precision]
 
 
-class Held(Protocol):
+class Storage(Protocol):
     """A rank's parameters."""
 
     masters: dict[str, Tensor]  # by name, tied ones once
@@ -70,14 +71,14 @@ class Held(Protocol):
 
 def hold(
     module: nn.Module, names: Mapping[str, tuple[str, ...]], ranks: Ranks, train: Train, device: torch.device
-) -> Held:
+) -> Storage:
     """Gives a module on meta its memory. `names`: what each parameter is called, with its other names."""
     if ranks.mesh.degree((DATA,)) > 1:
-        return Chunks(module, names, ranks, train, device)
-    return Copies(module, names, train, device)
+        return ShardedStorage(module, names, ranks, train, device)
+    return PlainStorage(module, names, train, device)
 
 
-class Copies:
+class PlainStorage:
     """One data rank: plain tensors."""
 
     def __init__(
@@ -118,7 +119,7 @@ class Copies:
     def before(self, micro: int, last: bool) -> None:
         if micro == 0:
             if self._totals:
-                torch._foreach_zero_(self._totals)
+                zero_(self._totals)
             for p in self._parameters.values():
                 p.grad = None
 
@@ -128,10 +129,10 @@ class Copies:
     @torch.no_grad()
     def publish(self) -> None:
         if self._mixed:
-            torch._foreach_copy_(list(self._parameters.values()), list(self.masters.values()))
+            copy_(list(self._parameters.values()), list(self.masters.values()))
 
 
-class Chunks:
+class ShardedStorage:
     """Several data ranks: FSDP2 over the data dimension, a group of parameters for each emitted layer.
 
     A parameter that is a single number cannot be cut; its gradient is summed here.
@@ -149,7 +150,7 @@ class Chunks:
         self.steady = False
         self._group = ranks.group(DATA)
         for m in module.modules():  # so that shards have the master's precision
-            for p in m._parameters.values():
+            for p in parameters_here(m).values():
                 if p is not None and p.dtype != numbers.master:
                     p.data = p.data.to(numbers.master)
         found = by_name(module, names)
@@ -218,7 +219,7 @@ def _separable(module: nn.Module) -> list[nn.Module]:
     layers = layers_of(module)
     inside = {m for layer in layers for m in layer.modules()}
     parts = [*(list(dict.fromkeys(layer.parameters())) for layer in layers)]
-    parts.append([p for m in module.modules() if m not in inside for p in m._parameters.values() if p is not None])
+    parts.append([p for m in module.modules() if m not in inside for p in parameters_here(m).values() if p is not None])
     for part in parts:
         for p in dict.fromkeys(part):
             users[p] = users.get(p, 0) + 1
@@ -226,9 +227,11 @@ def _separable(module: nn.Module) -> list[nn.Module]:
 
 
 def data_mesh(ranks: Ranks, device: torch.device) -> DeviceMesh:
-    """The data ranks of this rank's place, as torch's mesh."""
+    """The data ranks of this rank's place, as torch's mesh. Its group has the run's time-out."""
     mesh = ranks.mesh
     rest = mesh.size // mesh[DATA]
     assert mesh.names[0] == DATA, f"{DATA} is not the outermost dimension of {mesh}"
     table = torch.arange(dist.get_world_size()).view(mesh[DATA], rest)
-    return DeviceMesh(device.type, table, mesh_dim_names=(DATA, "weights"))[DATA]
+    groups = [dist.new_group(column.tolist(), timeout=ranks.timeout) for column in table.t()]
+    mine = groups[dist.get_rank() % rest]
+    return DeviceMesh.from_group(mine, device.type, mesh_dim_names=(DATA,))

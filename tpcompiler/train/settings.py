@@ -115,7 +115,14 @@ class Optimizer(Section):
 class Schedule(Section):
     """Warm-up from 0, linear; then the decay."""
 
-    decay: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="How the learning rate falls.")
+    decay: Literal["cosine", "linear", "constant", "inverse_sqrt", "stable"] = Field(
+        default="cosine",
+        description="How the learning rate falls. cosine, linear: from the warm-up to `until`. constant: not at all. "
+        "inverse_sqrt: with one over the root of the step. stable: not until the last `cooldown` of the steps before "
+        "`until`, "
+        "then by a line.",
+    )
+    cooldown: Fraction = Field(default=0.2, gt=0, description="stable only: share of `until` that the fall takes.")
     warmup: int = Field(default=0, ge=0, description="Steps until the peak learning rate.")
     until: int | None = Field(
         default=None, gt=0, description="The step at which `min_lr` is reached. Left out: the last step."
@@ -188,6 +195,17 @@ class Train(Section):
     )
     tokenizer: str = Field(
         default="bytes", min_length=1, description="`bytes`, or the path of a tokenizer.json or of its directory."
+    )
+    on_bad_batch: Literal["stop", "skip", "rewind"] = Field(
+        default="stop",
+        description="What a step whose loss or gradient is not finite does. stop: ends the run. skip: leaves the "
+        "weights as they are; the host then waits for every step. rewind: goes back to the newest checkpoint, and "
+        "continues with the data behind that batch.",
+    )
+    compare_ranks: int = Field(
+        default=1000,
+        ge=0,
+        description="Steps between comparisons of the parameters that several ranks hold whole; 0: never.",
     )
     data: Data = Field(default_factory=Data, description="What is read.")
     optimizer: Optimizer = Field(default_factory=Optimizer, description="AdamW.")

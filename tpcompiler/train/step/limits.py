@@ -32,7 +32,7 @@ def check_inputs(
     for node in capture.graph.nodes:
         if node.op == "call_function" and node.target is torch.ops.aten.embedding.default:
             table, index = node.args[0], node.args[1]
-            values = _evaluate(capture, index, planted)
+            values = evaluate_node(capture, index, planted)
             if values is not None and values.numel():
                 name = owners[table.name].name if table.name in owners else table.name
                 _check_range(name, table.meta["val"].shape[0], values, index, planted)
@@ -56,7 +56,7 @@ def _check_range(table: str, rows: int, values: Tensor, index: fx.Node, inputs: 
 
 def _reads(index: fx.Node, inputs: Mapping[str, Tensor]) -> bool:
     """Whether an index comes from the inputs' values, and not from their sizes."""
-    return any(n.op == "placeholder" and n.name in inputs for n in _ancestors(index, _takes_values))
+    return any(n.op == "placeholder" and n.name in inputs for n in ancestors(index, _takes_values))
 
 
 def _takes_values(node: fx.Node) -> bool:
@@ -64,7 +64,7 @@ def _takes_values(node: fx.Node) -> bool:
     return not (name in ("sym_size", "new_zeros", "new_ones", "new_full", "new_empty") or name.endswith("_like"))
 
 
-def _ancestors(node: fx.Node, through: Any = lambda _: True) -> set[fx.Node]:
+def ancestors(node: fx.Node, through: Any = lambda _: True) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
@@ -76,10 +76,10 @@ def _ancestors(node: fx.Node, through: Any = lambda _: True) -> set[fx.Node]:
     return seen
 
 
-def _evaluate(capture: Capture, index: fx.Node, inputs: Mapping[str, Tensor]) -> Tensor | None:
+def evaluate_node(capture: Capture, index: fx.Node, inputs: Mapping[str, Tensor]) -> Tensor | None:
     """An index's values, or None when parameters have a say in them."""
     buffers = {p.node: p for p in capture.parameters}
-    wanted = _ancestors(index)
+    wanted = ancestors(index)
     env: dict[fx.Node, Any] = {}
 
     def read(a: Any) -> Any:
