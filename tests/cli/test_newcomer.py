@@ -77,17 +77,17 @@ def test_an_uneven_axis_is_allowed_warned_of_or_refused(
     code, out, err = run(capsys, "shard", *place)
     assert code == status
     what = "ff (64) of up does not divide by 3 ranks"
-    assert (
-        err
-        == {
-            "allow": "",
-            "warn": f"tpc: warning: {what}: ranks hold 22 or 21\n",
-            "error": f"tpc: {place[2]}:2: uneven: {what}; 2-way would work, or `uneven: allow`\n",
-        }[uneven]
-    )
+    ours = [line for line in err.splitlines() if line.startswith("tpc: ")]
+    expected = {
+        "allow": [],
+        "warn": [f"tpc: warning: {what}: ranks hold 22 or 21"],
+        "error": [f"tpc: {place[2]}:2: uneven: {what}; 2-way would work, or `uneven: allow`"],
+    }
+    assert ours == expected[uneven]
     assert bool(out) is (status == 0)
     even = run(capsys, "shard", *place, "--set", "inner=63")
-    assert (even[0], even[2]) == (0, "")
+    assert even[0] == 0
+    assert "tpc: " not in even[2]
 
 
 @pytest.mark.parametrize(
