@@ -120,6 +120,7 @@ def _(f: Forms, a: Arguments) -> Any:
 def _(f: Forms, a: Arguments) -> Any:
     x: Term = a["self"]
     i, j = (a.get(n, a.get(m)) for n, m in (("dim0", "axis0"), ("dim1", "axis1")))
+    assert i is not None and j is not None
     order = list(range(x.rank))
     order[i], order[j] = order[j], order[i]
     return f.permute(x, order)
@@ -199,7 +200,7 @@ def _(f: Forms, a: Arguments) -> Any:
 @means("split_with_sizes", "split", "unsafe_split", "split_with_sizes_copy")
 def _(f: Forms, a: Arguments) -> Any:
     x: Term = a["self"]
-    sizes = a.get("split_sizes", a.get("split_size"))
+    sizes: Any = a.get("split_sizes", a.get("split_size"))
     if isinstance(sizes, int):
         n, total = sizes, x.shape[a["dim"]]
         if n > total:
@@ -289,7 +290,8 @@ def _(f: Forms, a: Arguments) -> Any:
 
 @means("matmul", "mm", "bmm")
 def _(f: Forms, a: Arguments) -> Any:
-    return f.matmul(a["self"], a.get("other", a.get("mat2")))
+    other: Any = a.get("other", a.get("mat2"))
+    return f.matmul(a["self"], other)
 
 
 @means("addmm", "baddbmm")
@@ -297,6 +299,7 @@ def _(f: Forms, a: Arguments) -> Any:
     if a["beta"] != 1 or a["alpha"] != 1:
         return NotImplemented
     first, second = (a.get(n, a.get(m)) for n, m in (("mat1", "batch1"), ("mat2", "batch2")))
+    assert first is not None and second is not None
     return f.biased(f.matmul(first, second), a["self"])
 
 

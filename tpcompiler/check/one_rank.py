@@ -105,7 +105,7 @@ class OneRank(Translator):
         return term
 
     def _described(self, target: Any, a: dict[str, Any], over: tuple[str, ...]) -> Any:
-        x = a.get("x", a.get("logits"))
+        x: Any = a.get("x", a.get("logits"))
         degree = self.geometry.mesh.degree(over)
         if target is runtime.lookup:
             return (*a["ids"].shape, *a["weight"].shape[1:]), a["weight"].dtype
@@ -208,8 +208,8 @@ def rank_classes(program: Program, geometry: Geometry, said: Sequence[Any]) -> l
         return a
 
     for node in program.graph.nodes:
-        torch.fx.node.map_aggregate(node.args, visit)  # type: ignore[arg-type]
-        torch.fx.node.map_aggregate(dict(node.kwargs), visit)  # type: ignore[arg-type]
+        torch.fx.node.map_aggregate(node.args, visit)
+        torch.fx.node.map_aggregate(dict(node.kwargs), visit)
     found: dict[Any, list[int]] = {}
     for r, coords in enumerate(geometry.coords):
         held = tuple(d.local_size(geometry.mesh, coords) for d in dims if not d.dynamic_size)
