@@ -244,7 +244,7 @@ def variant(
     a: argparse.Namespace, place: Place, wire: Wire | None, dropout: float, compile: str, overlap: bool
 ) -> None:
     """Prints a variant's lines: without a wire, then with each."""
-    free = None
+    free = 0.0
     for times in [None, *a.wire]:
         if wire is not None:
             wire.set(*(times or ()), multiprocessors=a.occupy)
@@ -252,7 +252,7 @@ def variant(
             torch.cuda.reset_peak_memory_stats()
         found = measure(a, place, dropout, compile, overlap, wire)
         found |= {"wire": times, "occupy": a.occupy}
-        if times is None:
+        if times is None or place.device.type != "cuda":
             free = found["ms_step"]
         else:
             found["hidden"] = round(1 - (found["ms_step"] - free) / found["ms_on_wire"], 3)

@@ -14,8 +14,18 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.graphs import call, copy_graph, erase_dead, operand, over, place
-from tpcompiler.program import Program
+from tpcompiler.graphs import (
+    call,
+    cause_of,
+    copy_graph,
+    erase_dead,
+    layout_of,
+    operand,
+    origin,
+    over,
+    place_node,
+)
+from tpcompiler.program import Placed, Program
 
 aten = torch.ops.aten
 
@@ -49,20 +59,18 @@ def _join(graph: fx.Graph, entered: fx.Node, products: list[fx.Node]) -> None:
     with graph.inserting_before(products[0]):
         joined = call(graph, runtime.entered_linear, (operand(entered), over(entered), weights, biases))
         made = [graph.call_function(operator.getitem, (joined, i)) for i in range(len(products))]
-    joined.meta = _place(products) | {
-        "val": [p.meta["val"] for p in products],
-        "dims_of": tuple(p.meta["dims"] for p in products if "dims" in p.meta),
-        "note": "backward: all-reduce beside the weights' gradients",
-        "because": entered.meta.get("because"),
-    }
+    joined.meta = _shared_origin(products) | {"val": [p.meta["val"] for p in products]}
+    layouts = [layout for p in products if (layout := layout_of(p)) is not None]
+    known = tuple(layouts) if len(layouts) == len(products) else ()
+    place_node(joined, Placed(known, "backward: all-reduce beside the weights' gradients", cause_of(entered)))
     for old, new in zip(products, made, strict=True):
-        new.meta = {**old.meta, **_place(products)}
+        new.meta = {**old.meta, **_shared_origin(products)}
         old.replace_all_uses_with(new)
 
 
-def _place(products: list[fx.Node]) -> dict[str, Any]:
-    """The place of the first product, or the innermost module that all of them lie in."""
-    found = place(products[0])
+def _shared_origin(products: list[fx.Node]) -> dict[str, Any]:
+    """The origin of the first product, or the innermost module that all of them lie in."""
+    found = origin(products[0])
     shared = tuple(found.get("stack", ()))
     for p in products[1:]:
         other = tuple(p.meta.get("stack", ()))

@@ -100,11 +100,10 @@ class ProcessGroup(Group):
         return private_apis.all_reduce(x, op, self.name)
 
     def begin_all_reduce(self, x: Tensor, direction: str = FORWARD) -> Tensor:
-        started: Tensor = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", self.name)
-        return started
+        return private_apis.begin_all_reduce(x, self.name)
 
     def finish(self, x: Tensor) -> Tensor:
-        return _wait(x)
+        return private_apis.finish(x)
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None, direction: str = FORWARD) -> Tensor:
         dim %= x.dim()
