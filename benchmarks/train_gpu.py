@@ -10,7 +10,8 @@ anywhere: --device cpu --set layers=2 --set hidden=64 --set heads=4 --batch 2 --
 
 --alone N plays the first of N ranks by itself: its arithmetic and its host's work are a rank's, its collectives are
 real calls over a group of one, and take no time on the wire. Losses mean nothing then; what a step takes is the bound
-that communication is added to.
+that communication is added to. With --wire ALPHA,BETA (microseconds, GB/s) collectives take that time (wire.py); each
+variant is also measured without, and `hidden` is the share of the collectives' time that the step is not longer by.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.wire import Wire
 from tpcompiler.load.model import load_model, parse_settings
 from tpcompiler.runtime import Mesh, Ranks
 from tpcompiler.runtime.groups import ProcessGroup
@@ -48,6 +50,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--model", default="models/gpt2.py")
     p.add_argument("--tensor", type=int, default=None, help="over the spec's tensor degree")
     p.add_argument("--alone", type=int, default=None, metavar="N", help="the first of N ranks, without the others")
+    p.add_argument("--wire", type=wire_times, nargs="+", default=[], metavar="ALPHA,BETA", help="with --alone")
+    p.add_argument("--occupy", type=int, default=0, metavar="N", help="multiprocessors that a collective takes")
+    p.add_argument("--overlap", nargs="+", default=["false"], choices=["false", "true"], help="the spec's overlap")
     p.add_argument("--spec", default="specs/gpt2-1.2b.yaml")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the model's constructor")
     p.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
@@ -68,10 +73,18 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def alone(size: int, device: str | None) -> Place:
+def wire_times(text: str) -> tuple[float, float]:
+    """`50,300`"""
+    alpha, beta = map(float, text.split(","))
+    return alpha, beta
+
+
+def alone(size: int, device: str | None, wired: bool) -> tuple[Place, Wire | None]:
     """The first of `size` ranks of one tensor group, whose collectives reach nobody."""
     cuda = device == "cuda" or (device is None and torch.cuda.is_available())
-    dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    wire = Wire.install(size) if wired else None
+    if wire is None:
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     name = dist.group.WORLD.group_name
 
     def from_env(mesh: Mesh, *_: Any, **__: Any) -> Ranks:
@@ -81,11 +94,11 @@ def alone(size: int, device: str | None) -> Place:
         return Ranks(mesh, 0, connect)
 
     Ranks.from_env = from_env  # type: ignore[method-assign, assignment]
-    return Place(0, size, 0, torch.device("cuda", 0) if cuda else torch.device("cpu"), Board())
+    return Place(0, size, 0, torch.device("cuda", 0) if cuda else torch.device("cpu"), Board()), wire
 
 
-def build(a: argparse.Namespace, place: Place, dropout: float, compile: str) -> TrainingRun:
-    spec = Spec.load(a.spec)
+def build(a: argparse.Namespace, place: Place, dropout: float, compile: str, overlap: bool) -> TrainingRun:
+    spec = Spec.load(a.spec).with_(overlap=overlap)
     if a.tensor is not None:
         spec = spec.with_(mesh={"tensor": a.tensor})
     total = a.warm_up + a.steps + 4
@@ -119,9 +132,11 @@ def build(a: argparse.Namespace, place: Place, dropout: float, compile: str) -> 
     return run
 
 
-def measure(a: argparse.Namespace, place: Place, dropout: float, compile: str) -> dict[str, Any]:
+def measure(
+    a: argparse.Namespace, place: Place, dropout: float, compile: str, overlap: bool, wire: Wire | None
+) -> dict[str, Any]:
     start = time.perf_counter()
-    run = build(a, place, dropout, compile)
+    run = build(a, place, dropout, compile, overlap)
     engine, device = run.engine, run.place.device
     cuda = device.type == "cuda"
     set_up_seconds = time.perf_counter() - start
@@ -131,9 +146,10 @@ def measure(a: argparse.Namespace, place: Place, dropout: float, compile: str) -
             torch.cuda.synchronize()
 
     batches = [[run.batches.batch_at(s, m).to(device) for m in range(run.batches.micro_batches(1))] for s in range(8)]
-    losses, times, host, first = [], [], [], 0.0
+    losses, times, host, first, on_wire = [], [], [], 0.0, 0.0
     for step in range(a.warm_up + a.steps):
         wait()
+        before = wire.seconds if wire else 0.0
         begin = time.perf_counter()
         outcome = engine.step(step, batches[step % len(batches)])
         issued = time.perf_counter() - begin
@@ -141,7 +157,7 @@ def measure(a: argparse.Namespace, place: Place, dropout: float, compile: str) -
         seconds = time.perf_counter() - begin
         losses.append(float(outcome.loss))
         if step == 0:
-            first = seconds
+            first, on_wire = seconds, (wire.seconds if wire else 0.0) - before
         if step >= a.warm_up:
             times.append(seconds)
             host.append(issued)
@@ -169,6 +185,8 @@ def measure(a: argparse.Namespace, place: Place, dropout: float, compile: str) -
         "tensor": run.place.world,
         "alone": a.alone is not None,
         "parameters_a_rank": sum(p.numel() for p in engine.storage.masters.values()),
+        "overlap": overlap,
+        "ms_on_wire": round(on_wire * 1e3, 3),  # what the step's collectives take together
         "dropout": dropout,
         "compile": compile,
         "graphs": engine.recorded,
@@ -210,22 +228,42 @@ def profile(run: TrainingRun, batches: list[Any], step: int) -> None:
 
 def main() -> None:
     a = arguments()
+    wire = None
     if a.alone is not None:
         a.tensor = a.alone
-    place = alone(a.alone, a.device) if a.alone else join(a.tensor or Spec.load(a.spec).ranks.size, a.device)
+        place, wire = alone(a.alone, a.device, bool(a.wire))
+    else:
+        place = join(a.tensor or Spec.load(a.spec).ranks.size, a.device)
     for compile in a.compile:
         for dropout in a.dropout:
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-            row = json.dumps(measure(a, place, dropout, compile))
-            if place.rank == 0:
-                print(row, flush=True)
-            torch._dynamo.reset()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            for overlap in a.overlap:
+                variant(a, place, wire, dropout, compile, overlap == "true")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def variant(
+    a: argparse.Namespace, place: Place, wire: Wire | None, dropout: float, compile: str, overlap: bool
+) -> None:
+    """Prints a variant's lines: without a wire, then with each."""
+    free = 0.0
+    for times in [None, *a.wire]:
+        if wire is not None:
+            wire.set(*(times or ()), multiprocessors=a.occupy)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        found = measure(a, place, dropout, compile, overlap, wire)
+        found |= {"wire": times, "occupy": a.occupy}
+        if times is None or place.device.type != "cuda":
+            free = found["ms_step"]
+        else:
+            found["hidden"] = round(1 - (found["ms_step"] - free) / found["ms_on_wire"], 3)
+        if place.rank == 0:
+            print(json.dumps(found), flush=True)
+        torch._dynamo.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

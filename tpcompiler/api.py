@@ -210,7 +210,7 @@ def compile_capture(
         return compile_capture(unfuse_dropping_attention(whole), spec, progress=progress, seconds=seconds)
     tell("running the passes")
     with _timed(seconds, "passes"):
-        program = run_passes(program)
+        program = run_passes(program, spec.overlap)
         program = replace(program, collectives=list_collectives(program, plan))
     return Sharded(spec, captured, axes, plan, program, seconds)
 

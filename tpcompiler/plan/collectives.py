@@ -52,6 +52,7 @@ class _Reader:
         self.rules: dict[Any, Callable[[fx.Node], Iterator[Collective]]] = {
             runtime.reduce: self.reduce,
             runtime.enter: self.enter,
+            runtime.entered_linear: self.entered_linear,
             runtime.gather: self.gather,
             runtime.cross_entropy: self.cross_entropy,
             runtime.rms_norm: self.norm,
@@ -73,6 +74,11 @@ class _Reader:
         if operand(node).name not in self.carriers:
             return  # of an input whose gradient the example does not ask for
         yield self.of_value(node, "all_reduce", BACKWARD, f"gradient of what enters {self.axis_names(node)}")
+
+    def entered_linear(self, node: fx.Node) -> Iterator[Collective]:
+        x, reason = operand(node), f"gradient of what enters {self.axis_names(node)}, beside the weights'"
+        dtype = x.meta["val"].dtype
+        yield self.make(node, "all_reduce", BACKWARD, over(node), self.local(x), dtype, reason)
 
     def gather(self, node: fx.Node) -> Iterator[Collective]:
         yield self.of_value(node, "all_gather", FORWARD, f"{self.axis_names(node)} leaves whole")

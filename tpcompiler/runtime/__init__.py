@@ -6,6 +6,7 @@ from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.module import Parameters
 from tpcompiler.runtime.norms import layer_norm, rms_norm
 from tpcompiler.runtime.operators import enter, gather, gather_sequence, lookup, reduce, scatter_sequence, take
+from tpcompiler.runtime.overlap import entered_linear
 from tpcompiler.runtime.random import Rng, dropout
 from tpcompiler.runtime.vocab import cross_entropy
 from tpcompiler.runtime.weights import load
@@ -19,6 +20,7 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "enter",
+    "entered_linear",
     "gather",
     "gather_sequence",
     "grouped_mm",

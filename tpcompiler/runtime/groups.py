@@ -62,6 +62,14 @@ class Group:
         """The elementwise sum (or "max") of all ranks' `x`, which have one shape."""
         return x
 
+    def begin_all_reduce(self, x: Tensor, direction: str = FORWARD) -> Tensor:
+        """A sum that may be under way still: nobody reads it before `finish`, nor writes `x`."""
+        return self.all_reduce(x, direction=direction)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The result of `begin_all_reduce`, once it is there. Not collective."""
+        return x
+
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None, direction: str = FORWARD) -> Tensor:
         """All ranks' `x` one after the other along `dim`; `sizes` are their lengths when they differ."""
         return x
@@ -91,6 +99,12 @@ class ProcessGroup(Group):
 
     def all_reduce(self, x: Tensor, op: str = "sum", direction: str = FORWARD) -> Tensor:
         return private_apis.all_reduce(x, op, self.name)
+
+    def begin_all_reduce(self, x: Tensor, direction: str = FORWARD) -> Tensor:
+        return private_apis.begin_all_reduce(x, self.name)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return private_apis.finish(x)
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None, direction: str = FORWARD) -> Tensor:
         dim %= x.dim()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["all_gather", "all_reduce", "is_factory", "pytree", "reduce_scatter"]
+__all__ = ["all_gather", "all_reduce", "begin_all_reduce", "finish", "is_factory", "pytree", "reduce_scatter"]
 
 # `pytree`: nested arguments and results, flat and back. There is no `torch.utils.pytree`, and `torch.fx` has only
 # `map_arg`, which knows no keys and gives no structure to compare.
@@ -23,6 +23,17 @@ __all__ = ["all_gather", "all_reduce", "is_factory", "pytree", "reduce_scatter"]
 def all_reduce(x: Tensor, op: str, group: str) -> Tensor:
     """The elementwise "sum" or "max" over the process group of that name."""
     return _wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group))
+
+
+def begin_all_reduce(x: Tensor, group: str) -> Tensor:
+    """An `all_reduce` with "sum" that is under way until `finish`."""
+    started: Tensor = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group)
+    return started
+
+
+def finish(x: Tensor) -> Tensor:
+    """The result of `begin_all_reduce`."""
+    return _wait(x)
 
 
 def all_gather(x: Tensor, size: int, group: str) -> Tensor:

@@ -165,6 +165,10 @@ class Spec(Section):
         description="Dropout inside attention. fused: the kernel's own random numbers, fast, a different draw at every "
         "degree. exact: attention written out, the same masks at every degree, slower.",
     )
+    overlap: bool = Field(
+        default=False,
+        description="Whether the all-reduce of a product's input gradient runs while its weight's is computed.",
+    )
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="Seed of the initial weights and of dropout.", examples=[0]
     )

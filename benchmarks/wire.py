@@ -1,0 +1,131 @@
+"""A wire on one GPU: a process group in which one process plays one rank of several.
+
+Every collective takes α + bytes / β on a stream of its own, and is recorded in CUDA graphs like any other, so that one
+device shows what overlap with computation hides. Values are not exchanged: a rank's results mean nothing.
+
+    wire = Wire.install(size=2)
+    wire.set(alpha_us=50, beta_gbs=300, multiprocessors=16)  # or wire.set() for one that takes no time
+
+With `multiprocessors`, so many blocks of 512 threads spin meanwhile, as NCCL's do; without, a single thread does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future
+from torch.futures import Future
+
+_CYCLES = 20_000_000  # of the calibration
+
+
+class Wire(dist.ProcessGroup):
+    """One rank, the first, of `size`. `calls` and `seconds` add up what was issued, replays of recordings left out."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, size)
+        self.calls, self.seconds = 0, 0.0
+        self.set()
+        self._cuda = torch.cuda.is_available()
+        if self._cuda:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+            self._stream = torch.cuda.Stream(priority=-1)
+            self._rate = _cycles_a_second()
+
+    @staticmethod
+    def install(size: int) -> Wire:
+        """Makes it the default process group."""
+        made: list[Wire] = []
+
+        def make(store: Any, rank: int, world: int, timeout: Any) -> Wire:
+            made.append(Wire(rank, world))
+            return made[-1]
+
+        dist.Backend.register_backend("wire", make, devices=["cuda", "cpu"])
+        dist.init_process_group("wire", store=dist.HashStore(), rank=0, world_size=size)
+        return made[0]
+
+    def set(self, alpha_us: float = 0.0, beta_gbs: float = float("inf"), multiprocessors: int = 0) -> None:
+        """What a collective takes from now on: α in microseconds, β in 10⁹ bytes a second."""
+        self._alpha, self._beta, self._multiprocessors = alpha_us * 1e-6, beta_gbs * 1e9, multiprocessors
+        self.calls, self.seconds = 0, 0.0
+
+    def _carry(self, result: Any, size: int) -> Any:
+        """A work that gives `result` once `size` bytes would have crossed."""
+        seconds = self._alpha + size / self._beta
+        self.calls += 1
+        self.seconds += seconds
+        future: Future[Any] = Future(devices=[self._device]) if self._cuda else Future()
+        if not self._cuda or seconds == 0:
+            future.set_result(result)
+            return _create_work_from_future(future)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            if self._multiprocessors:
+                _spin(seconds, self._multiprocessors)
+            else:
+                torch.cuda._sleep(int(seconds * self._rate))
+            future.set_result(result)
+        return _create_work_from_future(future)
+
+    # -- what torch.distributed calls -------------------------------------------------------------------------------
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:
+        return self._carry(tensors, sum(t.nbytes for t in tensors))
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Any:
+        return self.allreduce(tensors)
+
+    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Any:
+        return self.allreduce(tensors)
+
+    def _allgather_base(self, out: Tensor, mine: Tensor, opts: Any = None) -> Any:
+        out.view(self.size(), -1).copy_(mine.reshape(1, -1).expand(self.size(), -1))
+        return self._carry(out, out.nbytes)
+
+    def _reduce_scatter_base(self, out: Tensor, whole: Tensor, opts: Any = None) -> Any:
+        out.copy_(whole.reshape(self.size(), -1)[0].view(out.shape))
+        return self._carry(out, whole.nbytes)
+
+    def barrier(self, opts: Any = None) -> Any:
+        return self._carry([], 0)
+
+    def getBackendName(self) -> str:
+        return "wire"
+
+    @property
+    def pg_name(self) -> str:
+        return str(dist.distributed_c10d._world.pg_names[self])
+
+    @property
+    def group_name(self) -> str:
+        return self.pg_name
+
+
+def _cycles_a_second() -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(2):  # the first wakes the clocks up
+        begin.record()
+        torch.cuda._sleep(_CYCLES)
+        end.record()
+        torch.cuda.synchronize()
+    return _CYCLES / (begin.elapsed_time(end) * 1e-3)
+
+
+def _spin(seconds: float, blocks: int) -> None:
+    kernel = _kernel()
+    kernel[(blocks,)](int(seconds * 1e9), num_warps=16)
+
+
+_KERNELS: list[Any] = []
+
+
+def _kernel() -> Any:
+    if not _KERNELS:
+        from benchmarks.spin import spin
+
+        _KERNELS.append(spin)
+    return _KERNELS[0]
