@@ -99,16 +99,21 @@ class OneRank(Translator):
             given["rows"] = tuple((d, n, self.rows(r)) for d, n, r in given["rows"])
         elif "rows" in given:
             given["rows"] = self.rows(given["rows"])
-        term = self.forms.make(f"runtime.{target.__name__}", tuple(sorted(given.items())), *described)
+        name, arguments = f"runtime.{target.__name__}", tuple(sorted(given.items()))
+        several = isinstance(described, list)
+        numbered = enumerate(described if several else [described])
+        terms = tuple(self.forms.make(name, (i, *arguments) if several else arguments, *one) for i, one in numbered)
         if over:
-            self.sent.append(term)
-        return term
+            self.sent.append(terms[0])
+        return terms if several else terms[0]
 
     def _described(self, target: Any, a: dict[str, Any], over: tuple[str, ...]) -> Any:
         x: Any = a.get("x", a.get("logits"))
         degree = self.geometry.mesh.degree(over)
         if target is runtime.lookup:
             return (*a["ids"].shape, *a["weight"].shape[1:]), a["weight"].dtype
+        if target is runtime.entered_linear:
+            return [((*x.shape[:-1], w.shape[0]), x.dtype) for w in a["weights"]]
         if target is runtime.cross_entropy:
             return (a["target"].shape if a["reduction"] == "none" else ()), x.dtype
         if target in (runtime.take, runtime.gather, runtime.gather_sequence, runtime.scatter_sequence):

@@ -125,6 +125,9 @@ class Translator:
             return self.call(aten.layer_norm.default, (a["x"], (a["size"],), *vectors), {}, None)
         if target is runtime.cross_entropy:
             return self._loss(a)
+        if target is runtime.entered_linear:
+            pairs = zip(a["weights"], a["biases"], strict=True)
+            return tuple(self.call(aten.linear.default, (a["x"], w, b), {}) for w, b in pairs)
         return self.own(f"runtime.{target.__name__}", tuple(sorted(a.items())), known, lambda: (target, (), a))
 
     def _loss(self, a: dict[str, Any]) -> Any:
