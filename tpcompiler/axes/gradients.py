@@ -15,7 +15,10 @@ def carries(node: fx.Node) -> bool:
 
 def passes(node: fx.Node) -> bool:
     """Whether a gradient of a node's value becomes one of its operands'."""
-    return node.op == "call_function" and carries(node) and (find(node.target) or UNKNOWN).gradient
+    if node.op != "call_function" or not carries(node):
+        return False
+    rule = find(node.target) or UNKNOWN
+    return rule.gradient and not rule.constant
 
 
 def carriers(graph: fx.Graph, sources: frozenset[str]) -> frozenset[str]:

@@ -49,7 +49,7 @@ def _numbered(graph: fx.Graph, numbers: dict[Any, int]) -> dict[fx.Node, int]:
         if node.target is aten.dropout.default and isinstance(node.args[2], Training) and not node.args[2].off:
             out[node] = out[node.args[0]]
             continue
-        key: Any = node.name if node.op == "placeholder" else _key((node.args, node.kwargs), out)
+        key: Any = str(node.target) if node.op == "placeholder" else _key((node.args, node.kwargs), out)
         out[node] = numbers.setdefault((node.op, "" if node.op == "output" else str(node.target), key), len(numbers))
     return out
 

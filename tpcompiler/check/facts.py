@@ -1,9 +1,9 @@
 """What is certain of operations, written without a look at the compiler's own table.
 
-* `linear_in`: of which arguments an operation is linear, the others being whole. Only there may a partial sum stand.
-* `SPREADS`: operations that work on each rank's rows alone, or on rows as a whole: only they may see anything but whole
-  operands. What the ranks' results then are of the model's is found by running them (`steps.py`).
-* a random operation may not see what ranks hold in common: each would draw numbers of its own, and copies drift apart.
+* `_LINEAR`: the arguments in which an operation is linear while the others are whole. Only there may a partial sum
+  stand.
+* A random operation may not see what ranks hold in common: each rank would draw numbers of its own, and copies would
+  drift apart.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _IMPORTS = {
 }
 _BUILDERS = {"group", "local", "part", "empty", "register_buffer", "register_parameter", "to", "requires_grad_"}
 _BUILDERS |= {"Parameters", "ModuleList", "ParameterList", "Parameter", "Rng", "range", "super", "__init__", "getattr"}
-_BUILDERS |= {"setattr", "add_module", "Module"}
+_BUILDERS |= {"setattr", "add_module", "Module", "extend"}
 _PYTHON = {"range", "zip", "enumerate", "slice", "tuple", "getattr", "reversed"}
 _METHODS = {"float", "long", "bool", "half", "double", "int", "bfloat16", "size", "dim", "to", "type", "new_tensor"}
 _METHODS |= {"new_zeros", "new_ones", "new_full", "new_empty", "items", "finfo", "iinfo", "type_as", "reshape_as"}
@@ -96,7 +96,8 @@ class _Reader:
         if [ast.unparse(b) for b in node.bases] == ["NamedTuple"] and fields and not node.decorator_list:
             self.records.add(node.name)  # what a model returns
             return
-        if [ast.unparse(b) for b in node.bases] != ["nn.Module"] or node.keywords or node.decorator_list:
+        plain = [ast.unparse(b) for b in node.bases] in (["nn.Module"], ["nn.ModuleList"])
+        if not plain or node.keywords or node.decorator_list:
             self.refuse(node, "a class that is no plain nn.Module")
         seen = set()
         for n in node.body:
@@ -189,12 +190,7 @@ class _Reader:
             own = ast.unparse(n.func).startswith("self.")
             functional = ast.unparse(n.func.value) == "F" and hasattr(torch.nn.functional, name) and name[-1] != "_"
             path = ast.unparse(n.func).split(".")
-            if (
-                path[:2] == ["torch", "ops"]
-                and path[2] in ("aten", "tpcompiler")
-                and len(path) == 5
-                and path[3][-1] != "_"
-            ):
+            if path[:2] == ["torch", "ops"] and len(path) == 5 and path[3][-1] != "_":
                 return
             if not own and not functional and not self.operation(name):
                 self.refuse(n, f"a call of {name}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tpcompiler.check.normal_form import Forms, broadcast
+from tpcompiler.check.normal_form import OPEN, Forms, broadcast
 from tpcompiler.check.terms import Term
 
 Arguments = dict[str, Any]
@@ -179,6 +179,21 @@ def _(f: Forms, a: Arguments) -> Any:
 @means("slice")
 def _(f: Forms, a: Arguments) -> Any:
     return f.slice(a["self"], a["dim"], a["start"], a["end"]) if a["step"] == 1 else NotImplemented
+
+
+@means("slice_scatter")
+def _(f: Forms, a: Arguments) -> Any:
+    """The rows before, those that are written, and the rows after."""
+    x, src, d = a["self"], a["src"], a["dim"]
+    start, stop = a["start"] or 0, OPEN if a["end"] is None else a["end"]
+    if a["step"] != 1 or x.dtype != src.dtype or type(start) is not int or type(stop) is not int:
+        return NotImplemented
+    size = x.shape[d]
+    start, stop = (min(max(i + size if i < 0 else i, 0), size) for i in (start, stop))
+    if stop - start != src.shape[d]:
+        return NotImplemented
+    parts = [f.slice(x, d, 0, start)] * (start > 0) + [src] + [f.slice(x, d, stop, size)] * (stop < size)
+    return f.cat(parts, d)
 
 
 @means("narrow")

@@ -1,6 +1,6 @@
 """Normal forms: the closed list of equalities by which a program may be written otherwise than its model.
 
-Each holds for all values and sizes (`tests/check/test_normal_form.py` runs every one of them against torch):
+Each holds for all values and sizes (`tests/check/test_check_normal_form.py` compares them with torch):
 
 * views are one `reshape` or one `permute`; a view that changes nothing is its operand
 * `split`, `chunk`, `narrow`, `select`, `slice` are one `slice`; slices of slices and of joined values are taken through
