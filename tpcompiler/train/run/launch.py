@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -53,15 +54,24 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
     command = [sys.executable, "-m", "tpcompiler.cli.main", *arguments]
     started: list[subprocess.Popen[bytes]] = []
-    with _forwarding(started):
+    with _forwarding(started), tempfile.TemporaryFile() as said:
+        # One JSON object on stdout: what the others say when a rank was killed gives way to the cause.
+        stdout = said if "--json" in arguments else None
         try:
             for rank in range(ranks):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
                 # A session of its own: Ctrl-C in the terminal reaches this process alone, which passes it on once.
-                started.append(subprocess.Popen(command, env={**shared, **own}, start_new_session=True))
-            return _outcome(started)
+                started.append(_start(command, {**shared, **own}, stdout))
+            code = _outcome(started)
         finally:
             _end(started)
+        said.seek(0)
+        sys.stdout.write(said.read().decode())
+        return code
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], stdout: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=stdout)
 
 
 def _outcome(started: Sequence[subprocess.Popen[bytes]]) -> int:
