@@ -123,7 +123,7 @@ def test_equal_terms_are_equal_values(seed: int) -> None:
         found[term].append(number)
     for term, numbers in found.items():
         for n in numbers[1:]:
-            torch.testing.assert_close(n, numbers[0], rtol=1e-12, atol=1e-12, msg=lambda m, t=term: f"{t}: {m}")
+            torch.testing.assert_close(n, numbers[0], rtol=1e-12, atol=1e-12, msg=str(term))
 
 
 @pytest.mark.parametrize(
