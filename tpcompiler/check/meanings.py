@@ -290,8 +290,8 @@ def _real(x: Term) -> bool:
 @means("mul", "multiply")
 def _(f: Forms, a: Arguments) -> Any:
     x, y = a["self"], a["other"]
-    if isinstance(x, Term) and type(y) in (int, float) and y == 1 and type(y) is (float if _real(x) else int):
-        return x if x.dtype != torch.bool else NotImplemented
+    if isinstance(x, Term) and y == 1 and (type(y) is int or (type(y) is float and _real(x))):
+        return x if x.dtype != torch.bool else NotImplemented  # a number changes no dtype within its kind
     if not isinstance(x, Term) or not isinstance(y, Term) or x.dtype != y.dtype:
         return NotImplemented
     first, second = sorted((x, y), key=lambda t: t.index)
