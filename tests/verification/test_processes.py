@@ -28,6 +28,7 @@ from tpcompiler.capture import capture, float64
 from tpcompiler.errors import TpcError
 from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.runtime import Mesh, Ranks, load
+from tpcompiler.runtime.stored import VERSION, seal
 from tpcompiler.runtime.worker import import_program
 from tpcompiler.spec.schema import Spec
 from tpcompiler.verification import processes
@@ -131,9 +132,9 @@ def test_logits_left_sharded_are_compared_slice_by_slice() -> None:
 
 def written(directory: Path, forward: str) -> Path:
     """A program as `tpc shard` writes it, of one line and no weights."""
-    (directory / "manifest.json").write_text(
-        json.dumps({"version": 1, "mesh": [["tensor", 2]], "tensors": [], "files": []})
-    )
+    keys = {"format": "tpcompiler", "version": VERSION, "mesh": [["tensor", 2]], "tensors": [], "files": []}
+    text = json.dumps(keys)[:-1] + ",\n"
+    (directory / "manifest.json").write_text(text + seal(text.encode()))
     (directory / "model.py").write_text(
         "import os, time, torch\n"
         "class Model(torch.nn.Module):\n"
