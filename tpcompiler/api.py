@@ -22,7 +22,6 @@ from tpcompiler.capture import capture_recorded, record
 from tpcompiler.capture.unfused import dropping_attention, unfuse_dropping_attention
 from tpcompiler.errors import CheckError
 from tpcompiler.partition import CannotSplit, partition
-from tpcompiler.partition.draws import draws_apart
 from tpcompiler.passes import run_passes
 from tpcompiler.plan import Plan, make_plan
 from tpcompiler.plan.collectives import folded, list_collectives
@@ -185,7 +184,6 @@ def compile_capture(
     """The stages after capture: axes, plan, partition."""
     seconds = {} if seconds is None else seconds
     tell = progress or (lambda stage: None)
-    whole = captured
     tell("inferring axes")
     with _timed(seconds, "axes"):
         if spec.attention_dropout == "exact":
@@ -206,8 +204,6 @@ def compile_capture(
             break
         except CannotSplit as e:
             axes = _without(axes, e)
-    if spec.attention_dropout != "exact" and draws_apart(program):  # a fused kernel's masks would differ among copies
-        return compile_capture(unfuse_dropping_attention(whole), spec, progress=progress, seconds=seconds)
     tell("running the passes")
     with _timed(seconds, "passes"):
         program = run_passes(program, spec.overlap)
