@@ -21,8 +21,8 @@ PACKAGE = ROOT / "tpcompiler"
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 50
 # To be shortened or renamed; nothing may be added here.
-LONG_FILES = {"train/run/loop.py"}
-LONG_FUNCTIONS = {"cli/train.py: train", "cli/train.py: evaluate", "verification/verify.py: verify"}
+LONG_FILES: set[str] = set()
+LONG_FUNCTIONS = {"cli/train.py: train", "cli/train.py: evaluate"}
 SHARED_NAMES = {"calls.py", "compare.py", "facts.py", "fields.py", "parameters.py", "values.py"}
 
 

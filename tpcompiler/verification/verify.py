@@ -128,25 +128,39 @@ def verify(
     tell("comparing the graph with the module")
     cases = same_as_module(captured, module, example_inputs, backward)
     run = Comparison(sharded, state, dtype, backward)
+    cases += _on_ranks(run, precise, state, batch, micro_batches, distributed, tell)
+    return Report(captured.model, sharded.program.mesh, tuple(cases), run.executed, sharded.sharded_fraction, checked)
+
+
+def _on_ranks(
+    run: Comparison,
+    capture: Capture,
+    state: dict[str, Tensor],
+    batch: Batch,
+    micro_batches: int,
+    distributed: bool,
+    tell: Callable[[str], None],
+) -> list[Case]:
+    """The program on all ranks against the graph: at the example's sizes and others, accumulated, and as source."""
     tell("running all ranks")
-    cases.append(run.case("outputs and gradients" if backward else "outputs", [batch]))
-    if backward and any(x.is_floating_point() for x in batch.values()):
+    cases = [run.case("outputs and gradients" if run.backward else "outputs", [batch])]
+    if run.backward and any(x.is_floating_point() for x in batch.values()):
         tell("running all ranks for the gradients of inputs")
         cases.append(run.of_inputs("gradients of the inputs", batch))
-    other = _at_other_sizes(precise, state, batch)
+    other = _at_other_sizes(capture, state, batch)
     if other is not None:
         tell("running all ranks at other sizes")
         cases.append(run.case("the same at another batch and sequence", [other]))
-    if backward:
+    if run.backward:
         n = micro_batches if micro_batches > 1 else 3
         tell(f"running all ranks over {n} micro-batches")
-        cases.append(run.case(f"gradients over {n} micro-batches", [vary(captured, batch, i) for i in range(n)]))
+        cases.append(run.case(f"gradients over {n} micro-batches", [vary(capture, batch, i) for i in range(n)]))
     tell("running the emitted source")
     cases.append(emitted_case(run, [b for b in (batch, other) if b is not None]))
     if distributed:
         tell("running the emitted source in processes")
-        cases.append(processes_case(run, [b for b in (batch, vary(captured, batch, 1), other) if b is not None]))
-    return Report(captured.model, sharded.program.mesh, tuple(cases), run.executed, sharded.sharded_fraction, checked)
+        cases.append(processes_case(run, [b for b in (batch, vary(capture, batch, 1), other) if b is not None]))
+    return cases
 
 
 def _affordable(captured: Capture) -> None:
