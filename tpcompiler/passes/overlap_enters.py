@@ -1,7 +1,8 @@
-"""What enters products alone is one operator with them: linear(enter(x), w), linear(enter(x), v) → entered_linear.
+"""Joins an enter with the products that read it: linear(enter(x), w), linear(enter(x), v) → entered_linear(x, (w, v)).
 
-Its backward computes the weights' gradients while the gradient of `x` crosses the ranks. Of an `enter` that anything
-else reads too nothing is changed: the sum over ranks would have to wait for that gradient as well.
+The joined operator's backward starts the all-reduce of the gradient of `x`, computes the gradients of the weights
+meanwhile, and waits afterwards. An enter that anything but products reads stays as it is, because its all-reduce has to
+wait for the gradients of the other readers too.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ aten = torch.ops.aten
 
 
 def overlap_enters(program: Program) -> Program:
-    """Join every `enter` with the products that read it, if only products do."""
+    """Joins every `enter` that only products read with those products."""
     graph = copy_graph(program.graph)
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -42,7 +43,10 @@ def overlap_enters(program: Program) -> Program:
 
 
 def _products(entered: fx.Node, position: dict[fx.Node, int]) -> list[fx.Node]:
-    """All users of what entered, in the graph's order; none, when one is no product whose weight is there by then."""
+    """The products that read an entered value, in the graph's order.
+
+    The list is empty when another operation reads it too, or when a weight is computed after the first product.
+    """
     users = sorted(entered.users, key=position.__getitem__)
     for user in users:
         if user.target is not aten.linear.default or user.args[0] is not entered:
@@ -69,7 +73,7 @@ def _join(graph: fx.Graph, entered: fx.Node, products: list[fx.Node]) -> None:
 
 
 def _shared_origin(products: list[fx.Node]) -> dict[str, Any]:
-    """The origin of the first product, or the innermost module that all of them lie in."""
+    """The origin of the joined operator: that of the first product, in the innermost module that holds all of them."""
     found = origin(products[0])
     shared = tuple(found.get("stack", ()))
     for p in products[1:]:

@@ -121,7 +121,7 @@ class _Body:
                 self.namer.release([node])
         else:
             names = [self.namer.fresh((node, k)) if (node, k) in self.last else "_" for k in range(several)]
-            target = ", ".join(names) + ("," if len(names) == 1 else "")
+            target = f"({names[0]},)" if len(names) == 1 else ", ".join(names)
         if text.text != target:
             note = ", ".join(n for m in self._together(node) if (n := remarks.notes(self.file, m)))
             shape = remarks.new_shape(self.file, node, leaves[0] if leaves else None)
