@@ -24,6 +24,10 @@ Addends = tuple[tuple[Any, Term], ...]  # coefficient and value
 OPEN = 1 << 31  # an end of a slice beyond all lengths
 
 
+class OpenDtype(Exception):
+    """The dtype of a sum follows from more than its addends' dtypes: the sum has no normal form."""
+
+
 class Forms(Terms):
     """Builds terms in normal form."""
 
@@ -318,5 +322,5 @@ def _promoted(a: torch.dtype, b: torch.dtype, ranks: Sequence[int]) -> torch.dty
     if a == b:
         return a
     if 0 in ranks and any(ranks):
-        raise NotImplementedError  # what a tensor without dimensions does to the dtype is left to torch
+        raise OpenDtype  # what a tensor without dimensions does to the dtype is left to torch
     return torch.promote_types(a, b)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tpcompiler import runtime
 from tpcompiler.check.calls import Over, runtime_signature
 from tpcompiler.check.meanings import MEANINGS, added, bound, packet
-from tpcompiler.check.normal_form import Forms
+from tpcompiler.check.normal_form import Forms, OpenDtype
 from tpcompiler.check.terms import Term, keyed
 from tpcompiler.layout import LocalRuns, LocalSize
 from tpcompiler.program import Training
@@ -61,7 +61,7 @@ class Translator:
                 if isinstance(found, tuple) and name in ("add", "sub", "rsub"):
                     try:
                         return added(self.forms, name, found)
-                    except NotImplementedError:
+                    except OpenDtype:
                         found = NotImplemented
                 else:
                     return found
