@@ -263,3 +263,23 @@ def test_the_table_of_collectives_stays_a_table(name: str) -> None:
     text = ast.get_docstring(ast.parse(source(name, 2))) or ""
     rows = text.partition("example:")[2].partition("To run")[0].strip().splitlines()
     assert 0 < len(rows) <= 3 * text.count(" ×  ")
+
+
+class OneForAll(nn.Module):
+    """Queries beside one key and one value, fused in one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.out = nn.Embedding(16, 24), nn.Linear(24, 5 * 8), nn.Linear(24, 24)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        b, s = ids.shape
+        q, k, v = (y.transpose(1, 2) for y in self.qkv(self.embed(ids)).view(b, s, -1, 8).split([3, 1, 1], 2))
+        y = F.scaled_dot_product_attention(q, k.expand_as(q), v.expand_as(q))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_a_product_of_one_segment_has_the_shape_of_that_segment() -> None:
+    text = tpc.shard(OneForAll(), {"ids": torch.randint(16, (2, 5))}, {"mesh": {"tensor": 2}}).source
+    shapes = [line.rpartition("# ")[2] for line in text.splitlines() if "= F.linear(" in line and "# [" in line]
+    assert "[b, s, 8]" in shapes and "[b, s, 40]" not in shapes, text

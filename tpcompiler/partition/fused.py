@@ -119,6 +119,7 @@ def take_apart(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
             leaves = tuple(a for a in b.split_axes(terms[-1:]) if set(b.plan.split[a]) <= set(piece.over))
             value = b.enter(value, x, b.in_order(set(piece.over)), Cause(op_name(node), leaves))
         new = _piece(b, node, product, value, w, vector, [*lead, piece])
+        new.meta["val"] = _sized(node.meta["val"], at, piece.size)
         out.append(new if fused.plain else b.call(aten.unflatten.int, new, at, fused.sizes(part)))
     return _joined(b, out, at, fused, node, dims)
 
