@@ -250,21 +250,29 @@ def test_a_time_limit_writes_a_checkpoint_and_ends_well(tmp_path: Path) -> None:
         parse_duration("soon")
 
 
-@pytest.mark.parametrize(("tensor", "data"), [(2, 1), (1, 2)])
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize(
+    ("stopped", "tensor", "data"),
+    [
+        (1, 2, 1),
+        (0, 1, 2),
+        pytest.param(0, 2, 1, marks=pytest.mark.nightly),
+        pytest.param(1, 1, 2, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_rank_that_does_not_answer_is_named_within_the_timeout(
     stopped: int, tensor: int, data: int, tmp_path: Path
 ) -> None:
-    command = [*train_command(GPT2, GPT2.spec(tensor, data, steps=100_000), tmp_path), "--timeout", "4"]
+    command = [*train_command(GPT2, GPT2.spec(tensor, data, steps=100_000), tmp_path), "--timeout", "10"]
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun serves it
     ranks = Processes(command, 2, tmp_path / "output", port=store.port)
     stepping(ranks, tmp_path, 3)
+    time.sleep(3)  # what a rank does is posted every second
     pid = ranks.ranks[stopped].pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     began = time.monotonic()
-    ranks.ranks[1 - stopped].join(40)
-    assert time.monotonic() - began < 20
+    ranks.ranks[1 - stopped].join(60)
+    assert time.monotonic() - began < 40
     assert ranks.ranks[1 - stopped].exitcode == 2
     ranks.wait(1)
     assert f"rank {stopped} (host {os.uname().nodename}) has not answered" in ranks.said, ranks.said

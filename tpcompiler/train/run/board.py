@@ -77,7 +77,9 @@ class Board:
         missing = [str(r) for r, t in enumerate(texts) if t is None]
         if missing:
             names = "rank " + missing[0] if len(missing) == 1 else "ranks " + ", ".join(missing[:8])
-            raise TpcError(f"{names} of {self.world} did not arrive within {self.timeout:g} s")
+            raise TpcError(
+                f"{names} of {self.world} did not arrive within {self.timeout if patience is None else patience:g} s"
+            )
         return [t for t in texts if t is not None]
 
     def delete(self, key: str) -> None:
