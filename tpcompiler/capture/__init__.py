@@ -50,7 +50,8 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
     set_unset(graph)
     normalise(graph)
     _no_noise(graph)
-    same_in_evaluation(graph, _evaluated(traced, recorded, source))
+    if traced.evaluated is not None:
+        same_in_evaluation(graph, _evaluated(traced.evaluated, recorded, source))
     sizes_from_inputs(graph, inputs)
     constants = {p.node: p.value for p in parameters if p.value is not None}
     recover_causal(graph, constants)
@@ -69,9 +70,8 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
     )
 
 
-def _evaluated(traced: Traced, recorded: Recorded, source: str) -> fx.Graph:
+def _evaluated(exported: ExportedProgram, recorded: Recorded, source: str) -> fx.Graph:
     """The graph of the model in evaluation mode."""
-    exported = traced.evaluated
     graph = exported.graph_module.graph
     inline(graph, exported.graph_module)
     _placeholders(graph, exported, recorded, source)

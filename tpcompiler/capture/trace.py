@@ -22,6 +22,7 @@ from tpcompiler.capture.lean import lean_tracing, whole_operators
 from tpcompiler.capture.own_backward import own_backwards
 from tpcompiler.capture.recording import Literals
 from tpcompiler.capture.refusals import CannotTrace, chain, explain
+from tpcompiler.capture.two_runs import alike
 from tpcompiler.errors import ModelError
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -33,14 +34,14 @@ class Traced:
     """What came out, and with which inputs."""
 
     exported: ExportedProgram  # in training mode
-    evaluated: ExportedProgram  # in evaluation mode
+    evaluated: ExportedProgram | None  # in evaluation mode; None: the same, dropout aside
     leaves: tuple[Any, ...]  # the example, flattened
     in_spec: pytree.TreeSpec
     arg_names: tuple[str, ...]  # of the leaves
 
 
 def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
-    """Export a model in training mode, and in evaluation mode.
+    """Export a model in training mode, and in evaluation mode unless that is known to give the same.
 
     Sizes of 1, and batch and sequence of one size, would be taken for constants or for each other; so the example is
     traced at other sizes first where it has such, and as it is when the model refuses those.
@@ -59,7 +60,8 @@ def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
                 if fixed := _fixed_elsewhere(exported):
                     exported = _in_mode(recorded, True, leaves, in_spec, shapes, fixed)
                 if _fits(exported, example_shapes):
-                    evaluated = _in_mode(recorded, False, leaves, in_spec, shapes, fixed)
+                    same = _alike(recorded, leaves, in_spec, shapes)
+                    evaluated = None if same else _in_mode(recorded, False, leaves, in_spec, shapes, fixed)
                     return Traced(exported, evaluated, tuple(leaves), in_spec, names)
         except Exception as e:  # whatever the model's own code raises
             error = e
@@ -67,6 +69,12 @@ def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
                 break
     assert error is not None
     raise explain(error, source, "cannot be traced", _files(model)) from error
+
+
+def _alike(recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes) -> bool:
+    args, kwargs = pytree.tree_unflatten(_stand_ins(leaves, shapes), spec)
+    with Literals(recorded.tape), Draws(), torch.device("meta"), own_backwards():
+        return alike(recorded.model, recorded.tape, lambda: recorded.model(*args, **kwargs))
 
 
 def _in_mode(recorded: Recorded, training: bool, *how: Any) -> ExportedProgram:
@@ -146,14 +154,9 @@ def _export(
     model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes, fixed: Places
 ) -> ExportedProgram:
     dynamic = ShapesCollection()
-    sizes = iter(enumerate(shapes))
-    inputs = []
-    for x in leaves:
-        if isinstance(x, Tensor):  # each a tensor of its own: export merges two inputs that are one object
-            k, shape = next(sizes)
-            x = torch.empty(shape, dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
-            dynamic[x] = {i: Dim.STATIC if (k, i) in fixed else Dim.AUTO for i in range(x.ndim)}
-        inputs.append(x)
+    inputs = _stand_ins(leaves, shapes)
+    for k, x in enumerate(x for x in inputs if isinstance(x, Tensor)):
+        dynamic[x] = {i: Dim.STATIC if (k, i) in fixed else Dim.AUTO for i in range(x.ndim)}
     args, kwargs = pytree.tree_unflatten(inputs, spec)
     with (
         torch.device("meta"),  # `torch.arange(n)` without a device goes along
@@ -163,6 +166,17 @@ def _export(
     ):
         dynamic_shapes = dynamic.dynamic_shapes(model, args, kwargs)
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def _stand_ins(leaves: list[Any], shapes: Shapes) -> list[Any]:
+    """The inputs on meta, each a tensor of its own: export merges two inputs that are one object."""
+    sizes = iter(shapes)
+    return [
+        torch.empty(next(sizes), dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
+        if isinstance(x, Tensor)
+        else x
+        for x in leaves
+    ]
 
 
 @contextmanager

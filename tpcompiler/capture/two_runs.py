@@ -1,0 +1,197 @@
+"""Whether a model does the same in training and in evaluation, dropout aside: both are run on meta and written down.
+
+A run without values and without symbols costs a fraction of an export. Where both runs call the same operations with
+the same arguments, the export of evaluation adds nothing to that of training. Where they do not, nothing is concluded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tpcompiler.capture.tape import Tape
+
+LITERAL = 2**16  # bytes of a constant that are compared
+
+
+class NotAlike(Exception):
+    """Something that training and evaluation may do differently."""
+
+
+def alike(model: nn.Module, tape: Tape, run: Callable[[], Any]) -> bool:
+    """Whether `run`, which calls the model, does the same in both modes. True is certain; False means: not known."""
+    found = []
+    shapes: dict[Any, Any] = {}
+    try:
+        for training in (True, False):
+            model.train(training)
+            with _restored(model), _exporting(), _Writes(tape, shapes, training) as log:
+                out = run()
+            found.append((log.lines, log.key(out)))
+    except Exception:  # what runs on fake tensors need not run on meta
+        return False
+    return bool(found[0] == found[1])
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """What a forward keeps in its modules is forgotten afterwards."""
+    before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, own, buffers in before:
+            vars(module).clear()
+            vars(module).update(own)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    with (
+        mock.patch.object(torch.compiler, "_is_compiling_flag", True),
+        mock.patch.object(torch.compiler, "_is_exporting_flag", True),
+    ):
+        yield
+
+
+class _Writes(TorchDispatchMode):
+    """Writes down each operation below autograd, each tensor by the operation that made it. Dropout is left out."""
+
+    def __init__(self, tape: Tape, shapes: dict[Any, Any], training: bool) -> None:
+        super().__init__()
+        self.tape, self.shapes = tape, shapes
+        self.lines: list[Any] = []
+        self.made: dict[int, Any] = {}
+        self.kept: list[Tensor] = []  # alive, so that no other tensor gets its identity
+        self.functions = _WithoutDropout(self, training)
+
+    def __enter__(self) -> Self:
+        self.functions.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.functions.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for a, x in zip(func._schema.arguments, args, strict=False):
+            written = a.alias_info is not None and a.alias_info.is_write
+            if written and any(map(self.functions.passed, pytree.tree_leaves(x))):
+                raise NotAlike  # dropout gives a copy in training, and its operand in evaluation
+        line = (func, self.key((args, kwargs)), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
+        out = self._run(func, args, kwargs)
+        for i, t in enumerate(pytree.tree_leaves(out)):
+            if isinstance(t, Tensor) and id(t) not in self.made:
+                self.kept.append(t)
+                self.made[id(t)] = ("made", len(self.lines), i)
+        self.lines.append(line)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result on meta; for operands of known shapes it is remembered, since most kernels on meta are slow."""
+        if any(a.alias_info is not None for a in (*func._schema.arguments, *func._schema.returns)):
+            return func(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = (func, spec, *(_laid_out(x) if isinstance(x, Tensor) else (type(x), str(x)) for x in leaves))
+        if key in self.shapes:
+            return pytree.tree_map_only(_Like, _Like.make, self.shapes[key])
+        out = func(*args, **kwargs)
+        if all(isinstance(t, Tensor) and t.layout is torch.strided and t.is_meta for t in pytree.tree_leaves(out)):
+            self.shapes[key] = pytree.tree_map_only(Tensor, lambda t: _Like(*_laid_out(t)), out)
+        return out
+
+    def key(self, tree: Any) -> Any:
+        """A tree with its tensors as the place where each was made."""
+        leaves, spec = pytree.tree_flatten(tree)
+        return [self._tensor(x) if isinstance(x, Tensor) else (type(x), str(x)) for x in leaves], spec
+
+    def _tensor(self, t: Tensor) -> Any:
+        if id(t) not in self.made:
+            content = self.tape.constants.get(t.untyped_storage()._cdata)
+            self.kept.append(t)
+            if content is None or isinstance(t, nn.Parameter) or content.numel() > LITERAL or not content.is_cpu:
+                self.made[id(t)] = ("given", id(t))
+            else:
+                self.made[id(t)] = ("literal", _laid_out(t), t.storage_offset(), bytes(content.tolist()))
+        return self.made[id(t)]
+
+
+@dataclass(frozen=True)
+class _Like:
+    """A result that is no view of an operand."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+def _laid_out(t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    return tuple(t.shape), tuple(t.stride()), t.dtype
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Passes over dropout, which training does and evaluation must not."""
+
+    def __init__(self, log: _Writes, training: bool) -> None:
+        super().__init__()
+        self.log, self.training = log, training
+        self.storages: set[int] = set()
+
+    def passed(self, x: Any) -> bool:
+        """Whether a tensor lies in the memory of one that went through dropout."""
+        return isinstance(x, Tensor) and x.untyped_storage()._cdata in self.storages
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.dropout, torch.dropout):
+            x, _, on = _dropout(*args, **kwargs)
+            if on and not self.training:
+                raise NotAlike
+            self.storages.add(x.untyped_storage()._cdata)
+            return x
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = _without_p(self.training, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    train: bool | None = None,
+) -> tuple[Tensor, float, bool]:
+    if inplace:
+        raise NotAlike
+    return input, p, bool(training if train is None else train)
+
+
+def _without_p(
+    training: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if dropout_p and not training:
+        raise NotAlike
+    return (query, key, value, attn_mask, 0.0, *args), kwargs
