@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
+from tpcompiler.graphs import copy_value
 from tpcompiler.layout import Concat, Dim, Factor, LocalRuns, LocalSize, Product
 from tpcompiler.program import Program, Training
 
@@ -108,7 +109,7 @@ def after(node: fx.Node, target: Any, *args: Any) -> fx.Node:
     users = list(node.users)
     with graph.inserting_after(node):
         new = graph.call_function(target, args)
-    new.meta.update({k: v for k, v in node.meta.items() if k != "note"})
+    copy_value(new, node)
     for user in users:
         user.replace_input_with(node, new)
     return new

@@ -14,6 +14,7 @@ import tpcompiler as tpc
 from models import gpt2, llama
 from tests.zoo import ZOO
 from tpcompiler.errors import SpecError, TpcError
+from tpcompiler.graphs import layout_of
 from tpcompiler.verification.verify import Report
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -189,7 +190,7 @@ def test_outputs_go_by_name_too() -> None:
         spec = {"mesh": {"tensor": 2}, "outputs": outputs}
         graph = tpc.shard(lambda: Named(**SMALL["gpt2"]), inputs, spec).program.graph
         (output,) = graph.find_nodes(op="output")
-        return [any(d.over for d in x.meta["dims"]) for x in output.args[0]]
+        return [any(d.over for d in layout_of(x)) for x in output.args[0]]
 
     assert left({"logits": "shard"}) == left({"0": "shard"}) == [True, False]
     assert left({"*": "shard", "logits": "gather"}) == [False, True]

@@ -76,16 +76,8 @@ def cause_of(node: fx.Node) -> Cause | None:
 
 
 def place_node(node: fx.Node, about: Placed) -> None:
-    """Set the record of a node whose `val` is known. The keys beside it are for readers that do not use it yet."""
+    """Set the record of a node whose `val` is known."""
     node.meta["placed"] = about
-    for key in ("dims", "dims_of", "note"):
-        node.meta.pop(key, None)
-    if about.layouts and isinstance(node.meta.get("val"), torch.Tensor):
-        node.meta["dims"] = about.layouts[0]
-    elif about.layouts:
-        node.meta["dims_of"] = about.layouts
-    if about.note:
-        node.meta["note"] = about.note
 
 
 def partial_note(names: Over) -> str:

@@ -302,7 +302,7 @@ def test_verify_says_what_it_compared_and_exits_with_the_verdict(
 ) -> None:
     import torch
 
-    tolerances = importlib.import_module("tpcompiler.verification.compare").TOLERANCE
+    tolerances = importlib.import_module("tpcompiler.verification.against_model").TOLERANCE
     monkeypatch.setitem(tolerances, torch.float64, tolerance)
     status, out, _ = run(capsys, "verify", MODEL, "--spec", SPEC, *SMALL, "--json")
     found = json.loads(out)

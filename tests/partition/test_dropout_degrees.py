@@ -16,7 +16,7 @@ from tpcompiler.execute.interpret import interpret
 from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.runtime import Ranks, Rng
 from tpcompiler.spec.schema import Spec
-from tpcompiler.verification.compare import local_slice, merged, probe, relative
+from tpcompiler.verification.against_model import local_slice, merged, probe, relative
 from tpcompiler.verification.verify import initial_state, inputs_of
 
 

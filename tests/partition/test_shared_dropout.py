@@ -13,7 +13,7 @@ from tpcompiler.capture.unfused import dropping_attention
 from tpcompiler.execute.interpret import interpret
 from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.runtime import Ranks, Rng
-from tpcompiler.verification.compare import local_slice, merged
+from tpcompiler.verification.against_model import local_slice, merged
 
 
 class Attention(nn.Module):

@@ -32,7 +32,7 @@ from tpcompiler.runtime.stored import VERSION, seal
 from tpcompiler.runtime.worker import import_program
 from tpcompiler.spec.schema import Spec
 from tpcompiler.verification import processes
-from tpcompiler.verification.compare import Comparison
+from tpcompiler.verification.against_model import Comparison
 from tpcompiler.verification.emitted import emitted_case
 from tpcompiler.verification.processes import processes_case, run_processes
 from tpcompiler.verification.verify import initial_state, inputs_of, smaller, vary

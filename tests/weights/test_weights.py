@@ -27,7 +27,7 @@ from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.runs import Run, Runs, bits, intersect, length, positions, put, same_bits, slice_of
 from tpcompiler.runtime.stored import DTYPES, Reader
 from tpcompiler.weights import Entry, Layout, Manifest, RankRuns, Weights, tensor_files
-from tpcompiler.weights.tensor_files import Spot, Writer, in_order
+from tpcompiler.weights.tensor_files import Spot, TensorFileWriter, in_order
 from tpcompiler.weights.wire import decode, encode
 
 Tensors = Mapping[str, torch.Tensor]
@@ -353,7 +353,7 @@ def test_memory_stays_below_two_tensors(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(on_disk, "_SCATTERED", 4096)
     rows, columns, count = 2048, 1024, 16  # 8 MiB each, 128 MiB in all
     spots = [Spot(f"w{i}", torch.float32, (rows, columns)) for i in range(count)]
-    with Writer(tmp_path / "in.safetensors", spots) as writer:
+    with TensorFileWriter(tmp_path / "in.safetensors", spots) as writer:
         for _ in spots:
             writer.write(torch.randn(rows, columns))
         writer.close()

@@ -15,7 +15,7 @@ from tpcompiler.axes.conflicts import find_conflicts
 from tpcompiler.axes.fit import Fit
 from tpcompiler.axes.gradients import carriers, passes, reached
 from tpcompiler.axes.map import AxisMap, Dims, Operand, Relation
-from tpcompiler.axes.primes import Sizes
+from tpcompiler.axes.primes import Primes
 from tpcompiler.errors import RuleError
 from tpcompiler.graphs import tensors
 from tpcompiler.ops.notation import Group, parse
@@ -44,7 +44,7 @@ class _Inference:
         self.copies: set[int] = set()  # axes along which values were copied
         self.copied: dict[str, tuple[int, ...]] = {}
         self.terms = Terms()
-        self.size = Sizes()
+        self.size = Primes()
         self.values: dict[str, tuple[Dims, ...]] = {}
         self.relations: dict[str, Relation] = {}
         self.sizes: dict[str, tuple[Shape, ...]] = {}

@@ -15,7 +15,7 @@ from tpcompiler.ops.views import Shape
 _LARGE = 2**24  # larger than any size of a model
 
 
-class Sizes:
+class Primes:
     """Represents every distinct example size by a prime of its own, so that nothing fits by accident.
 
     Symbols with one example size (the batch of ids and of labels) are one size to the model.

@@ -6,8 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from tpcompiler.layout import Mesh
-from tpcompiler.plan.facts import AxisFacts, Facts
 from tpcompiler.plan.tally import ATTENTION
+from tpcompiler.plan.weighing import AxisFacts, Facts
 from tpcompiler.plan.wishes import Wishes
 from tpcompiler.spec.schema import Spec
 

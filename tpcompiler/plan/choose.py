@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import networkx as nx
 
 from tpcompiler.plan.candidates import Candidate
-from tpcompiler.plan.facts import Facts
+from tpcompiler.plan.weighing import Facts
 
 _EXACT = 40  # up to this number of connected candidates, the heaviest set is found exactly
 

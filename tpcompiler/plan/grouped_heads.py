@@ -10,7 +10,7 @@ from __future__ import annotations
 from tpcompiler.axes.infer import AxisMap, infer_axes
 from tpcompiler.capture.repeat_heads import repeat_grouped
 from tpcompiler.plan.candidates import unfit_products
-from tpcompiler.plan.facts import gather_facts
+from tpcompiler.plan.weighing import gather_facts
 from tpcompiler.program import Capture
 from tpcompiler.spec import Spec
 

@@ -9,10 +9,10 @@ from tpcompiler.axes.infer import AxisMap
 from tpcompiler.layout import Mesh
 from tpcompiler.plan.candidates import TENSOR, make_candidates
 from tpcompiler.plan.choose import choose
-from tpcompiler.plan.facts import AxisFacts, gather_facts
 from tpcompiler.plan.reasons import refuse, replicated
 from tpcompiler.plan.result import Block, Plan
 from tpcompiler.plan.titles import axis_names, common_name
+from tpcompiler.plan.weighing import AxisFacts, gather_facts
 from tpcompiler.plan.wishes import read_wishes
 from tpcompiler.program import Capture
 from tpcompiler.runtime.mesh import part

@@ -6,9 +6,9 @@ import warnings
 
 from tpcompiler.axes.infer import AxisMap
 from tpcompiler.errors import PlanError, TpcWarning
-from tpcompiler.plan.facts import AxisFacts
 from tpcompiler.plan.result import Plan, Replicated
 from tpcompiler.plan.tally import ATTENTION
+from tpcompiler.plan.weighing import AxisFacts
 from tpcompiler.plan.wishes import Wishes
 from tpcompiler.program import Capture, Parameter
 from tpcompiler.spec.schema import Spec, covers

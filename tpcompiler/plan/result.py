@@ -7,7 +7,7 @@ from math import prod
 
 from tpcompiler.axes.infer import AxisMap, Dims
 from tpcompiler.layout import Concat, Dim, Factor, Mesh, Product
-from tpcompiler.plan.facts import Facts
+from tpcompiler.plan.weighing import Facts
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from tpcompiler.plan.facts import AxisFacts, Facts
 from tpcompiler.plan.tally import ATTENTION, EMBEDDING, HEAD, MLP
+from tpcompiler.plan.weighing import AxisFacts, Facts
 
 
 def axis_names(facts: Facts, split: Mapping[int, tuple[str, ...]]) -> dict[int, str]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from tpcompiler.axes.infer import AxisMap
-from tpcompiler.plan.facts import Facts
 from tpcompiler.plan.titles import axis_names
+from tpcompiler.plan.weighing import Facts
 from tpcompiler.program import Capture, Parameter
 from tpcompiler.spec.schema import AxisSpec, Override, Spec, covers
 

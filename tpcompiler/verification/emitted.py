@@ -14,7 +14,7 @@ from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.program import Capture, InputLeaf
 from tpcompiler.runtime import Ranks
 from tpcompiler.runtime.precision import cast
-from tpcompiler.verification.compare import Batch, Case, Comparison, Results, count_executed, count_listed
+from tpcompiler.verification.against_model import Batch, Case, Comparison, Results, count_executed, count_listed
 from tpcompiler.weights.fill import fill_from
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs of the model's forward

@@ -23,7 +23,7 @@ from tpcompiler.errors import TpcError
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.worker import CALL, ERRORS, LONGEST, RESULT
 from tpcompiler.spec.located import one_line
-from tpcompiler.verification.compare import Batch, Case, Comparison, Results, cotangent, local_slice
+from tpcompiler.verification.against_model import Batch, Case, Comparison, Results, cotangent, local_slice
 from tpcompiler.verification.emitted import Call, call_of
 
 LIMIT = 900.0  # seconds that the processes may take

@@ -23,7 +23,7 @@ from tpcompiler.capture.trace import split_example
 from tpcompiler.execute.interpret import interpret_capture
 from tpcompiler.graphs import copy_graph
 from tpcompiler.program import Capture
-from tpcompiler.verification.compare import Case, probe, relative
+from tpcompiler.verification.against_model import Case, probe, relative
 
 aten = torch.ops.aten
 TOLERANCE = 1e-4

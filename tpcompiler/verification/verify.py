@@ -25,7 +25,7 @@ from tpcompiler.execute.interpret import interpret_capture
 from tpcompiler.program import Capture
 from tpcompiler.runtime import Mesh
 from tpcompiler.spec.schema import Spec
-from tpcompiler.verification.compare import Batch, Case, Comparison
+from tpcompiler.verification.against_model import Batch, Case, Comparison
 from tpcompiler.verification.emitted import emitted_case
 from tpcompiler.verification.processes import processes_case
 from tpcompiler.verification.source_model import same_as_module

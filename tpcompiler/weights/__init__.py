@@ -16,7 +16,7 @@ from tpcompiler.runtime.runs import cut, slice_of
 from tpcompiler.weights.layouts import Layout, RankRuns
 from tpcompiler.weights.manifest import Entry, Manifest, weight_mesh
 from tpcompiler.weights.match import entries_of
-from tpcompiler.weights.sources import Source, Weights, open_source
+from tpcompiler.weights.sources import StateSource, Weights, open_source
 from tpcompiler.weights.tensor_files import FileInfo, write_file, write_text
 from tpcompiler.weights.wire import load_manifest, save_manifest
 from tpcompiler.weights.write import merge, output, refuse_to_replace, reshard, shard, verify, write_shards
@@ -27,7 +27,7 @@ __all__ = [
     "Layout",
     "Manifest",
     "RankRuns",
-    "Source",
+    "StateSource",
     "Weights",
     "cut",
     "entries_of",

@@ -16,7 +16,7 @@ from tpcompiler.program import Program
 from tpcompiler.runtime import Mesh, Ranks
 from tpcompiler.runtime.mesh import Coords
 from tpcompiler.runtime.runs import Slice, slice_of
-from tpcompiler.weights import Source, entries_of, open_source
+from tpcompiler.weights import StateSource, entries_of, open_source
 from tpcompiler.weights.manifest import DATA
 from tpcompiler.weights.match import match
 from tpcompiler.weights.sources import Info
@@ -69,7 +69,7 @@ def device_of(device_mesh: Any) -> torch.device:
 
 @torch.no_grad()
 def fill_from(
-    module: nn.Module, program: Program, coords: Coords, source: Source | Mapping[str, Tensor] | Path | str
+    module: nn.Module, program: Program, coords: Coords, source: StateSource | Mapping[str, Tensor] | Path | str
 ) -> None:
     """Gives every parameter and buffer of a rank's module its slice of `source`, cast to the module's own dtype.
 

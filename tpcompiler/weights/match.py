@@ -15,7 +15,7 @@ from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.runs import Slice, same_bits, slice_of
 from tpcompiler.weights.layouts import Layout
 from tpcompiler.weights.manifest import EXTRA_FILE, Entry, weight_mesh
-from tpcompiler.weights.sources import Info, Source
+from tpcompiler.weights.sources import Info, StateSource
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def entries_of(parameters: Iterable[Parameter], dims: Mapping[str, Sequence[Dim]
 
 
 def match(
-    source: Source | None,
+    source: StateSource | None,
     parameters: Sequence[Parameter],
     entries: Sequence[Entry],
     mesh: Mesh,
@@ -79,7 +79,7 @@ def match(
     return tuple(jobs)
 
 
-def _from_source(source: Source, p: Parameter, entry: Entry, names: list[str], dtype: torch.dtype | None) -> Job:
+def _from_source(source: StateSource, p: Parameter, entry: Entry, names: list[str], dtype: torch.dtype | None) -> Job:
     first = source.tensors[names[0]]
     for n in names:
         info = source.tensors[n]
@@ -110,14 +110,14 @@ def _from_model(p: Parameter, entry: Entry) -> Job:
     return Job(replace(entry, dtype=value.dtype, stored=()), lambda runs: slice_of(value, runs).cpu())
 
 
-def _extra(source: Source, name: str, info: Info, ranks: int, called: str) -> Job:
+def _extra(source: StateSource, name: str, info: Info, ranks: int, called: str) -> Job:
     """`called`: another name where the model has a buffer of this one, not persistent, which keeps its own value."""
     layout = whole_layout(info.shape, ranks)
     entry = Entry(called, "extra", info.dtype, layout, EXTRA_FILE, stored=info.stored, trainable=False)
     return Job(entry, lambda runs: source.read(name, runs))
 
 
-def _missing(source: Source, missing: Sequence[str], free: Sequence[str]) -> str:
+def _missing(source: StateSource, missing: Sequence[str], free: Sequence[str]) -> str:
     name = missing[0]
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     prefixes = [n.removesuffix(name) for n in free if n.endswith("." + name)]

@@ -29,7 +29,7 @@ class Info:
     stored: tuple[str, ...]
 
 
-class Source(Protocol):
+class StateSource(Protocol):
     """Named tensors that can be read in part."""
 
     where: str  # for messages
@@ -96,7 +96,7 @@ class FileSource:
 
 
 class Weights:
-    """A directory with a manifest, open: a `Source` of whole tensors, put together from the ranks' files as needed.
+    """A directory with a manifest, open: whole tensors, put together from the ranks' files as needed.
 
     Files are opened at first use; sizes, names and shapes are compared with the manifest, digests only by `verify`.
     With `compare_copies`, elements that several ranks hold are read from all of them and must agree bit for bit.
@@ -180,7 +180,7 @@ class Weights:
 class Stripped:
     """A source whose names lose a prefix: a base model read from the file of a model built on it."""
 
-    def __init__(self, source: Source, prefix: str) -> None:
+    def __init__(self, source: StateSource, prefix: str) -> None:
         self.where = source.where
         self._source = source
         self._names = {n.removeprefix(prefix): n for n in source.tensors}
@@ -196,8 +196,8 @@ class Stripped:
 
 
 @contextmanager
-def open_source(what: Source | Mapping[str, torch.Tensor] | Path | str, strip: str = "") -> Iterator[Source]:
-    """Anything weights come in, as a `Source`, closed afterwards if it was opened here.
+def open_source(what: StateSource | Mapping[str, torch.Tensor] | Path | str, strip: str = "") -> Iterator[StateSource]:
+    """Anything weights come in, as a `StateSource`, closed afterwards if it was opened here.
 
     A path is a safetensors file; a `.pt`, `.pth` or `.bin` file of `torch.save` (tensors only, memory-mapped); an index
     of such files; a Hugging Face directory; or a directory with a manifest. `strip` is a prefix that names lose.
@@ -212,7 +212,7 @@ def open_source(what: Source | Mapping[str, torch.Tensor] | Path | str, strip: s
             source.close()
 
 
-def _open(what: Source | Mapping[str, torch.Tensor] | Path | str) -> Source:
+def _open(what: StateSource | Mapping[str, torch.Tensor] | Path | str) -> StateSource:
     if isinstance(what, Mapping):
         return TensorSource(what)
     if not isinstance(what, str | Path):
@@ -231,7 +231,7 @@ def _open(what: Source | Mapping[str, torch.Tensor] | Path | str) -> Source:
     raise WeightsError(f"{path}: weights are .safetensors, .pt, .pth or .bin files, an .index.json, or a directory")
 
 
-def _open_directory(path: Path) -> Source:
+def _open_directory(path: Path) -> StateSource:
     if (path / MANIFEST).is_file():
         return Weights(path)
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -246,7 +246,7 @@ def _open_directory(path: Path) -> Source:
     raise WeightsError(f"{path}: no weights here: no {MANIFEST}, model.safetensors, pytorch_model.bin or index")
 
 
-def _open_index(path: Path) -> Source:
+def _open_index(path: Path) -> StateSource:
     try:
         index = json.loads(path.read_bytes())["weight_map"]
         names = sorted(set(index.values()))

@@ -44,7 +44,7 @@ class Spot:
         return prod(self.shape) * self.dtype.itemsize
 
 
-class Writer:
+class TensorFileWriter:
     """A safetensors file being written: the header first, then the tensors' bytes, in the order of `spots`.
 
     The order must put wider dtypes first (`in_order`), so that every tensor is aligned. `close` syncs the file and
@@ -89,7 +89,7 @@ class Writer:
             os.close(self._fd)
             self._fd = -1
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> TensorFileWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -117,7 +117,7 @@ def _make_header(spots: Sequence[Spot]) -> bytes:
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileInfo:
     """One safetensors file from tensors in memory, synced: what one rank contributes to a checkpoint."""
     spots = in_order(Spot(name, t.dtype, tuple(t.shape)) for name, t in tensors.items())
-    with Writer(path, spots) as writer:
+    with TensorFileWriter(path, spots) as writer:
         for spot in spots:
             writer.write(tensors[spot.name])
         return writer.close()

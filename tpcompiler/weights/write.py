@@ -25,13 +25,13 @@ from tpcompiler.weights.atomic import replacing, replacing_file
 from tpcompiler.weights.layouts import Layout
 from tpcompiler.weights.manifest import BUFFER_FILE, EXTRA_FILE, RANK_FILE, Entry, Manifest, weight_mesh
 from tpcompiler.weights.match import Job, entries_of, match, whole_layout
-from tpcompiler.weights.sources import Source, Weights, open_source
-from tpcompiler.weights.tensor_files import FileInfo, Spot, Writer, digest, in_order, write_text
+from tpcompiler.weights.sources import StateSource, Weights, open_source
+from tpcompiler.weights.tensor_files import FileInfo, Spot, TensorFileWriter, digest, in_order, write_text
 from tpcompiler.weights.wire import load_manifest, save_manifest
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 Named = tuple[str, Entry]
-Readable = Source | Mapping[str, torch.Tensor] | Path | str
+Readable = StateSource | Mapping[str, torch.Tensor] | Path | str
 MAX_FILE = 5 * 10**9  # bytes of a merged file, Hugging Face's limit
 
 
@@ -183,7 +183,7 @@ def _write_parts(weights: Weights, chosen: Sequence[Named], new: Path, max_file:
 def _write_plain(weights: Weights, chosen: Sequence[Named], path: Path, total: _Count) -> None:
     entries = dict(chosen)
     spots = in_order(Spot(name, e.dtype, e.shape) for name, e in entries.items())
-    with Writer(path, spots) as writer:
+    with TensorFileWriter(path, spots) as writer:
         for spot in spots:
             for block in blocks(spot.shape, spot.dtype.itemsize):
                 value = weights.read(entries[spot.name].name, block)
@@ -203,11 +203,11 @@ def write_jobs(jobs: Sequence[Job], into: Path, progress: Progress | None = None
     for group in groups.values():
         files = dict.fromkeys(group[0].entry.file_of(r) for r in range(manifest.mesh.size))
         with ExitStack() as stack:
-            writers = [stack.enter_context(Writer(into / f, manifest.contents(f))) for f in files]
+            writers = [stack.enter_context(TensorFileWriter(into / f, manifest.contents(f))) for f in files]
             pool = stack.enter_context(ThreadPoolExecutor(min(len(writers), os.cpu_count() or 1)))
             for job in sorted(group, key=lambda j: -j.entry.dtype.itemsize):
                 _write_tensor(job, writers, pool, total)
-            done += pool.map(Writer.close, writers)
+            done += pool.map(TensorFileWriter.close, writers)
     return tuple(done)
 
 
@@ -215,14 +215,14 @@ def _ranks_of(jobs: Sequence[Job]) -> Mesh:
     return Mesh((("rank", jobs[0].entry.layout.ranks if jobs else 1),))
 
 
-def _write_tensor(job: Job, writers: Sequence[Writer], pool: ThreadPoolExecutor, total: _Count) -> None:
+def _write_tensor(job: Job, writers: Sequence[TensorFileWriter], pool: ThreadPoolExecutor, total: _Count) -> None:
     """One tensor to all ranks' files. Blocks come in the order of dimension 0, so every rank's slice grows in order."""
     layout = job.entry.layout
     for block in blocks(job.entry.shape, job.entry.dtype.itemsize):
         value = job.read(block)
         assert value.dtype == job.entry.dtype, (job.entry.name, value.dtype)
         pieces: dict[Any, torch.Tensor] = {}
-        work: list[tuple[Writer, torch.Tensor]] = []
+        work: list[tuple[TensorFileWriter, torch.Tensor]] = []
         for rank, writer in enumerate(writers):
             mine = tuple(intersect(h, b) for h, b in zip(layout.runs(rank), block, strict=True))
             if not all(mine):

@@ -15,9 +15,10 @@ import torch
 from torch import fx
 
 from tpcompiler.emit.layers.frames import Frame
-from tpcompiler.emit.layers.parameters import ParameterNames
+from tpcompiler.emit.layers.members import ParameterNames
 from tpcompiler.emit.ops.arguments import ArgumentPath
-from tpcompiler.emit.ops.values import dims_of, is_size, key, result_of, val_of
+from tpcompiler.emit.ops.nodes import is_size, key, result_of, val_of
+from tpcompiler.graphs import layout_of
 from tpcompiler.layout import Concat, Dim, Factor, LocalRuns, LocalSize, Product
 from tpcompiler.program import Parameter, Training
 
@@ -126,7 +127,7 @@ def _kind(node: fx.Node) -> Hashable:
     kinds = tuple(
         (tuple(map(key, v.shape)), str(v.dtype)) if isinstance(v, torch.Tensor) else type(v).__name__ for v in values
     )
-    layout = [nameless(d) if d.over else None for d in dims_of(node) or ()]
+    layout = [nameless(d) if d.over else None for d in layout_of(node) or ()]
     return kinds, tuple(layout) if any(layout) else ()  # A layout that splits nothing says no more than the shape.
 
 

@@ -12,8 +12,8 @@ from functools import cached_property
 from torch import fx
 
 from tpcompiler.emit.layers.hoist import hoist
-from tpcompiler.emit.layers.parameters import ParameterNames
-from tpcompiler.emit.ops.values import RANDOM, Stack, aten_name, is_item, is_size, stack_of
+from tpcompiler.emit.layers.members import ParameterNames
+from tpcompiler.emit.ops.nodes import RANDOM, Stack, aten_name, is_item, is_size, stack_of
 
 
 @dataclass(eq=False)

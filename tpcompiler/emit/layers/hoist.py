@@ -11,7 +11,7 @@ from itertools import takewhile
 
 from torch import fx
 
-from tpcompiler.emit.ops.values import RANDOM, Stack, aten_name, is_item, runtime_name
+from tpcompiler.emit.ops.nodes import RANDOM, Stack, aten_name, is_item, runtime_name
 
 Owns = Callable[[str, fx.Node], bool]  # (module, parameter): is the parameter the module's?
 

@@ -14,10 +14,10 @@ from torch import fx
 
 from tpcompiler.emit.layers.alike import Comparer
 from tpcompiler.emit.layers.frames import Frame
-from tpcompiler.emit.layers.parameters import ParameterNames
+from tpcompiler.emit.layers.members import ParameterNames
 from tpcompiler.emit.layers.statements import LayerCalls, Operation, Statement
 from tpcompiler.emit.ops.arguments import ArgumentPath, Arguments, arguments_of, replaced
-from tpcompiler.emit.ops.values import NodeResult, result_of, users
+from tpcompiler.emit.ops.nodes import NodeResult, result_of, users
 from tpcompiler.emit.text.expr import ATOM, TERNARY, Expr, progression
 
 

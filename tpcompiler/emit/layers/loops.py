@@ -12,7 +12,7 @@ from tpcompiler.emit.layers.alike import Comparer
 from tpcompiler.emit.layers.frames import Frame
 from tpcompiler.emit.layers.loop_proof import Loop, LoopEnd, prove
 from tpcompiler.emit.layers.statements import Operation, Statement
-from tpcompiler.emit.ops.values import NodeResult
+from tpcompiler.emit.ops.nodes import NodeResult
 
 _LONGEST = 200  # the most statements in an iteration
 _SAVED = 6  # the fewest statements that a loop must save

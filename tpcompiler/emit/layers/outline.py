@@ -12,7 +12,7 @@ from torch import fx
 from tpcompiler.emit.layers.alike import Comparer
 from tpcompiler.emit.layers.frames import Frame
 from tpcompiler.emit.layers.numbers import Number, differing_numbers
-from tpcompiler.emit.ops.values import NodeResult, items, result_of, users
+from tpcompiler.emit.ops.nodes import NodeResult, items, result_of, users
 
 _MOST_NUMBERS = 4  # Calls that differ in more numbers are written as different layers.
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from tpcompiler.emit.layers.frames import Frame
 from tpcompiler.emit.layers.outline import Layer
-from tpcompiler.emit.ops.values import NodeResult, count, users
+from tpcompiler.emit.ops.nodes import NodeResult, count, users
 from tpcompiler.emit.text.lines import Section
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tpcompiler.emit.ops.values import aten_name, line_of, stack_of, val_of
+from tpcompiler.emit.ops.nodes import aten_name, line_of, stack_of, val_of
 
 _COPIES_IF_NEEDED = {"reshape", "flatten", "contiguous"}
 _ALIASES = {"alias", "lift_fresh", "lift"}

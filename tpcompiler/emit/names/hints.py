@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from tpcompiler.emit.layers.parameters import ParameterNames
+from tpcompiler.emit.layers.members import ParameterNames
 from tpcompiler.emit.names.namer import RESERVED
-from tpcompiler.emit.ops.values import NodeResult, aten_name, is_item, is_size, items, line_of, stack_of
+from tpcompiler.emit.ops.nodes import NodeResult, aten_name, is_item, is_size, items, line_of, stack_of
 
 _PIECES = {"slice", "select", "index_select", "index"}
 _ROLES = ("q", "k", "v", "query", "key", "value", "gate", "up")

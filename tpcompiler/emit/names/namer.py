@@ -6,7 +6,7 @@ import builtins
 import keyword
 from collections.abc import Iterable, Mapping
 
-from tpcompiler.emit.ops.values import NodeResult, aten_name, runtime_name
+from tpcompiler.emit.ops.nodes import NodeResult, aten_name, runtime_name
 
 # What emitted functions use. An argument may hide any other built-in name, as `input` often does.
 USED = frozenset("torch nn F self Tensor ranks _ getattr setattr next zip range max min float int tuple".split())

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from tpcompiler.emit.ops.values import NodeResult, dims_of, key, node_of, val_of
+from tpcompiler.emit.ops.nodes import NodeResult, key, node_of, val_of
+from tpcompiler.graphs import layout_of
 from tpcompiler.layout import Concat, Dim, Factor, Product
 from tpcompiler.runtime.mesh import Mesh
 
@@ -24,7 +25,7 @@ def letters(inputs: Iterable[fx.Node], taken: Iterable[str]) -> dict[str, str]:
         for position, size in enumerate(getattr(val_of(node), "shape", ())):
             if not isinstance(size, torch.SymInt) or key(size) in out:
                 continue
-            dims = dims_of(node)
+            dims = layout_of(node)
             axis = getattr(dims[position], "name", "") if dims is not None else ""
             wanted = [_BY_AXIS[axis]] if axis in _BY_AXIS else []
             wanted += _BY_POSITION[position : position + 1]
@@ -43,7 +44,7 @@ def told_by(result: NodeResult) -> list[str]:
     val = None if node is None else val_of(node)
     if node is None or not isinstance(val, torch.Tensor):
         return []
-    dims: Sequence[Dim | None] = dims_of(node) or (None,) * val.dim()
+    dims: Sequence[Dim | None] = layout_of(node) or (None,) * val.dim()
     whole = [isinstance(n, torch.SymInt) and (d is None or not d.over) for n, d in zip(val.shape, dims, strict=True)]
     found = [key(n) if w else "" for n, w in zip(val.shape, whole, strict=True)]
     return [s if s not in found[:i] else "" for i, s in enumerate(found)]
@@ -54,7 +55,7 @@ def shape(node: fx.Node, names: Mapping[str, str], mesh: Mesh) -> str | None:
     val = val_of(node)
     if not isinstance(val, torch.Tensor):
         return None
-    dims: Sequence[Dim | None] = dims_of(node) or (None,) * val.dim()
+    dims: Sequence[Dim | None] = layout_of(node) or (None,) * val.dim()
     parts = [_dim(d, size, names, mesh) for d, size in zip(dims, val.shape, strict=True)]
     return f"[{', '.join(parts)}]"
 

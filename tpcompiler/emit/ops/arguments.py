@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import fx
 
-from tpcompiler.emit.ops.values import val_of
+from tpcompiler.emit.ops.nodes import val_of
 from tpcompiler.emit.text.expr import ATOM, Expr, tuple_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import fx
 
 from tpcompiler.emit.ops.arguments import AtenCall
-from tpcompiler.emit.ops.values import val_of
+from tpcompiler.emit.ops.nodes import val_of
 from tpcompiler.emit.text.expr import (
     ADD,
     BIT_AND,

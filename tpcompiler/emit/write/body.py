@@ -11,11 +11,11 @@ from tpcompiler.emit.layers.loop_proof import Loop, LoopEnd
 from tpcompiler.emit.layers.loops import BodyPart
 from tpcompiler.emit.layers.statements import LayerCalls, Operation
 from tpcompiler.emit.names.namer import POOL, RESERVED, Namer
-from tpcompiler.emit.ops.values import NodeResult, aten_name, count, runtime_name
+from tpcompiler.emit.ops.nodes import NodeResult, aten_name, count, runtime_name
 from tpcompiler.emit.text.expr import Expr, constant
 from tpcompiler.emit.text.lines import CodeLine
 from tpcompiler.emit.write import remarks
-from tpcompiler.emit.write.calls import call_numbers, callee, loop_head, sizes
+from tpcompiler.emit.write.layer_calls import call_numbers, callee, loop_head, sizes
 from tpcompiler.emit.write.nesting import nested_calls, reads
 from tpcompiler.emit.write.scope import Scope
 

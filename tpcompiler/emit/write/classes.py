@@ -14,10 +14,10 @@ from tpcompiler.emit.layers.loops import BodyPart, with_loops
 from tpcompiler.emit.layers.numbers import Number
 from tpcompiler.emit.layers.outline import Layer
 from tpcompiler.emit.layers.statements import LayerClass, statements
-from tpcompiler.emit.names.fields import Fields
+from tpcompiler.emit.names.attributes import Fields
 from tpcompiler.emit.names.symbols import told_by
 from tpcompiler.emit.ops.arguments import Arguments, arguments_of, replaced
-from tpcompiler.emit.ops.values import NodeResult, is_size, node_of, result_of
+from tpcompiler.emit.ops.nodes import NodeResult, is_size, node_of, result_of
 from tpcompiler.emit.text.expr import ADD, Expr, binary, number
 from tpcompiler.emit.text.lines import CodeLine, block, returning
 from tpcompiler.emit.text.wrap import wrap

@@ -10,9 +10,9 @@ from typing import cast
 import torch
 
 from tpcompiler.emit.layers.frames import Frame
-from tpcompiler.emit.layers.parameters import ParameterNames
+from tpcompiler.emit.layers.members import ParameterNames
 from tpcompiler.emit.layers.statements import LayerClass
-from tpcompiler.emit.names.fields import Fields
+from tpcompiler.emit.names.attributes import Fields
 from tpcompiler.emit.text.expr import assignment, constant, is_name, list_of, member, progression, tuple_of
 from tpcompiler.layout import Dim
 from tpcompiler.program import Parameter

@@ -11,14 +11,14 @@ from torch import fx
 
 from tpcompiler.emit.layers.alike import Comparer
 from tpcompiler.emit.layers.frames import Frame, called_modules, frames
+from tpcompiler.emit.layers.members import ParameterNames
 from tpcompiler.emit.layers.outline import Layer, outline
-from tpcompiler.emit.layers.parameters import ParameterNames
 from tpcompiler.emit.layers.statements import LayerClass
 from tpcompiler.emit.layers.tidy import tidy
 from tpcompiler.emit.names import symbols
 from tpcompiler.emit.names.hints import hints
 from tpcompiler.emit.names.namer import RESERVED
-from tpcompiler.emit.ops.values import runtime_name
+from tpcompiler.emit.ops.nodes import runtime_name
 from tpcompiler.emit.text.lines import shortened
 from tpcompiler.emit.text.wrap import wrap
 from tpcompiler.emit.write.classes import ClassText, ClassWriter

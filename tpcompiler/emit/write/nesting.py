@@ -10,10 +10,11 @@ from torch import fx
 from tpcompiler.emit.layers.loop_proof import Loop, LoopEnd
 from tpcompiler.emit.layers.loops import BodyPart
 from tpcompiler.emit.layers.statements import Operation
-from tpcompiler.emit.ops.values import RANDOM, NodeResult, aten_name, count, line_of, note_of, runtime_name
+from tpcompiler.emit.ops.nodes import RANDOM, NodeResult, aten_name, count, line_of, runtime_name
 from tpcompiler.emit.text.expr import Expr
 from tpcompiler.emit.write.remarks import notes
 from tpcompiler.emit.write.scope import Scope
+from tpcompiler.graphs import note_of
 
 _WIDTH = 100  # the longest statement that nesting may make
 _WITH_NOTE = 104  # the longest statement with its note

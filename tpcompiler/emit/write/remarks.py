@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from tpcompiler.emit.names import symbols
-from tpcompiler.emit.ops.values import NodeResult, count, items, node_of, note_of
+from tpcompiler.emit.ops.nodes import NodeResult, count, items, node_of
 from tpcompiler.emit.write.scope import File
+from tpcompiler.graphs import note_of
 
 
 def shape_of(file: File, v: NodeResult) -> str | None:

@@ -13,12 +13,12 @@ from torch import fx
 from tpcompiler.emit.layers.frames import Frame
 from tpcompiler.emit.layers.loop_proof import Loop
 from tpcompiler.emit.layers.loops import BodyPart
-from tpcompiler.emit.layers.parameters import ParameterNames
+from tpcompiler.emit.layers.members import ParameterNames
 from tpcompiler.emit.layers.tidy import is_neutral
-from tpcompiler.emit.names.fields import Fields
+from tpcompiler.emit.names.attributes import Fields
 from tpcompiler.emit.ops.arguments import Arguments, arguments_of
 from tpcompiler.emit.ops.exact import spell
-from tpcompiler.emit.ops.values import NodeResult, aten_name, is_size, key, result_of, runtime_name, val_of
+from tpcompiler.emit.ops.nodes import NodeResult, aten_name, is_size, key, result_of, runtime_name, val_of
 from tpcompiler.emit.text.expr import TERNARY, Expr, call, constant, list_of, tuple_of
 from tpcompiler.errors import TpcError
 from tpcompiler.layout import LocalRuns, LocalSize

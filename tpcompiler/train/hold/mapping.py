@@ -15,7 +15,7 @@ from torch import Tensor
 from tpcompiler.errors import WeightsError
 from tpcompiler.program import Capture, Parameter
 from tpcompiler.runtime.runs import Slice
-from tpcompiler.weights import Source
+from tpcompiler.weights import StateSource
 
 Read = Callable[[str, Slice], Tensor]
 
@@ -55,7 +55,7 @@ class NameMap:
         ]
 
 
-def values_of(source: Source, capture: Capture, renaming: Renaming | None = None) -> tuple[NameMap, Read]:
+def values_of(source: StateSource, capture: Capture, renaming: Renaming | None = None) -> tuple[NameMap, Read]:
     """Where a model's parameters are in `source`, and a function that reads a slice of one. See `map_names`."""
     mapping = map_names(source, [p for p in capture.parameters if not p.buffer], renaming or Renaming())
 
@@ -68,7 +68,7 @@ def values_of(source: Source, capture: Capture, renaming: Renaming | None = None
     return mapping, read
 
 
-def map_names(source: Source, parameters: Sequence[Parameter], renaming: Renaming) -> NameMap:
+def map_names(source: StateSource, parameters: Sequence[Parameter], renaming: Renaming) -> NameMap:
     """Finds every parameter in a source, and compares its shape. No value is read.
 
     Names that all lack one prefix of the source's, or all have one that the source's lack, are mapped without being
@@ -93,12 +93,12 @@ def map_names(source: Source, parameters: Sequence[Parameter], renaming: Renamin
     return NameMap(stored, frozenset(transposed), {p.name: p.shape for p in parameters}, note)
 
 
-def check_checkpoint(source: Source, capture: Capture) -> None:
+def check_checkpoint(source: StateSource, capture: Capture) -> None:
     """Raises `WeightsError` unless a checkpoint holds exactly this model's parameters, in its shapes."""
     map_names(source, [p for p in capture.parameters if not p.buffer], Renaming())
 
 
-def _renamed(source: Source, renaming: Renaming) -> dict[str, str]:
+def _renamed(source: StateSource, renaming: Renaming) -> dict[str, str]:
     named: dict[str, str] = {}
     for old in source.tensors:
         new = renaming(old)
@@ -134,7 +134,7 @@ def _without(prefix: str, name: str) -> str:
 
 
 def _compare_shapes(
-    source: Source, parameters: Sequence[Parameter], stored: Mapping[str, str], globs: Sequence[str]
+    source: StateSource, parameters: Sequence[Parameter], stored: Mapping[str, str], globs: Sequence[str]
 ) -> list[str]:
     transposed = []
     for p in parameters:
@@ -160,7 +160,7 @@ def _other_layers(known: Iterable[str], rest: Iterable[str]) -> str:
     return next((n for n in rest if re.search(r"\d", n) and re.sub(r"\d+", "#", n) in patterns), "")
 
 
-def _missing(source: Source, missing: Sequence[str], free: Sequence[str]) -> str:
+def _missing(source: StateSource, missing: Sequence[str], free: Sequence[str]) -> str:
     name = missing[0]
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     nearest = get_close_matches(name, free[:2000], n=3, cutoff=0.5)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
-
-from tpcompiler.layout import Dim
 
 NodeResult = fx.Node | tuple[fx.Node, int]  # the result of a node, or one of its several results
 Stack = tuple[tuple[str, str, int], ...]  # module calls, outermost first: qualified name, class, which call of it
@@ -84,12 +81,6 @@ def val_of(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
-def dims_of(node: fx.Node) -> Sequence[Dim] | None:
-    """The layout of the node's single result, if it is known."""
-    dims = node.meta.get("dims")
-    return dims if isinstance(dims, (tuple, list)) and all(isinstance(d, Dim) for d in dims) else None
-
-
 def line_of(node: fx.Node) -> tuple[str, int, str] | None:
     """The line of the user's model that made the node: file, line number, text."""
     return node.meta.get("line")
@@ -98,11 +89,6 @@ def line_of(node: fx.Node) -> tuple[str, int, str] | None:
 def stack_of(node: fx.Node) -> Stack | None:
     """The module calls that made the node, the root's call included."""
     return node.meta.get("stack")
-
-
-def note_of(node: fx.Node) -> str:
-    """What earlier stages say about the node to a reader: "all-reduce", "partial over tensor"."""
-    return str(node.meta.get("note") or "")
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

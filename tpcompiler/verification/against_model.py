@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from tpcompiler.api import Sharded
 from tpcompiler.execute.interpret import interpret, interpret_capture
 from tpcompiler.execute.simulate import executed, run_ranks
+from tpcompiler.graphs import layout_of
 from tpcompiler.layout import Dim, slice_on
 from tpcompiler.program import Parameter, Program
 from tpcompiler.runtime import Mesh, Ranks
@@ -122,7 +123,7 @@ class Comparison:
         """How output `i` (of one batch after the other) lies on the mesh: an output may be left sharded on request."""
         flat = next(n for n in self.sharded.program.graph.nodes if n.op == "output").args[0]
         node = flat[i % len(flat)]
-        return tuple(node.meta.get("dims") or ()) if isinstance(node, fx.Node) else ()
+        return (layout_of(node) or ()) if isinstance(node, fx.Node) else ()
 
     def cotangent(self, i: int, x: Any, coords: Mapping[str, int]) -> Tensor | None:
         """A rank's part of the gradient of `probe` by output `i`, of which it has `x`."""
