@@ -22,7 +22,7 @@ LONGEST_FILE = 400
 LONGEST_FUNCTION = 50
 # To be shortened; nothing may be added here.
 LONG_FILES: set[str] = set()
-LONG_FUNCTIONS = {"cli/train.py: train", "cli/train.py: evaluate"}
+LONG_FUNCTIONS: set[str] = set()
 
 
 def files() -> dict[str, Path]:

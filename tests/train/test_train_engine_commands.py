@@ -39,7 +39,7 @@ def workers(launcher: int) -> list[int]:
 
 
 def launching(here: Path, *more: str) -> subprocess.Popen[str]:
-    arguments = [*train_command(GPT2, GPT2.spec(2, steps=3), here), "--json", *more]
+    arguments = [*train_command(GPT2, GPT2.spec(2, steps=3), here), "--json", "--set", "layers=1", *more]
     return subprocess.Popen(
         [sys.executable, "-m", "tpcompiler.cli.main", *arguments],
         stdout=subprocess.PIPE,
@@ -64,7 +64,7 @@ def test_a_rank_that_is_killed_ends_all_that_were_started(tmp_path: Path) -> Non
         end = time.monotonic() + 200
         while not (tmp_path / "run" / "log.jsonl").exists() or len(losses(tmp_path / "run")) < 2:
             assert running.poll() is None and time.monotonic() < end
-            time.sleep(0.1)
+            time.sleep(0.05)
         ranks = workers(running.pid)
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tests.train.train_runs import GPT2, ROOT, TRAIN
+from tests.train.train_runs import GPT2, ROOT, TRAIN, compile_once
 from tpcompiler.capture import capture
 from tpcompiler.load.model import load_model
 from tpcompiler.runtime import Ranks
@@ -21,7 +21,7 @@ from tpcompiler.train.data.batches import Corpus, open_corpus
 from tpcompiler.train.hold.owned import from_constructor
 from tpcompiler.train.hold.storage import PlainStorage
 from tpcompiler.train.settings import Train
-from tpcompiler.train.step.compiled import compile_model, loss_output, training_inputs
+from tpcompiler.train.step.compiled import loss_output, training_inputs
 from tpcompiler.train.step.engine import Engine
 from tpcompiler.train.step.replay import Device, Graph, Recorder, steady
 
@@ -106,7 +106,7 @@ def started(device: torch.device, **train: Any) -> tuple[Engine, Corpus]:
     wanted = spec.section(Train)
     loaded = load_model(str(ROOT / "models" / "gpt2.py"), spec)
     corpus = open_corpus(wanted)
-    compiled = compile_model(loaded, spec, training_inputs(loaded, corpus.train.batch_at(0, 0).tensors), loss_output)
+    compiled = compile_once(loaded, spec, training_inputs(loaded, corpus.train.batch_at(0, 0).tensors), loss_output)
     engine = Engine(compiled, Ranks(compiled.sharded.program.mesh, 0), wanted, 0, device)
     engine.fill(from_constructor(lambda name: compiled.recorded.replay(name, 0)))
     return engine, corpus

@@ -8,27 +8,36 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from tpcompiler.cli.main import main
+from tpcompiler.cli.ranks import RankOptions, train_section
+from tpcompiler.errors import TpcError
 from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.load.model import load_model
+from tpcompiler.load.target import Inputs, Loaded
+from tpcompiler.program import Capture
 from tpcompiler.runtime import Ranks
 from tpcompiler.spec.schema import Spec
 from tpcompiler.train.data.batches import open_corpus
-from tpcompiler.train.evaluate import measure  # noqa: F401  imported once, before ranks are forked
+from tpcompiler.train.evaluate import measure
 from tpcompiler.train.hold.owned import from_constructor
-from tpcompiler.train.run import loop  # noqa: F401
+from tpcompiler.train.run import (
+    loop,  # noqa: F401  imported once, before ranks are forked
+    training_run,
+)
 from tpcompiler.train.settings import Train
 from tpcompiler.train.show.log import read_log
-from tpcompiler.train.step.compiled import Compiled, compile_model, loss_output, training_inputs
+from tpcompiler.train.step.compiled import Compiled, compile_model, logits_output, loss_output, training_inputs
 from tpcompiler.train.step.engine import Engine, Outcome
 from tpcompiler.weights.manifest import DATA
 
@@ -84,16 +93,38 @@ def dropping(case: Case) -> Case:
     return Case(case.model, {**case.sizes, "model": model, "attention_dropout": "exact"}, case.train)
 
 
+def shallow(case: Case) -> Case:
+    """The same with one layer, for runs whose ranks all compile."""
+    return Case(case.model, {**case.sizes, "model": {**case.sizes["model"], "layers": 1}}, case.train)
+
+
 DROPPING = dropping(CASES["gpt2"])
 
 
-@cache
-def _compiled(model: str, spec: str, double: bool) -> Compiled:
-    """A run's model; nothing of it changes when it is trained."""
-    read = Spec.load(json.loads(spec))
-    loaded = load_model(model, read)
-    inputs = training_inputs(loaded, open_corpus(read.section(Train)).train.batch_at(0, 0).tensors)
-    return compile_model(loaded, read, inputs, loss_output, double=double)
+_compiled: dict[str, Compiled] = {}
+
+
+def compile_once(
+    loaded: Loaded, spec: Spec, inputs: Inputs, output: Callable[[Capture], int], *, double: bool = False
+) -> Compiled:
+    """`compile_model`, once for the same model and mesh: training changes nothing of what it gives.
+
+    Runs of this process share it, and so do ranks that are forked after it was made.
+    """
+    with torch.device("meta"):
+        module = loaded.build()
+    sizes = {k: v for k, v in spec.dump().items() if k != "train"}
+    file = Path(loaded.source).stat().st_mtime_ns if Path(loaded.source).exists() else 0
+    shapes = [(n, tuple(p.shape)) for n, p in module.named_parameters()]
+    key = str((loaded.source, file, str(module), shapes, sizes, sorted(inputs[1]), output.__name__, double))
+    if key not in _compiled:
+        _compiled[key] = compile_model(loaded, spec, inputs, output, double=double)
+    return _compiled[key]
+
+
+# A compilation takes longer than all steps of a test's run. `Processes(fresh=True)` compiles on every rank.
+for module in (training_run, measure):
+    vars(module)["compile_model"] = compile_once
 
 
 def in_threads(
@@ -102,8 +133,9 @@ def in_threads(
     """The losses of a run whose tensor ranks are threads of this process; rank 0's, all others' must be the same."""
     spec = Spec.load(case.spec(tensor, 1, **train))
     settings = spec.section(Train)
-    corpus = open_corpus(settings)
-    compiled = _compiled(case.path, json.dumps(case.spec(tensor, 1)), settings.precision == "fp64")
+    corpus, loaded = open_corpus(settings), load_model(case.path, spec)
+    inputs = training_inputs(loaded, corpus.train.batch_at(0, 0).tensors)
+    compiled = compile_once(loaded, spec, inputs, loss_output, double=settings.precision == "fp64")
 
     def body(ranks: Ranks) -> list[float]:
         engine = Engine(compiled, ranks, settings, spec.seed, torch.device("cpu"))
@@ -132,9 +164,45 @@ def _rank(arguments: Sequence[str], environment: Mapping[str, str], output: str,
     fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115  for good
     os.environ.update(environment)
     torch.set_num_threads(1)
     os._exit(main(list(arguments)))
+
+
+class _Reached(BaseException):
+    """A command has come to the point where it joins its ranks."""
+
+    def __init__(self, spec: Spec, options: RankOptions) -> None:
+        self.spec, self.options = spec, options
+
+
+def _prepare(arguments: Sequence[str], world: int) -> None:
+    """Compiles what the ranks of a command are going to run, so that they need not. They say what is wrong."""
+
+    @contextmanager
+    def reached(screen: object, spec: Spec, options: RankOptions) -> Iterator[None]:
+        raise _Reached(spec, options)
+        yield
+
+    as_rank = {"RANK": "1", "WORLD_SIZE": str(world)}
+    try:
+        with mock.patch.dict(os.environ, as_rank), mock.patch("tpcompiler.cli.train.joined", reached):
+            with mock.patch("tpcompiler.cli.eval.joined", reached):
+                main(list(arguments))
+    except _Reached as found:
+        spec, options, train = found.spec, found.options, train_section(found.spec)
+        try:
+            loaded = options.load(spec)
+            if arguments[0] == "train":
+                inputs = training_inputs(loaded, open_corpus(train).train.batch_at(0, 0).tensors)
+                output = loss_output
+            else:
+                inputs = measure.ids_alone(loaded, train.data.names.get("input_ids", "input_ids"))
+                output = logits_output
+            compile_once(loaded, spec, inputs, output, double=train.precision == "fp64")
+        except TpcError:
+            pass
 
 
 class Processes:
@@ -148,10 +216,19 @@ class Processes:
         absent: int = 0,
         largest_file: int | None = None,
         port: int | None = None,
+        fresh: bool = False,
     ) -> None:
-        """`port`: of a store that serves the ranks, as torchrun's does; without it rank 0 serves one."""
-        multiprocessing.set_forkserver_preload([__name__])  # torch is imported once, not by every rank
-        context = multiprocessing.get_context("forkserver")
+        """`port`: of a store that serves the ranks, as torchrun's does; without it rank 0 serves one.
+
+        `fresh`: every rank compiles for itself; else they are forked from this process, which has compiled. A process
+        that knows a GPU cannot be forked.
+        """
+        fresh = fresh or torch.cuda.is_available()
+        if fresh:
+            multiprocessing.set_forkserver_preload([__name__])  # torch is imported once, not by every rank
+        else:
+            _prepare(arguments, world)
+        context: Any = multiprocessing.get_context("forkserver" if fresh else "fork")
         served = port is not None
         if port is None:
             with socket.socket() as s:
@@ -216,11 +293,12 @@ def train_command(case: Case, spec: Mapping[str, Any], directory: Path, *more: s
 
 
 def in_processes(
-    case: Case, tensor: int, data: int, directory: Path, *more: str, patience: float = 120, **train: Any
-) -> list[float]:
+    case: Case, tensor: int, data: int, directory: Path, *more: str, patience: float = 120, fresh: bool = False,
+    **train: Any,
+) -> list[float]:  # fmt: skip
     """The losses of a run whose ranks are processes."""
     command = train_command(case, case.spec(tensor, data, **train), directory, *more)
-    ranks = Processes(command, tensor * data, directory / "output")
+    ranks = Processes(command, tensor * data, directory / "output", fresh=fresh)
     codes = ranks.wait(patience)
     assert codes == [0] * len(codes), ranks.said
     return losses(directory / "run")

@@ -19,6 +19,7 @@ from typing import Any
 import typer
 
 from tpcompiler.cli import compile as compiling
+from tpcompiler.cli import eval as measuring
 from tpcompiler.cli import merge
 from tpcompiler.cli import train as training
 from tpcompiler.cli.screen import complain
@@ -67,10 +68,10 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
         ),
     ),
     "eval": (
-        training.evaluate,
+        measuring.evaluate,
         ("tpc eval models/gpt2.py --spec specs/demo.yaml --weights runs/demo --perplexity test.txt",),
     ),
-    "plot": (training.plot, ("tpc plot runs/small runs/large --label small --label large -o loss.png",)),
+    "plot": (measuring.plot, ("tpc plot runs/small runs/large --label small --label large -o loss.png",)),
     "reshard": (training.reshard, ("tpc reshard out/gpt2 --spec specs/4way.yaml -o out/gpt2-4way",)),
 }
 for _name, (_command, _examples) in COMMANDS.items():

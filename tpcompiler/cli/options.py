@@ -1,11 +1,16 @@
-"""The arguments that several commands share."""
+"""The arguments that several commands share, and commands whose options are the fields of a record."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
+
+Record = TypeVar("Record")
 
 Model = Annotated[
     str,
@@ -23,3 +28,23 @@ Set = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
+
+
+def command_with(record: type[Record]) -> Callable[[Callable[[Record], None]], Callable[..., None]]:
+    """Decorates a function of one record as a command: typer sees an option for each field of the dataclass."""
+
+    def decorate(function: Callable[[Record], None]) -> Callable[..., None]:
+        hints = get_type_hints(record, include_extras=True)
+        fields = signature(record).parameters.values()
+
+        @wraps(function)
+        def command(**given: Any) -> None:
+            function(record(**given))
+
+        vars(command).pop("__wrapped__")  # or typer would look at the function's own parameters
+        described = [f.replace(annotation=hints[f.name]) for f in fields]
+        vars(command)["__signature__"] = signature(record).replace(parameters=described, return_annotation=None)
+        command.__annotations__ = {f.name: f.annotation for f in described}
+        return command
+
+    return decorate

@@ -6,8 +6,10 @@ no matching calls, so a rank in trouble can speak while the others wait in a col
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -15,7 +17,8 @@ import torch.distributed as dist
 from tpcompiler.errors import TpcError
 
 TIMEOUT = 600.0  # seconds until a rank that does not arrive, or does not come to a collective, is given up
-_POLL = 0.05  # seconds between two looks at the store
+_POLL = (0.002, 0.2)  # seconds between two looks at the store: at first, and in the end
+_LATE = 5.0  # seconds that rank 0, which names those that are missing, has for saying so
 _CONNECT = timedelta(seconds=60)  # until a store that served a moment ago is given up
 
 
@@ -60,27 +63,50 @@ class Board:
 
     def wait(self, key: str, timeout: float | None = None) -> str | None:
         """The text under a key, as soon as it is there; None after `timeout` seconds."""
-        end = time.monotonic() + (self.timeout if timeout is None else timeout)
-        while (text := self.read(key)) is None:
+        if self._store is None:
+            return self._local.get(key)
+        if not self._wait([key], self.timeout if timeout is None else timeout):
+            return None
+        return self._store.get(self._prefix + key).decode()
+
+    def _wait(self, keys: Sequence[str], timeout: float) -> bool:
+        """Whether all keys are there within `timeout` seconds. Looks ever more rarely: all ranks share the store.
+
+        The store could tell by itself, but a wait that it gives up is a warning of torch on the screen.
+        """
+        assert self._store is not None
+        end = time.monotonic() + timeout
+        names, pause = [self._prefix + key for key in keys], _POLL[0]
+        while not self._store.check(names):
             if time.monotonic() > end:
-                return None
-            time.sleep(_POLL)
-        return text
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL[1])
+        return True
 
     def gather(self, key: str, text: str = "", patience: float | None = None) -> list[str]:
         """Every rank's text, in order. Collective; each `key` is used once.
 
-        Raises `TpcError` when a rank does not come within `patience` seconds (default: the run's time-out).
+        Rank 0 collects and hands out, so that the store serves a number of calls that grows with the ranks, not with
+        their square. Raises `TpcError` on all when a rank does not come within `patience` seconds (default: the run's
+        time-out).
         """
+        if self._store is None:
+            return [text]
+        limit = self.timeout if patience is None else patience
         self.post(f"{key}/{self.rank}", text)
-        texts = [self.wait(f"{key}/{r}", patience) for r in range(self.world)]
-        missing = [str(r) for r, t in enumerate(texts) if t is None]
+        if self.rank == 0:
+            own = [f"{key}/{r}" for r in range(self.world)]
+            there = self._wait(own, limit)
+            missing = [] if there else [r for r, k in enumerate(own) if self.read(k) is None]
+            texts = [] if missing else self._store.multi_get([self._prefix + k for k in own])
+            self.post(f"{key}/all", json.dumps([missing, [t.decode() for t in texts]]))
+        collected = self.wait(f"{key}/all", limit + _LATE)
+        missing, found = ([0], []) if collected is None else json.loads(collected)
         if missing:
-            names = "rank " + missing[0] if len(missing) == 1 else "ranks " + ", ".join(missing[:8])
-            raise TpcError(
-                f"{names} of {self.world} did not arrive within {self.timeout if patience is None else patience:g} s"
-            )
-        return [t for t in texts if t is not None]
+            names = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing[:8]))}"
+            raise TpcError(f"{names} of {self.world} did not arrive within {limit:g} s")
+        return list(found)
 
     def delete(self, key: str) -> None:
         if self._store is None:
