@@ -1,4 +1,4 @@
-"""The plain and the sharded program compared: side by side, or as one with its changes marked; equal layers once."""
+"""Compares the plain and the sharded program: side by side, or as one with the changes marked; equal layers once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's file imported for a while: its siblings and its package work, and nothing of it stays behind."""
+"""Imports a user's file with its siblings and its package, and leaves nothing of them in `sys` afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ALONE = "tpc_model_"  # prefix of a file's module name: `random.py` must not be
 
 
 class Importer:
-    """Imports of one user's file. Use as a context manager: within it they work, after it `sys` is as it was.
+    """The imports of one user's file. A context manager: inside it they work; after it `sys` is as before.
 
     It nests and can be entered again; the modules are then the same ones. Two files that import siblings of one name
     (`layers.py`) never get each other's.

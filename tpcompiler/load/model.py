@@ -1,7 +1,7 @@
-"""MODEL on the command line → something that can build the model, and example inputs for it.
+"""Resolves MODEL on the command line to a function that builds the model, and to example inputs.
 
 `path/to/model.py[:name]`   a class, or a function that builds the model; `example_inputs` stands beside it
-`hf:DIR`, `hf:TYPE`         Hugging Face: a local directory with config.json, or a model type (`load_hf.py`)
+`hf:DIR`, `hf:TYPE`         Hugging Face: a local directory with config.json, or a model type (`huggingface.py`)
 
 Without `:name` the model is the file's attribute `Model`; or else its only `nn.Module` class that no other class
 of the file uses. Nothing is constructed here: who captures the model decides on which device that happens.

@@ -1,4 +1,4 @@
-"""What a loader hands on: a model that can be built, its example inputs, and the arguments that were given for it."""
+"""The result of a loader: a model that can be built, its example inputs, and the arguments that were given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a section of a spec, in one line: pydantic's errors in our words, with what would work."""
+"""Says in one line what is wrong with a section of a spec and what would work, from pydantic's errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What would have worked: ` did you mean 'tensor'?`, or the list of what there is."""
+    """Suggests what would have worked: ` did you mean 'tensor'?`, or the list of what there is."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     if close:

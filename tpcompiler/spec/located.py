@@ -23,7 +23,7 @@ _NODE_LIMIT = 100_000  # aliases can make a small file exponentially large
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a document came from: its file, the line of each key, and the options that gave keys.
+    """The origin of a document: its file, the line of each key, and the keys that options gave.
 
     All origins are equal, so that specs with equal values are equal.
     """
@@ -37,7 +37,7 @@ class Origin:
         return replace(self, options={**self.options, key: said})
 
     def line(self, key: Key) -> int | None:
-        """The line of a key, or of the nearest thing around it that has one."""
+        """The line of a key, or of the nearest enclosing key that has one."""
         for n in range(len(key), -1, -1):
             if key[:n] in self.lines:
                 return self.lines[key[:n]]

@@ -39,7 +39,7 @@ class MeshSpec(Section):
 
 
 class ShardSpec(Section):
-    """What happens to each kind of block. A kind that is named here as `shard` must be had, or it is an error."""
+    """What happens to each kind of block. It is an error when a kind that is `shard` here cannot be split."""
 
     mlp: Choice = Field(default="shard", description="Feed-forward blocks: split over their hidden width.")
     attention: Choice = Field(default="shard", description="Attention blocks: split over their heads.")
@@ -65,7 +65,7 @@ class Override(Section):
 
 
 class AxisSpec(Section):
-    """An axis named outright, by a dimension of a parameter that it stands in."""
+    """An axis, named by a dimension of a parameter that contains it."""
 
     parameter: str = Field(min_length=1, description="Glob over parameter names.", examples=["h.*.attn.c_attn.weight"])
     dimension: int = Field(description="Which dimension of the parameter; negative counts from the end.", examples=[0])
@@ -233,7 +233,7 @@ class Spec(Section):
 
     @property
     def explicit(self) -> frozenset[str]:
-        """The kinds of block that the spec itself asks to shard: what it asks for and cannot have is an error."""
+        """The kinds of block that the spec asks to shard explicitly, so that a failure to split them is an error."""
         if "shard" not in self.model_fields_set:
             return frozenset()
         return frozenset(k for k in self.shard.model_fields_set if getattr(self.shard, k) == "shard")
@@ -257,9 +257,9 @@ class Spec(Section):
                 raise self.error("outputs", pattern, what=f"matches no output of the model; {nearest(pattern, known)}")
 
     def put(self, key: Key, value: Any, said: str) -> Spec:
-        """A copy with one value put at `key`, such as `("mesh", "tensor")`; errors in it name `said`, not the file.
+        """A copy with one value set at `key`, such as `("mesh", "tensor")`; its errors name `said` instead of the file.
 
-        A mapping is put over the one that stands there, key by key.
+        A mapping is merged into the existing one, key by key.
         """
         *above, last = key
         values = self.dump()

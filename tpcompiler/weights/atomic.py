@@ -21,7 +21,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def replacing(
     directory: Path | str, ours: Callable[[Path], bool], keep: Callable[[Path], list[Path]] = lambda old: []
 ) -> Iterator[Path]:
-    """A temporary directory that becomes `directory` when the block ends well, and vanishes when it does not.
+    """Yields a temporary directory; it becomes `directory` when the block succeeds and is removed when it fails.
 
     A crash at any moment leaves the old directory whole; what a killed process left behind is removed by the next one.
     `ours(old)` says whether an old, non-empty directory may be replaced: one that we did not write is refused
@@ -41,7 +41,7 @@ def replacing(
 
 @contextmanager
 def replacing_file(path: Path | str) -> Iterator[Path]:
-    """The same for one file. The block writes and syncs the temporary one."""
+    """Yields a temporary path that becomes `path`. The block writes and syncs the file."""
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise WeightsError(f"{path}: a directory of that name is in the way")
@@ -54,7 +54,7 @@ def replacing_file(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def _temporary(target: Path, name: Path | str) -> Iterator[Path]:
-    """A new directory beside the target, locked, which is gone in the end: removed, or renamed to the target."""
+    """Yields a locked directory beside the target; at the end it has been renamed or is removed."""
     with disk(name, "write"):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
@@ -76,7 +76,7 @@ def _carry(kept: list[Path], into: Path) -> None:
 
 
 def put_in_place(new: Path, target: Path) -> None:
-    """Gives a finished directory its name, for good. An old one of that name goes."""
+    """Renames a finished directory durably, replacing an old one of that name."""
     _sync(new)
     _swap(new, target)
     _sync(target.parent)
@@ -84,7 +84,7 @@ def put_in_place(new: Path, target: Path) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Makes a directory's entries last."""
+    """Writes a directory's entries to the disk."""
     fd = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -93,7 +93,7 @@ def _sync(directory: Path) -> None:
 
 
 def _make(target: Path) -> tuple[Path, int]:
-    """A new temporary directory beside the target, locked: the lock says that its writer lives."""
+    """Makes a temporary directory beside the target and locks it; the lock tells others that its writer is alive."""
     while True:
         path = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
         path.mkdir()
@@ -105,7 +105,7 @@ def _make(target: Path) -> tuple[Path, int]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what killed writers of the same target left."""
+    """Removes what killed writers of the same target left behind."""
     for path in target.parent.glob(f".{_escaped(target.name)}.tmp-*"):
         lock = _lock(path)
         if lock is not None:
@@ -131,7 +131,7 @@ def _lock(path: Path) -> int | None:
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    """Put the new directory in the old one's place; the old one, if any, ends under the temporary name."""
+    """Exchanges the new directory with the old one, which ends up under the temporary name."""
     if not target.exists() or not any(target.iterdir()):
         os.rename(temporary, target)  # replaces an empty directory, atomically
         return

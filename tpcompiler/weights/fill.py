@@ -1,4 +1,4 @@
-"""A rank's parameters get their values: slices of a file's, of a model's own, or of what its constructor would draw."""
+"""Fills a rank's parameters: with slices of a file, of a model's own values, or of what its constructor would draw."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tpcompiler.weights.sources import Info
 
 
 class InitialValues:
-    """What the recorded constructor gives each parameter, as a source: by seed and name, the same on any mesh.
+    """A source of the values that the recorded constructor draws; they depend on seed and name, not on the mesh.
 
-    Reading makes one whole parameter, cuts the slice and forgets the rest.
+    Each read makes one whole parameter, returns the slice and drops the rest.
     """
 
     def __init__(self, recorded: Recorded, seed: int = 0) -> None:
@@ -40,7 +40,7 @@ class InitialValues:
         return whole if runs is None else slice_of(whole, runs).clone()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing, as no file is open."""
 
 
 def own_values(model: nn.Module) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def own_values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def ranks_of(device_mesh: Any, mesh: Mesh) -> Ranks:
-    """This process's place for a program of `mesh`, on a `DeviceMesh`, or (None) as torchrun's environment says.
+    """The place of this process in `mesh`, by a `DeviceMesh` or, when that is None, by torchrun's environment.
 
     A program for one copy of the model runs on any number of them: nothing in it is split over `data`.
     """
@@ -74,7 +74,7 @@ def fill_from(
     """Gives every parameter and buffer of a rank's module its slice of `source`, cast to the module's own dtype.
 
     `coords` is the rank's place. Buffers that the source lacks keep the value that the model's constructor computed.
-    One parameter is read at a time, of it no more than the slice where the source can do so.
+    One parameter is read at a time, and only its slice where the source allows that.
     Errors: `WeightsError` when a name is missing or a shape differs.
     """
     capture, mesh = program.capture, program.mesh

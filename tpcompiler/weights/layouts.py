@@ -1,4 +1,4 @@
-"""Which rank holds which elements of a tensor: layouts resolved to runs, and the cells they cut a tensor into."""
+"""Which rank holds which elements of a tensor: layouts as runs of indices, and the cells that they cut it into."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class RankRuns:
 
     @cached_property
     def classes(self) -> tuple[tuple[int, Runs], ...]:
-        """`range(size)` parted by who holds it: (bit mask of ranks, the indices that exactly these hold)."""
+        """Partitions `range(size)` by its holders: (bit mask of ranks, the indices that exactly these ranks hold)."""
         masks = [0] * len(self.runs)
         for r, i in enumerate(self.rank):
             masks[i] |= 1 << r
@@ -82,7 +82,7 @@ class RankRuns:
 
 @dataclass(frozen=True)
 class Cell:
-    """A part of a tensor that the same ranks hold, all of them the whole of it."""
+    """A part of a tensor that one set of ranks holds; each of them holds all of it."""
 
     ranks: tuple[int, ...]
     runs: Slice
@@ -105,7 +105,7 @@ class Layout:
 
     @cached_property
     def is_whole(self) -> bool:
-        """Every rank holds everything."""
+        """Whether every rank holds the whole tensor."""
         return all(d.is_whole for d in self.dims)
 
     def runs(self, rank: int) -> Slice:
@@ -117,11 +117,11 @@ class Layout:
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """The tensor parted by who holds it. They do not overlap, and together they are the tensor."""
+        """The tensor partitioned by its holders: disjoint cells that cover it."""
         return tuple(Cell(tuple(_members(mask)), runs) for mask, runs in self._masked())
 
     def _masked(self) -> Iterator[tuple[int, Slice]]:
-        """The cells, with the ranks that hold each as a bit mask."""
+        """The cells, each with a bit mask of the ranks that hold it."""
         for combination in product(*(d.classes for d in self.dims)):
             mask = (1 << self.ranks) - 1
             for holders, _ in combination:

@@ -1,4 +1,4 @@
-"""`manifest.json`: what lies in a directory of weights, exactly enough to read it without us (docs/format.md)."""
+"""`manifest.json`: what a directory of weights holds, precise enough to be read by other programs (docs/format.md)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def weight_mesh(mesh: Mesh) -> Mesh:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor, where each rank's slice of it lies.
+    """A tensor, and the file that holds each rank's slice of it.
 
     `file` holds it under `name`: with `{rank:05d}` in it, there is a file per rank and each holds that rank's slice;
     without, the one file holds all of the tensor; empty, the tensor is described only, as in a program without weights.
@@ -76,11 +76,11 @@ class Entry:
         return self.file.format(rank=rank)
 
     def spot(self, rank: int) -> Spot:
-        """What the file of that rank holds of it."""
+        """What the file of a rank holds of the tensor."""
         return Spot(self.name, self.dtype, self.layout.local_shape(rank))
 
     def check(self) -> None:
-        """Raises `WeightsError` when the layout leaves elements out."""
+        """Raises `WeightsError` when no rank holds some element."""
         self.layout.check(self.name)
 
 
@@ -101,7 +101,7 @@ class Manifest:
 
     @cached_property
     def _homes(self) -> Mapping[str, tuple[int, list[Entry]]]:
-        """File → the rank that it belongs to, and its entries."""
+        """Maps each file to the rank that it belongs to and to its entries."""
         groups: dict[str, list[Entry]] = {}
         for e in filter(lambda e: e.file, self.entries):
             groups.setdefault(e.file, []).append(e)
@@ -117,7 +117,7 @@ class Manifest:
         return self._homes.keys()
 
     def contents(self, file: str) -> list[Spot]:
-        """What a file holds, in the file's order."""
+        """The tensors of a file, in the file's order."""
         rank, entries = self._homes[file]
         return in_order(e.spot(rank) for e in entries)
 

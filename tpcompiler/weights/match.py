@@ -1,4 +1,4 @@
-"""A model's parameters found in a source, by name or alias; all of it checked before a byte is written."""
+"""Finds a model's parameters in a source, by name or alias, and checks all of them before a byte is written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tpcompiler.weights.sources import Info, StateSource
 
 @dataclass(frozen=True)
 class Job:
-    """A tensor to write: where it goes, and how to read a slice of it."""
+    """A tensor to be written: its destination, and how to read a slice of it."""
 
     entry: Entry
     read: Callable[[Slice], torch.Tensor]

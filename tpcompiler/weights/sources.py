@@ -22,7 +22,7 @@ from tpcompiler.weights.wire import load_manifest
 
 @dataclass(frozen=True)
 class Info:
-    """What a source knows of a tensor before reading it. `stored`: the names it has where the source came from."""
+    """What a source knows about a tensor before it reads it. `stored`: the names it has where the source came from."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -113,7 +113,7 @@ class Weights:
         self.tensors: Mapping[str, Info] = {e.name: Info(e.dtype, e.shape, e.stored) for e in present}
 
     def read(self, name: str, runs: Slice | None = None) -> torch.Tensor:
-        """A slice of a tensor by its global indices, whoever holds it. Raises `WeightsError`."""
+        """Reads a slice by its global indices, from whichever ranks hold it. Raises `WeightsError`."""
         entry = self.entry(name)
         runs = whole(entry.shape) if runs is None else runs
         out: torch.Tensor | None = None
@@ -178,7 +178,7 @@ class Weights:
 
 
 class Stripped:
-    """A source whose names lose a prefix: a base model read from the file of a model built on it."""
+    """A source whose names lose a prefix, as when a base model is read from the file of a model built on it."""
 
     def __init__(self, source: StateSource, prefix: str) -> None:
         self.where = source.where
@@ -197,7 +197,7 @@ class Stripped:
 
 @contextmanager
 def open_source(what: StateSource | Mapping[str, torch.Tensor] | Path | str, strip: str = "") -> Iterator[StateSource]:
-    """Anything weights come in, as a `StateSource`, closed afterwards if it was opened here.
+    """Opens weights of any supported form as a `StateSource`, and closes what it has opened.
 
     A path is a safetensors file; a `.pt`, `.pth` or `.bin` file of `torch.save` (tensors only, memory-mapped); an index
     of such files; a Hugging Face directory; or a directory with a manifest. `strip` is a prefix that names lose.

@@ -1,6 +1,7 @@
-"""Safetensors files written piece by piece, and what is known of a finished file.
+"""Writes safetensors files piece by piece.
 
-Own code, since the safetensors library writes from a whole dictionary in memory. The files are the library's.
+The safetensors library writes whole dictionaries from memory only, hence a writer of our own; the library reads the
+files.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Spot:
-    """A tensor that a file is going to hold."""
+    """A tensor that is to be written into a file."""
 
     name: str
     dtype: torch.dtype
@@ -62,7 +63,7 @@ class TensorFileWriter:
         self._append(memoryview(header))
 
     def write(self, tensor: torch.Tensor) -> None:
-        """Append a tensor, or the next rows of one."""
+        """Appends a tensor, or the next rows of one."""
         if tensor.numel():
             value = bits(tensor.detach()).cpu().contiguous()  # a name of its own: `memory` does not keep it alive
             self._append(memory(value))

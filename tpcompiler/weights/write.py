@@ -1,4 +1,4 @@
-"""Directories of weights, written: shard, merge, reshard. Block by block, never a whole model."""
+"""Writes directories of weights: shard, merge, reshard. Weights pass in blocks; memory never holds a whole model."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def _ranks_of(jobs: Sequence[Job]) -> Mesh:
 
 
 def _write_tensor(job: Job, writers: Sequence[TensorFileWriter], pool: ThreadPoolExecutor, total: _Count) -> None:
-    """One tensor to all ranks' files. Blocks come in the order of dimension 0, so every rank's slice grows in order."""
+    """Writes one tensor to all ranks' files, in blocks along dimension 0, so that every rank's slice grows in order."""
     layout = job.entry.layout
     for block in blocks(job.entry.shape, job.entry.dtype.itemsize):
         value = job.read(block)
@@ -237,7 +237,7 @@ def _write_tensor(job: Job, writers: Sequence[TensorFileWriter], pool: ThreadPoo
 
 
 class _Count:
-    """Bytes done, told to whoever watches."""
+    """Counts the bytes done and reports them."""
 
     def __init__(self, whole: int, progress: Progress | None) -> None:
         self.whole, self._done, self._progress = whole, 0, progress
@@ -262,7 +262,7 @@ def verify(directory: Path | str, files: Iterable[str] | None = None) -> Manifes
 
 
 def output(directory: Path | str) -> AbstractContextManager[Path]:
-    """A temporary directory that becomes `directory`, as a whole, when the block ends well.
+    """Yields a temporary directory that becomes `directory` as a whole when the block succeeds.
 
     It may replace an earlier output of ours; other files in that are carried over.
     """
