@@ -41,9 +41,10 @@ def check(program: Program, *, source: str | None = None) -> CheckReport:
     nodes = live_nodes(program.graph)
     if not refused:
         with _uncollected():
-            refused = _structure(program) or _first_that_runs(program, geometry, steps)
+            taken = {n for graph in (program.graph, program.capture.graph) for n in _integers(graph)}
+            refused = _structure(program, taken) or _first_that_runs(program, geometry, steps, taken)
             if not refused and source is not None:
-                refused = _source(program, source, geometry)
+                refused = _source(program, source, geometry, taken)
     return CheckReport(len(nodes), len(steps.known), time.perf_counter() - start, refused)
 
 
@@ -59,9 +60,8 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _first_that_runs(program: Program, geometry: Geometry, steps: Steps) -> tuple[Refusal, ...]:
+def _first_that_runs(program: Program, geometry: Geometry, steps: Steps, taken: set[int]) -> tuple[Refusal, ...]:
     """Small sizes may be too small for a model: then larger ones."""
-    taken = {n for graph in (program.graph, program.capture.graph) for n in _integers(graph)}
     refused: tuple[Refusal, ...] = ()
     for sizes in choices(program.capture, taken, program.mesh.size):
         refused = _sweeps(program, geometry, steps, sizes)
@@ -79,10 +79,11 @@ def _sweeps(program: Program, geometry: Geometry, steps: Steps, sizes: Sizes) ->
     return ()
 
 
-def _structure(program: Program) -> tuple[Refusal, ...]:
+def _structure(program: Program, taken: set[int]) -> tuple[Refusal, ...]:
     """At sizes beyond every constant; where a model takes only some sizes (an image's), at those of its example."""
     read, failure = 0, ""
-    for sizes in (*beyond(program.capture), *example(program.capture)):
+    computed = any(_computes_sizes(n) for g in (program.graph, program.capture.graph) for n in g.nodes)
+    for sizes in (*beyond(program.capture, taken, computed=computed), *example(program.capture)):
         if read and sizes.of_example:
             break
         try:
@@ -98,13 +99,18 @@ def _structure(program: Program) -> tuple[Refusal, ...]:
     return () if read else (Refusal("the model", "", "a graph that can be read", failure),)
 
 
-def _source(program: Program, source: str, geometry: Geometry) -> tuple[Refusal, ...]:
-    taken = {n for graph in (program.graph, program.capture.graph) for n in _integers(graph)}
+def _source(program: Program, source: str, geometry: Geometry, taken: set[int]) -> tuple[Refusal, ...]:
     try:
         compare_source(program, source, geometry, taken)
     except Refused as e:
         return (e.refusal,)
     return ()
+
+
+def _computes_sizes(node: torch.fx.Node) -> bool:
+    """Whether it makes a size of sizes."""
+    is_size = isinstance(node.meta.get("val"), (torch.SymInt, int, float)) and node.op == "call_function"
+    return is_size and node.target is not torch.ops.aten.sym_size.int
 
 
 def _integers(graph: torch.fx.Graph) -> set[int]:

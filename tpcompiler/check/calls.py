@@ -95,7 +95,7 @@ def read_call(node: fx.Node, env: Mapping[fx.Node, Any]) -> tuple[Call, tuple[fx
     if signature is None:
         args = read(tuple(node.args))
     else:
-        kwargs = dict(signature.bind(*node.args, **node.kwargs).arguments)
+        kwargs = by_name(node.target, node.args, node.kwargs)
         if "group" in kwargs:
             kwargs["group"] = Over(tuple(kwargs["group"]))
         if "rng" in signature.parameters:
@@ -228,6 +228,30 @@ def runtime_signature(target: Any) -> inspect.Signature | None:
     if inspect.isfunction(target) and target.__module__.startswith(runtime.__name__ + "."):
         return inspect.signature(target)
     return None
+
+
+def by_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one of the runtime's operators, each by its name. TypeError where it does not take them."""
+    names = _places(target)
+    if len(args) <= len(names) and kwargs.keys() <= _names(target) and kwargs.keys().isdisjoint(names[: len(args)]):
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+    signature = runtime_signature(target)
+    assert signature is not None
+    return dict(signature.bind(*args, **kwargs).arguments)
+
+
+@cache
+def _places(target: Any) -> tuple[str, ...]:
+    signature = runtime_signature(target)
+    assert signature is not None
+    return tuple(n for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+@cache
+def _names(target: Any) -> frozenset[str]:
+    signature = runtime_signature(target)
+    assert signature is not None
+    return frozenset(n for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
 def moves(call: Call) -> bool:

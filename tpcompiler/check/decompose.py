@@ -27,15 +27,11 @@ class Decomposer:
 
     def __init__(self, translator: Translator) -> None:
         self.translator = translator
-        self._known: dict[Any, fx.Graph] = {}
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], terms: Sequence[Term]) -> Any:
         """The result of a call whose tensors are `Place`s of `terms`."""
         outline = tuple((t.shape, t.dtype) for t in terms)
-        key = (func, _key(args), _key(kwargs), outline)
-        graph = self._known.get(key)
-        if graph is None:
-            graph = self._known[key] = self._record(func, args, kwargs, outline)
+        graph = _recorded(func, args, kwargs, outline)
         env: dict[fx.Node, Any] = {}
         places = iter(terms)
 
@@ -55,23 +51,37 @@ class Decomposer:
                 )
         raise AssertionError("a graph without an output")
 
-    def _record(self, func: Any, args: Any, kwargs: Any, outline: Any) -> fx.Graph:
-        made = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in outline]
 
-        def run(*tensors: Tensor) -> Any:
-            def fill(a: Any) -> Any:
-                if isinstance(a, Place):
-                    return tensors[a.i]
-                if isinstance(a, list):
-                    return list(map(fill, a))
-                if isinstance(a, tuple):
-                    return tuple(map(fill, a))
-                return slice(fill(a.start), fill(a.stop), fill(a.step)) if isinstance(a, slice) else a
+_KNOWN: dict[Any, fx.Graph] = {}  # what torch's own functions call does not depend on the program that is checked
+_MOST = 8192
 
-            with torch.device("meta"):
-                return func(*fill(args), **{k: fill(v) for k, v in kwargs})
 
-        return make_fx(run, pre_dispatch=True)(*made).graph
+def _recorded(func: Any, args: Any, kwargs: Any, outline: Any) -> fx.Graph:
+    key = (func, _key(args), _key(kwargs), outline, torch.get_default_dtype())
+    if key not in _KNOWN:
+        if len(_KNOWN) >= _MOST:
+            _KNOWN.clear()
+        _KNOWN[key] = _record(func, args, kwargs, outline)
+    return _KNOWN[key]
+
+
+def _record(func: Any, args: Any, kwargs: Any, outline: Any) -> fx.Graph:
+    made = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in outline]
+
+    def run(*tensors: Tensor) -> Any:
+        def fill(a: Any) -> Any:
+            if isinstance(a, Place):
+                return tensors[a.i]
+            if isinstance(a, list):
+                return list(map(fill, a))
+            if isinstance(a, tuple):
+                return tuple(map(fill, a))
+            return slice(fill(a.start), fill(a.stop), fill(a.step)) if isinstance(a, slice) else a
+
+        with torch.device("meta"):
+            return func(*fill(args), **{k: fill(v) for k, v in kwargs})
+
+    return make_fx(run, pre_dispatch=True)(*made).graph
 
 
 def _key(a: Any) -> Any:

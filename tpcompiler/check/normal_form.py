@@ -185,10 +185,11 @@ class Forms(Terms):
                 flat += [(float(c) * k, u) for k, u in v.args[0]]
             else:
                 flat.append((float(c), self._trimmed(v) if v.rank == len(shape) and v.shape[:1] == (1,) else v))
-        flat.sort(key=lambda p: (p[1].index, float(p[0])))
+        flat.sort(key=lambda p: (p[1].index, p[0]))
         if len(flat) == 1 and flat[0][0] == 1 and flat[0][1].shape == shape:
             return flat[0][1]
-        return self.make("sum", (tuple(flat), shape), shape, dtype)
+        key = (*[c for c, _ in flat], *[v.index for _, v in flat], shape)  # deep models' sums have hundreds of addends
+        return self.make("sum", (tuple(flat), shape), shape, dtype, key=key)
 
     def linear(self, x: Term, w: Term) -> Term:
         """`x @ w.T`; rows of a weight are taken of the product."""

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
 from tpcompiler.program import Capture
 
-_PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73)
+_PRIMES = (
+    *(3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109),
+    *(113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 197, 199, 211, 223, 227, 229, 233),
+)
+
+
+_ENDLESS = 1 << 31  # what stands for an end beyond all lengths
 
 
 class Sizes:
@@ -34,17 +41,30 @@ class Sizes:
         return tuple(map(self, shape))
 
 
-def choices(capture: Capture, taken: Iterable[int], degree: int) -> Iterator[Sizes]:
-    """Sizes to run at, smallest first: primes not among `taken`, then multiples of the degree, then the example's."""
+def made_of(integers: set[int]) -> set[int]:
+    """Primes that are one of these numbers, or the sum or the difference of two of them."""
+
+    def made(p: int) -> bool:
+        return p in integers or any(p - a in integers or p + a in integers for a in integers)
+
+    return set(filter(made, _PRIMES))
+
+
+def choices(capture: Capture, taken: Iterable[int], degree: int, avoid: Iterable[int] = ()) -> Iterator[Sizes]:
+    """Sizes to run at: small primes not among `taken`, others, then multiples of the degree, then the example's.
+
+    Primes that are not among `avoid` either come first.
+    """
     hints = _hints(capture)
     distinct = sorted(set(hints.values()))
     if not distinct:
         yield Sizes({})
         return
-    used = set(taken)
-    free = [p for p in _PRIMES if p not in used]
-    small = dict(zip(distinct, free, strict=False))
-    yield Sizes({s: small.get(h, h) for s, h in hints.items()})
+    used, shy = set(taken), set(avoid)
+    free = sorted((p for p in _PRIMES if p not in used), key=lambda p: p in shy)
+    for primes in (free[: len(distinct)], free[len(distinct) : 2 * len(distinct)]):
+        small = dict(zip(distinct, sorted(primes), strict=False))
+        yield Sizes({s: small.get(h, h) for s, h in hints.items()})
     even = {h: degree * (i + 1) for i, h in enumerate(distinct)}
     yield Sizes({s: even[h] for s, h in hints.items()})
     yield Sizes(dict(hints))
@@ -72,18 +92,23 @@ def _hint(n: torch.SymInt, symbol: Any) -> int:
     return int(n.node.hint)
 
 
-_BEYOND = ((10007, 20011, 30011, 40009, 50021, 60013), (100003, 200003, 300007, 400009, 500009, 600011))
-
-
 def example(capture: Capture) -> Iterator[Sizes]:
     """The example's own sizes."""
     yield Sizes(_hints(capture), of_example=True)
 
 
-def beyond(capture: Capture) -> Iterator[Sizes]:
-    """Sizes that stand for all: primes beyond every constant of a model, to compare structure at, not to run."""
+def beyond(capture: Capture, constants: Iterable[int], *, computed: bool) -> Iterator[Sizes]:
+    """Sizes that stand for all, to compare structure at, not to run: primes beyond every constant and sums of some.
+
+    Where sizes are computed from sizes (`computed`) they are compared at even numbers too, since s // 2 and
+    (s - 1) // 2 are one at odd s.
+    """
     hints = _hints(capture)
     distinct = sorted(set(hints.values()))
-    for primes in _BEYOND[: 2 if distinct else 1]:
-        large = dict(zip(distinct, primes, strict=False))
-        yield Sizes({s: large.get(h, 7919 * (i + 1)) for i, (s, h) in enumerate(hints.items())})
+    least = 8 * max((n for n in constants if n < _ENDLESS), default=1) + 10_000
+    primes: list[int] = []
+    for i in range(len(distinct)):
+        primes.append(int(sympy.nextprime(max(least, (primes or [0])[-1]) + 9973 * (i + 1))))
+    for factor in (1, 2) if computed and distinct else (1,):
+        large = {h: p * factor for h, p in zip(distinct, primes, strict=True)}
+        yield Sizes({s: large[h] for s, h in hints.items()})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ from tpcompiler.check.grammar import Guarded, read_source
 from tpcompiler.check.normal_form import OPEN, Forms
 from tpcompiler.check.one_rank import OneGraph, OneRank, RankClass, RankRows, rank_classes
 from tpcompiler.check.report import Refusal
-from tpcompiler.check.sizes import Sizes, choices
+from tpcompiler.check.sizes import Sizes, choices, made_of
 from tpcompiler.check.source_state import compare_state
 from tpcompiler.check.terms import Term, children, described
-from tpcompiler.program import InputLeaf, Program
+from tpcompiler.program import InputLeaf, Program, Training
 from tpcompiler.runtime import Group, Ranks
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -54,34 +54,47 @@ def compare_source(program: Program, text: str, geometry: Geometry, taken: set[i
         exec(compile(guarded, "<emitted>", "exec"), names)
     except Exception as e:
         raise Refused(Refusal("the source", "", "a module", f"{type(e).__name__}: {e}")) from None
+    modal = "training" in text or _has_modes(program.graph)
+    sizes = tuple(choices(program.capture, taken, geometry.size, made_of(_integers(tree, kept))))
     for i, ranks in enumerate(rank_classes(program, geometry, kept)):
-        forms = Forms()
-        for translator, sizes in _lengths(program, geometry, ranks, forms, taken, 1 if i else 2):
-            for training in (False, True):
-                graph = OneGraph(program, translator, sizes, training)
-                _Run(program, names, fields, graph).compare()
+        for graph in _graphs(program, geometry, ranks, sizes, 2 if modal or not i else 1):
+            _Run(program, names, fields, graph).compare()
 
 
-def _lengths(
-    program: Program, geometry: Geometry, ranks: RankClass, forms: Forms, taken: set[int], most: int
-) -> Iterator[tuple[OneRank, Sizes]]:
-    """The first lengths at which the graph itself can be read."""
+def _graphs(
+    program: Program, geometry: Geometry, ranks: RankClass, lengths: Sequence[Sizes], most: int
+) -> Iterator[OneGraph]:
+    """The graph in evaluation at the first lengths at which it can be read, and in training at the next ones.
+
+    No number of the source, and none that it can make of two of them, is such a length.
+    """
     found = 0
     failure = ""
-    for sizes in choices(program.capture, taken, geometry.size):
-        forms = Forms()
-        translator = OneRank(forms, geometry, ranks)
+    for sizes in (*lengths, *lengths):
         try:
-            OneGraph(program, translator, sizes, False)
+            graph = OneGraph(program, OneRank(Forms(), geometry, ranks), sizes, training=bool(found))
         except Exception as e:
             failure = f"{type(e).__name__}: {e}"
             continue
-        yield translator, sizes
+        yield graph
         found += 1
         if found == most:
             return
-    if not found:
-        raise Refused(Refusal("the program", "", "a graph that can be read", failure))
+    raise Refused(Refusal("the program", "", "a graph that can be read", failure))
+
+
+def _integers(tree: ast.Module, kept: Sequence[tuple[int, ...]]) -> set[int]:
+    """Every whole number that stands in the source, or that a constructor keeps on some rank."""
+    written = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and type(n.value) is int}
+    return written.union(*kept)
+
+
+def _has_modes(graph: fx.Graph) -> bool:
+    """Whether the graph does something else in training than in evaluation."""
+    found: list[Any] = []
+    for node in graph.nodes:
+        fx.node.map_aggregate((node.args, node.kwargs), lambda a: found.append(a) if isinstance(a, Training) else a)
+    return bool(found)
 
 
 def _comparison(program: Program) -> Callable[[str, Any, Any], Any]:

@@ -45,21 +45,29 @@ class Terms:
         """The term of this operation on these arguments, if there is one already."""
         return self._made.get((op, keyed(args)))
 
-    def make(self, op: str, args: tuple[Any, ...], shape: Any, dtype: Any, items: Any = None) -> Term:
-        """The term of this operation on these arguments."""
-        key = (op, keyed(args))
+    def make(
+        self, op: str, args: tuple[Any, ...], shape: Any, dtype: Any, items: Any = None, key: Any = None
+    ) -> Term:
+        """The term of this operation on these arguments. `key` may stand for the arguments, where that is shorter."""
+        key = (op, keyed(args) if key is None else key)
         found = self._made.get(key)
         if found is None:
             found = self._made[key] = Term(len(self._made), op, args, shape, dtype, items)
         return found
 
 
+_PLAIN = frozenset((int, Term, str, type(None), torch.dtype))  # equal ones are the same argument
+
+
 def keyed(a: Any) -> Any:
     """Hashable, and different for 1, 1.0 and True."""
     kind = type(a)
     if kind is tuple:
-        return tuple([keyed(x) for x in a])
-    if kind is int or kind is Term or kind is str or a is None:
+        for x in a:
+            if type(x) not in _PLAIN:
+                return tuple([keyed(x) for x in a])
+        return a
+    if kind in _PLAIN:
         return a
     if kind is float or kind is bool or kind is complex:
         return (kind.__name__, repr(a))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tpcompiler import runtime
-from tpcompiler.check.calls import Over, runtime_signature
+from tpcompiler.check.calls import Over, by_name, runtime_signature
 from tpcompiler.check.meanings import MEANINGS, added, bound, packet
 from tpcompiler.check.normal_form import Forms, OpenDtype
 from tpcompiler.check.terms import Term, keyed
@@ -35,10 +35,8 @@ class Translator:
             if target is aten.sym_size.int:
                 return args[0].shape[args[1]]
             return self.aten(target, args, kwargs, known)
-        signature = runtime_signature(target)
-        if signature is not None:
-            given = dict(signature.bind(*args, **kwargs).arguments)
-            return self.runtime(target, given, known)
+        if runtime_signature(target) is not None:
+            return self.runtime(target, by_name(target, args, kwargs), known)
         if not any(isinstance(a, Term) for a in args):
             return target(*args, **kwargs)  # sizes from sizes
         raise ValueError(f"{getattr(target, '__name__', target)} is no operation that a program may call")
