@@ -37,3 +37,7 @@ class WeightsError(TpcError):
 
 class RuleError(TpcError):
     """A rule of the axis table does not fit its operands: pattern, shapes and node."""
+
+
+class DecodeError(TpcError):
+    """A model cannot be run token by token: names the op that needs later tokens, and the model's own line."""

@@ -21,8 +21,10 @@ class Primes:
     Symbols with one example size (the batch of ids and of labels) are one size to the model.
     """
 
-    def __init__(self) -> None:
-        self._primes = _primes_above(2**36)  # so that a few thousandths of it (chunks of a sequence) are large too
+    def __init__(self, apart: int = 1) -> None:
+        """`apart`: how far the primes are from each other at least, so that a size and a few more is no other size."""
+        # so large that a few thousandths of it (chunks of a sequence) are large too
+        self._primes = _primes_above(2**36, apart)
         self._symbols: dict[Any, int] = {}
         self._cache: dict[Any, int] = {}
         self.dynamic: dict[int, str] = {}  # numbers that stand for sizes known at run time only, with their expressions
@@ -68,8 +70,9 @@ def _settled(expr: Any, known: Mapping[Any, Any]) -> Any:
     return expr
 
 
-def _primes_above(n: int) -> Iterator[int]:
+def _primes_above(n: int, apart: int) -> Iterator[int]:
     while True:
         n += 1
         if all(n % k for k in range(2, int(n**0.5) + 1)):
             yield n
+            n += apart - 1

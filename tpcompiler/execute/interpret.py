@@ -34,7 +34,7 @@ def interpret(
     in the order of `capture.inputs`. Values that are not needed any more are freed. `device` is where factories put
     their results, the device of the first input if not given.
     """
-    return _run(program.graph, program.capture, _Resolver(ranks, training, rng), state, inputs, device)
+    return _run(program.graph, program.capture, Resolver(ranks, training, rng), state, inputs, device)
 
 
 def interpret_capture(
@@ -47,7 +47,7 @@ def interpret_capture(
     device: torch.device | str | None = None,
 ) -> tuple[Any, ...]:
     """The outputs of the plain model's graph: `interpret` before anything is split."""
-    return _run(capture.graph, capture, _Resolver(Ranks.single(), training, rng), state, inputs, device)
+    return _run(capture.graph, capture, Resolver(Ranks.single(), training, rng), state, inputs, device)
 
 
 def bind_inputs(capture: Capture, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def bind_inputs(capture: Capture, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return out
 
 
-class _Resolver:
+class Resolver:
     """Turns a program's arguments into one rank's."""
 
     def __init__(self, ranks: Ranks, training: bool, rng: Rng | None) -> None:
@@ -120,7 +120,7 @@ def _signature(target: Any) -> inspect.Signature | None:
 def _run(
     graph: fx.Graph,
     capture: Capture,
-    resolver: _Resolver,
+    resolver: Resolver,
     state: Mapping[str, Tensor],
     inputs: Mapping[str, Any] | Sequence[Any],
     device: torch.device | str | None,
@@ -149,7 +149,7 @@ def _run(
     raise AssertionError("a graph without an output")
 
 
-def _call(node: fx.Node, resolver: _Resolver, env: Mapping[fx.Node, Any], device: torch.device | str) -> Any:
+def _call(node: fx.Node, resolver: Resolver, env: Mapping[fx.Node, Any], device: torch.device | str) -> Any:
     args, kwargs = fx.node.map_arg(resolver.call(node), env.__getitem__)
     if is_factory(node.target) and kwargs.get("device") is None:
         kwargs = {**kwargs, "device": device}

@@ -78,6 +78,11 @@ class OpRule:
     What happens around it
         gradient  whether a gradient of the result becomes one of the operands'
         constant  the op reads no values, only given sizes: any rank can compute it
+        sizes_alone  the op reads the sizes of its operand, and none of its values
+    Along the sequence, for generation token by token
+        moves     the op gives values of its one operand, all or some of them, and computes nothing
+        neutral   the value with which elements of a dimension marked `!` leave all the other results as they are
+        scan      along such a dimension, an element's result depends on those up to it alone
         kept      selective recomputation keeps the result
     """
 
@@ -94,6 +99,10 @@ class OpRule:
     linear: tuple[int, ...] = ()
     gradient: bool = True
     constant: bool = False
+    sizes_alone: bool = False
+    moves: bool = False
+    neutral: float | None = None
+    scan: bool = False
     kept: bool = False
 
     def __post_init__(self) -> None:

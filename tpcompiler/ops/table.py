@@ -5,6 +5,8 @@ An op that is not in the table is never split, which is no error. Users add ops 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import inf
 from typing import Any
 
 import torch
@@ -53,10 +55,14 @@ RULES: dict[str, OpRule] = {
     "aten::cross_entropy_loss": OpRule(compute.cross_entropy, sums=True, form="loss"),
     # over a whole dimension
     **_each(
-        "softmax.int _softmax log_softmax.int _log_softmax logsumexp amax amin max.dim min.dim argmax argmin", _WHOLE
+        "softmax.int _softmax log_softmax.int _log_softmax logsumexp amax max.dim argmax", replace(_WHOLE, neutral=-inf)
     ),
-    **_each("any.dim all.dim var.correction var.dim std.correction std.dim norm.ScalarOpt_dim", _WHOLE),
-    **_each("linalg_vector_norm cumsum cumprod logcumsumexp sort sort.stable argsort argsort.stable", _WHOLE),
+    **_each("amin min.dim argmin", replace(_WHOLE, neutral=inf)),
+    **_each("any.dim", replace(_WHOLE, neutral=0.0)),
+    **_each("all.dim", replace(_WHOLE, neutral=1.0)),
+    **_each("cumsum cumprod logcumsumexp", replace(_WHOLE, scan=True)),
+    **_each("var.correction var.dim std.correction std.dim norm.ScalarOpt_dim", _WHOLE),
+    **_each("linalg_vector_norm sort sort.stable argsort argsort.stable", _WHOLE),
     **_each("kthvalue median.dim prod.dim_int max min any all prod std var norm.Scalar", _WHOLE),
     "aten::layer_norm": OpRule(compute.layer_norm, form="layer_norm"),
     "aten::rms_norm": OpRule(compute.layer_norm, form="rms_norm"),
@@ -82,24 +88,24 @@ RULES: dict[str, OpRule] = {
     # the same values in other shapes
     **_each("view _unsafe_view", OpRule(move.view, shape="size")),
     "aten::reshape": OpRule(move.view, shape="shape", linear=(0,)),
-    "aten::flatten.using_ints": OpRule(move.view, linear=(0,)),
+    "aten::flatten.using_ints": OpRule(move.view, linear=(0,), moves=True),
     "aten::unflatten.int": OpRule(move.view, shape="sizes", linear=(0,)),
     **_each("view_as reshape_as", OpRule(move.view_as)),
     **_each("expand broadcast_to", OpRule(move.expand, shape="size")),
-    **_each("swapdims swapaxes", OpRule(move.permuted(move.swapped))),
-    "aten::transpose.int": OpRule(move.permuted(move.swapped), linear=(0,)),
-    "aten::permute": OpRule(move.permuted(lambda call: call.dims("dims")), linear=(0,)),
-    **_each("t numpy_T", OpRule(move.permuted(move.reversed_))),
-    "aten::mT": OpRule(move.permuted(move.swapped)),
-    "aten::movedim.int": OpRule(move.permuted(move.moved)),
-    "aten::unsqueeze": OpRule(move.unsqueeze, linear=(0,)),
-    "aten::squeeze": OpRule(move.squeeze),
-    **_each("squeeze.dim squeeze.dims", OpRule(move.squeeze, linear=(0,))),
+    **_each("swapdims swapaxes", OpRule(move.permuted(move.swapped), moves=True)),
+    "aten::transpose.int": OpRule(move.permuted(move.swapped), linear=(0,), moves=True),
+    "aten::permute": OpRule(move.permuted(lambda call: call.dims("dims")), linear=(0,), moves=True),
+    **_each("t numpy_T", OpRule(move.permuted(move.reversed_), moves=True)),
+    "aten::mT": OpRule(move.permuted(move.swapped), moves=True),
+    "aten::movedim.int": OpRule(move.permuted(move.moved), moves=True),
+    "aten::unsqueeze": OpRule(move.unsqueeze, linear=(0,), moves=True),
+    "aten::squeeze": OpRule(move.squeeze, moves=True),
+    **_each("squeeze.dim squeeze.dims", OpRule(move.squeeze, linear=(0,), moves=True)),
     "aten::repeat_interleave.self_int": OpRule("< n > -> < (n r) >", sizes={"r": "repeats"}, shape="output_size"),
     "aten::repeat": OpRule(move.repeat, sizes={"r": "repeats"}),
     # parts of values
-    "aten::select.int": OpRule("< n! > -> < >", linear=(0,)),
-    "aten::slice.Tensor": OpRule(move.slice_, part="span", linear=(0,)),
+    "aten::select.int": OpRule("< n! > -> < >", linear=(0,), moves=True),
+    "aten::slice.Tensor": OpRule(move.slice_, part="span", linear=(0,), moves=True),
     **_each("split.Tensor split_with_sizes chunk tensor_split.sections tensor_split.indices", _SEGMENTS),
     "aten::unbind.int": OpRule(move.unbind),
     **_each("cat concat concatenate", OpRule(move.cat)),
@@ -116,16 +122,20 @@ RULES: dict[str, OpRule] = {
     # values of one operand only
     **_each("type_as to.other", OpRule("..., _ -> ...")),
     # sizes of one operand only
-    **_each("detach zeros_like ones_like full_like empty_like", OpRule(compute.pointwise, gradient=False)),
-    **_each("new_empty new_zeros new_ones new_full", OpRule("_ -> ...", constant=True)),
+    "aten::detach": OpRule(compute.pointwise, gradient=False, moves=True),
+    **_each("zeros_like ones_like full_like empty_like", OpRule(compute.pointwise, gradient=False, sizes_alone=True)),
+    **_each("new_empty new_zeros new_ones new_full", OpRule("_ -> ...", constant=True, sizes_alone=True)),
     # elementwise ops, where torch does not tag them as such or where more than the line is known
     **_each("mul.Tensor", OpRule(compute.pointwise, linear=(0, 1))),
-    **_each("div.Tensor neg contiguous", OpRule(compute.pointwise, linear=(0,))),
-    **_each("dropout dropout_ clone alias float to.dtype to.device to.dtype_layout _to_copy", _POINTWISE),
+    **_each("div.Tensor neg", OpRule(compute.pointwise, linear=(0,))),
+    "aten::contiguous": OpRule(compute.pointwise, linear=(0,), moves=True),
+    **_each("clone alias", OpRule(compute.pointwise, moves=True)),
+    **_each("dropout dropout_ float to.dtype to.device to.dtype_layout _to_copy", _POINTWISE),
     **_each("where.ScalarOther where.ScalarSelf masked_fill.Tensor fill.Scalar expand_as isclose", _POINTWISE),
     **_each("silu gelu relu relu6 softplus mish hardswish elu selu leaky_relu log_sigmoid square abs", _POINTWISE),
     **_each("real imag conj resolve_conj polar complex negative absolute floor_divide true_divide.Tensor", _POINTWISE),
     **_each("multiply.Tensor multiply.Scalar divide.Tensor divide.Scalar subtract.Tensor", _POINTWISE),
+    **_each("__and__.Tensor __and__.Scalar __or__.Tensor __or__.Scalar __xor__.Tensor", _POINTWISE),
     **_each("greater.Tensor greater.Scalar less.Tensor less.Scalar", _POINTWISE),
 }
 
