@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from tpcompiler.verification.compare import local_slice
 
 from tests.zoo import ZOO
 from tpcompiler.api import compile_capture
@@ -23,6 +22,7 @@ from tpcompiler.program import Capture, Program
 from tpcompiler.runtime import Ranks
 from tpcompiler.runtime.runs import take_rows
 from tpcompiler.spec.schema import Spec
+from tpcompiler.verification.against_model import local_slice
 
 SMALL: dict[str, dict[str, int]] = {
     "gpt2": {"vocab": 61, "positions": 24, "hidden": 24, "heads": 3, "layers": 2},

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.axes.primes import Sizes
+from tpcompiler.axes.primes import Primes
 from tpcompiler.decode.decoder import ALL, NEW, Cache, Decoder, Want
 from tpcompiler.decode.future import Future, carries
 from tpcompiler.decode.once import Tables
@@ -47,7 +47,7 @@ class _Derivation:
         (self.logits,) = next(n for n in program.graph.nodes if n.op == "output").args[0]
         rows = _rows(program, self.logits)
         self.positional = Positional(program, rows)
-        self.sizes = Sizes(apart=2 * NEARLY)
+        self.sizes = Primes(apart=2 * NEARLY)
         self.long = self.sizes(rows[0].meta["val"].shape[1])
         self.related: dict[fx.Node, Related | str] = {}
         self.future = Future(self.positional, self.relation)
@@ -374,7 +374,7 @@ def _rows(program: Program, logits: fx.Node) -> tuple[fx.Node, ...]:
     return (ids[0], *(n for n in along if n is not ids[0]))
 
 
-def _elements(sizes: Sizes, node: fx.Node) -> int:
+def _elements(sizes: Primes, node: fx.Node) -> int:
     n = 1
     for size in sizes.shape(node.meta["val"]):
         n *= size

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.axes.primes import Sizes
+from tpcompiler.axes.primes import Primes
 from tpcompiler.errors import RuleError
 from tpcompiler.graphs import tensors
 from tpcompiler.layout import LocalSize
@@ -66,7 +66,7 @@ def _nodes(value: Any) -> Iterator[fx.Node]:
             yield from _nodes(v)
 
 
-def relate(node: fx.Node, sizes: Sizes) -> Related | str:
+def relate(node: fx.Node, sizes: Primes) -> Related | str:
     """The relation of a call, or why there is none."""
     nodes = slots(node)
     shapes = [sizes.shape(n.meta["val"]) for n in nodes if isinstance(n.meta["val"], torch.Tensor)]
