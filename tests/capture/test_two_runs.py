@@ -62,6 +62,7 @@ OTHER: dict[str, Callable[[Any, Tensor], Any]] = {
     "gradient": lambda self, x: x + (x * 2 if self.training else (x * 2).detach()),
     "dtype": lambda self, x: x.to(torch.bfloat16 if self.training else torch.float32) + 1,
     "alpha": lambda self, x: F.alpha_dropout(x, 0.3, self.training),
+    "long": lambda self, x: x * 2 if not self.training and x.shape[0] > 2000 else x,
     "parameter": lambda self, x: F.linear(x, self.layer.weight if self.training else self.layer.weight.clone()),
 }
 

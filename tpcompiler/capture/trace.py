@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -27,6 +27,7 @@ from tpcompiler.errors import ModelError
 
 Shapes = tuple[tuple[int, ...], ...]
 Places = frozenset[tuple[int, int]]  # dimensions: (which of the inputs, which of its dimensions)
+LONGER = (1, 8209, 4)  # times the example: as it is, beyond a model's constants, and what fails there
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
                 if fixed := _fixed_elsewhere(exported):
                     exported = _in_mode(recorded, True, leaves, in_spec, shapes, fixed)
                 if _fits(exported, example_shapes):
-                    same = _alike(recorded, leaves, in_spec, shapes)
+                    same = _alike(recorded, leaves, in_spec, exported)
                     evaluated = None if same else _in_mode(recorded, False, leaves, in_spec, shapes, fixed)
                     return Traced(exported, evaluated, tuple(leaves), in_spec, names)
         except Exception as e:  # whatever the model's own code raises
@@ -71,10 +72,31 @@ def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
     raise explain(error, source, "cannot be traced", _files(model)) from error
 
 
-def _alike(recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes) -> bool:
-    args, kwargs = pytree.tree_unflatten(_stand_ins(leaves, shapes), spec)
+def _alike(recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, exported: ExportedProgram) -> bool:
+    def at(sizes: Shapes) -> Callable[[], Any]:
+        def run() -> Any:
+            args, kwargs = pytree.tree_unflatten(_stand_ins(leaves, sizes), spec)
+            return recorded.model(*args, **kwargs)
+
+        return run
+
     with Literals(recorded.tape), Draws(), torch.device("meta"), own_backwards():
-        return alike(recorded.model, recorded.tape, lambda: recorded.model(*args, **kwargs))
+        return alike(recorded.model, recorded.tape, [at(_longer(exported, times)) for times in LONGER])
+
+
+def _longer(exported: ExportedProgram, times: int) -> Shapes:
+    """The traced sizes, those that the model leaves free so many times larger; different sizes stay different."""
+    shapes: list[Any] = [val.shape for val in _inputs(exported)]
+    free = [n.node for shape in shapes for n in shape if not _fixed(n) and n.node.expr.is_symbol]
+    new = {node.expr: node.hint * times + (times > 1) for node in free}
+
+    def size(n: Any) -> int:
+        if _fixed(n):
+            return int(n)
+        known = n.node.expr.free_symbols <= new.keys()
+        return int(n.node.expr.subs(new) if known else n.node.hint)
+
+    return tuple(tuple(map(size, shape)) for shape in shapes)
 
 
 def _in_mode(recorded: Recorded, training: bool, *how: Any) -> ExportedProgram:

@@ -6,9 +6,11 @@ the same arguments, the export of evaluation adds nothing to that of training. W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 from unittest import mock
 
@@ -22,25 +24,62 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tpcompiler.capture.tape import Tape
 
 LITERAL = 2**16  # bytes of a constant that are compared
+TORCH = str(Path(torch.__file__).parent)
 
 
 class NotAlike(Exception):
     """Something that training and evaluation may do differently."""
 
 
-def alike(model: nn.Module, tape: Tape, run: Callable[[], Any]) -> bool:
-    """Whether `run`, which calls the model, does the same in both modes. True is certain; False means: not known."""
-    found = []
-    shapes: dict[Any, Any] = {}
-    try:
-        for training in (True, False):
-            model.train(training)
-            with _restored(model), _exporting(), _Writes(tape, shapes, training) as log:
-                out = run()
-            found.append((log.lines, log.key(out)))
-    except Exception:  # what runs on fake tensors need not run on meta
-        return False
-    return bool(found[0] == found[1])
+def alike(model: nn.Module, tape: Tape, runs: Sequence[Callable[[], Any]]) -> bool:
+    """Whether the model does the same in both modes. True is certain; False means: not known.
+
+    `runs` call the model, each at other sizes, the example's first. The others are for models whose own code asks for
+    the mode: it may ask for a length as well. At those sizes both modes may fail alike; then the next ones are tried.
+    """
+    for i, run in enumerate(runs):
+        shapes: dict[Any, Any] = {}
+        asked: list[str] = []
+        found = [_written(model, tape, shapes, run, training, asked) for training in (True, False)]
+        if found[0] != found[1] or found[0] is None or (i == 0 and found[0][1] is None):
+            return False
+        if not asked or (i > 0 and found[0][1] is not None):
+            return True
+    return True
+
+
+def _written(
+    model: nn.Module, tape: Tape, shapes: dict[Any, Any], run: Callable[[], Any], training: bool, asked: list[str]
+) -> tuple[list[Any], Any] | None:
+    """What a run does and what it gives, which is None where it fails; None where nothing can be said."""
+    model.train(training)
+    with _restored(model), _asking(model, training, asked), _exporting(), _Writes(tape, shapes, training) as log:
+        try:
+            out = run()
+        except NotAlike:
+            return None
+        except Exception:  # what runs on fake tensors need not run on meta, nor at every length
+            return log.lines, None
+    return log.lines, log.key(out)
+
+
+@contextmanager
+def _asking(model: nn.Module, training: bool, asked: list[str]) -> Iterator[None]:
+    """Notes the files of the model's own code that reads `training`; `_restored` puts the attribute back."""
+    ordinary = nn.Module.__getattr__
+
+    def read(module: nn.Module, name: str) -> Any:
+        if name != "training":
+            return ordinary(module, name)
+        file = sys._getframe(1).f_code.co_filename
+        if not file.startswith(TORCH):
+            asked.append(file)
+        return training
+
+    for module in model.modules():
+        vars(module).pop("training", None)
+    with mock.patch.object(nn.Module, "__getattr__", read):
+        yield
 
 
 @contextmanager
