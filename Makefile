@@ -10,7 +10,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
 
 # torch first and alone: together with the rest, pip may try several of its versions, each of gigabytes.
 $(READY): pyproject.toml constraints.txt
@@ -45,6 +45,10 @@ mutants: $(READY) ## faults planted in correct programs, and what the checker le
 families: $(READY) ## every family of transformers that traces, split and compared
 	$(BIN)/python -m benchmarks.families --out out/families.json
 
+compatibility: $(READY) ## modules of other people's packages, in an environment of their own, as docs/compatibility.md
+	$(BIN)/python -m benchmarks.compatibility
+	$(BIN)/python -m benchmarks.compatibility --table out/compatibility.json > docs/compatibility.md
+
 bench: $(READY) ## seconds and memory of compilations up to 405 B parameters
 	$(BIN)/python benchmarks/compile.py
 
@@ -62,4 +66,4 @@ docs: $(READY) ## the documentation's pages, in site/
 clean: ## what the other targets made, the virtual environment included
 	rm -rf .venv out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo test nightly mutants families bench pictures lint docs clean
+.PHONY: help setup demo test nightly mutants families compatibility bench pictures lint docs clean

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from tpcompiler.capture.caches import without_caches
 from tpcompiler.capture.draws import Draws
+from tpcompiler.capture.hints import no_questions
 from tpcompiler.capture.init import Recorded
 from tpcompiler.capture.lean import lean_tracing, whole_operators
 from tpcompiler.capture.own_backward import own_backwards
@@ -185,6 +186,7 @@ def _export(
         lean_tracing(),
         whole_operators(),
         own_backwards(),
+        no_questions(),
     ):
         dynamic_shapes = dynamic.dynamic_shapes(model, args, kwargs)
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)

@@ -8,7 +8,7 @@ operations in place, and nothing that depends on the rank except through the siz
 from __future__ import annotations
 
 import ast
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 import torch
 
@@ -120,6 +120,7 @@ class _Reader:
         self.statements(node.body, names, building)
 
     def statements(self, body: list[ast.stmt], names: set[str], building: bool) -> None:
+        arguments = frozenset(names) - {x.id for n in body for x in ast.walk(n) if _stored(x)}
         for n in body:
             if _text(n):
                 continue
@@ -134,6 +135,8 @@ class _Reader:
                 self.expression(n.iter, names, building)
                 self.target(n.target, names, False)
                 self.statements(n.body, names, building)
+            elif isinstance(n, ast.Assert) and not building and _fixes_argument(n, arguments):
+                continue
             elif isinstance(n, ast.Expr) and building and isinstance(n.value, ast.Call):
                 self.expression(n.value, names, building)
             else:
@@ -210,8 +213,36 @@ def _text(n: ast.stmt) -> bool:
     return isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)
 
 
+def _stored(n: ast.AST) -> TypeGuard[ast.Name]:
+    return isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+
+
+def _fixes_argument(n: ast.Assert, arguments: frozenset[str]) -> bool:
+    """`assert is_causal is True, "…"`: an argument that was a constant in the trace may only be that constant."""
+    test = n.test
+    return (
+        isinstance(test, ast.Compare)
+        and isinstance(test.left, ast.Name)
+        and test.left.id in arguments
+        and [type(o) in (ast.Is, ast.Eq) for o in test.ops] == [True]
+        and _literal(test.comparators[0])
+        and isinstance(n.msg, ast.Constant)
+    )
+
+
+def _literal(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except ValueError:
+        return False
+    return True
+
+
 class Guarded(ast.NodeTransformer):
     """Arithmetic that could tell lengths apart is called by name, so that it can be refused for sizes."""
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        return node  # about an argument, not about lengths
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         self.generic_visit(node)
