@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tpcompiler.capture import capture
+from tpcompiler.errors import ModelError
 from tpcompiler.verification.verify import verify
 
 WIDTH = 12
@@ -23,6 +25,52 @@ def _decoder() -> nn.Module:
     return nn.TransformerDecoder(nn.TransformerDecoderLayer(WIDTH, 2, 16, batch_first=True), 1)
 
 
+class Normed(nn.Module):
+    """Batch norm counts its batches in a buffer that no forward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x.transpose(1, 2)).transpose(1, 2)).relu())
+
+
+class Keeping(nn.Module):
+    """A forward that keeps a table for its next call, made with autocast off on the input's own device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+        self.register_buffer("table", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            with torch.autocast(x.device.type, enabled=False):
+                self.register_buffer("table", torch.arange(x.shape[1]).float()[:, None], persistent=False)
+        return x + self.down(self.up(x + self.table).relu())
+
+
+class Masks(nn.Module):
+    """`&` of masks with heads, and a learned key before all others, repeated for every sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.first = nn.Parameter(torch.randn(1, 1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        k = torch.cat([self.first.repeat(x.shape[0], 1, 1), k], 1)
+        v = torch.cat([torch.zeros_like(v[:, :1]), v], 1)
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q, k, v))
+        scores = q @ k.transpose(-1, -2)
+        hidden = (scores < -3) & (scores > -4)
+        y = scores.masked_fill(hidden, -9.0).softmax(-1) @ v
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
 HABITS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "a constant among the arguments": (
         _encoder,
@@ -32,11 +80,34 @@ HABITS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         _decoder,
         ((torch.randn(2, 6, WIDTH), torch.randn(2, 5, WIDTH)), {"tgt_mask": CAUSAL}),
     ),
+    "batch norm": (Normed, torch.randn(2, 6, WIDTH)),
+    "a buffer registered by the forward": (lambda: nn.Sequential(Keeping()), torch.randn(2, 6, WIDTH)),
+    "masks with heads": (Masks, torch.randn(2, 6, WIDTH)),
 }
 
 
 @pytest.mark.parametrize("name", HABITS)
 def test_habit_is_compiled_and_verified(name: str) -> None:
     build, inputs = HABITS[name]
-    report = verify(build, inputs, {"mesh": {"tensor": 2}})
+    report = verify(build, inputs, {"mesh": {"tensor": 2}}, micro_batches=2)
     assert report.passed, report
+
+
+class Averaging(nn.Module):
+    """A running average that the next call reads: what a program that does not keep it must refuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(x.mean((0, 1)).detach(), alpha=0.1)
+            return self.lin(x)
+        return self.lin(x - self.mean)
+
+
+def test_a_write_that_a_later_call_reads_is_refused() -> None:
+    with pytest.raises(ModelError, match="writes into mean"):
+        capture(Averaging, torch.randn(2, 6, WIDTH))

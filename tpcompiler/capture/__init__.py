@@ -13,6 +13,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from tpcompiler.capture.constants import slice_constant_runs
 from tpcompiler.capture.empty import drop_empty, set_unset
 from tpcompiler.capture.experts import portable_experts
+from tpcompiler.capture.functional import unkept_writes
 from tpcompiler.capture.init import Recorded, record
 from tpcompiler.capture.input_sizes import sizes_from_inputs
 from tpcompiler.capture.masks import recover_causal
@@ -50,8 +51,10 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
     set_unset(graph)
     normalise(graph)
     _no_noise(graph)
-    if traced.evaluated is not None:
-        same_in_evaluation(graph, _evaluated(traced.evaluated, recorded, source))
+    evaluated = () if traced.evaluated is None else (_evaluated(traced.evaluated, recorded, source),)
+    unkept_writes(graph, *evaluated)
+    for other in evaluated:
+        same_in_evaluation(graph, other)
     sizes_from_inputs(graph, inputs)
     constants = {p.node: p.value for p in parameters if p.value is not None}
     recover_causal(graph, constants)

@@ -21,10 +21,20 @@ aten = torch.ops.aten
 def functionalise(graph: fx.Graph) -> None:
     """Makes a graph functional, in place.
 
-    Errors: `ModelError` when the model writes into an input, a parameter or a buffer, or through a view that has no
-    inverse.
+    A write into a buffer is kept for what reads the buffer later in the same call, and noted as the placeholder's
+    `meta["written"]`; `unkept_writes` decides about it. Errors: `ModelError` when the model writes into an input or a
+    parameter, or through a view that has no inverse.
     """
     _Functionaliser(graph).run()
+
+
+def unkept_writes(*graphs: fx.Graph) -> None:
+    """Buffers keep their values from call to call. A write to one is dropped where no graph of the model reads the
+    buffer, such as a count of batches. Errors: `ModelError` where one does."""
+    read = {n.meta.get("shown") for g in graphs for n in g.nodes if n.op == "placeholder" and n.users}
+    for node in (n for g in graphs for n in g.nodes if "written" in n.meta):
+        if node.meta["shown"] in read:
+            raise ModelError(node.meta["written"])
 
 
 def _writes(node: fx.Node) -> int | None:
@@ -36,6 +46,13 @@ def _writes(node: fx.Node) -> int | None:
         if a.alias_info is not None and a.alias_info.is_write:
             return i
     return None
+
+
+def _argument(node: fx.Node, i: int) -> fx.Node:
+    name = node.target._schema.arguments[i].name  # type: ignore[union-attr]
+    found: Any = node.args[i] if i < len(node.args) else node.kwargs[name]
+    assert isinstance(found, fx.Node)
+    return found
 
 
 def _storage(node: fx.Node) -> int | None:
@@ -67,7 +84,7 @@ class _Functionaliser:
                     node.args = fx.map_arg(node.args, self._value)
                     node.kwargs = fx.map_arg(node.kwargs, self._value)
                 else:
-                    self._write(node, node.args[at_write])
+                    self._write(node, _argument(node, at_write))
 
     def _know(self, node: fx.Node) -> None:
         key = _storage(node)
@@ -89,10 +106,13 @@ class _Functionaliser:
     def _write(self, node: fx.Node, target: Any) -> None:
         root = self.base[_storage(target)]  # type: ignore[index]
         if root.op == "placeholder":
-            raise ModelError(
+            said = (
                 f"{at(node)}: writes into {root.meta.get('shown', root.name)}, which the model is given; "
                 "work on a copy (out of place)"
             )
+            if root.meta.get("kind") != "buffer":
+                raise ModelError(said)
+            root.meta["written"] = said
         value = self._out_of_place(node, target)
         path = {target: value}
         while target is not root:
@@ -124,7 +144,8 @@ class _Functionaliser:
             fill = args[1] if name == "fill_" else 0
             return self._call(aten.full_like.default, (args[0], fill), node, target.meta["val"])
         packet = getattr(aten, name[:-1] if name.endswith("_") else name, None)
-        op = getattr(packet, overload, None) if packet is not None else None
+        op = getattr(packet, overload, None) if packet is not None and name.endswith("_") else None
+        kwargs = {k: v for k, v in kwargs.items() if k != "out"}
         if op is None and packet is not None:
             op = _same_arguments(packet, node.target)
         if op is None or op._schema.is_mutable:
@@ -213,8 +234,9 @@ def _promotes(args: Any) -> bool:
 
 
 def _same_arguments(packet: Any, op: Any) -> Any:
-    """The overload of `packet` that takes what the in-place `op` takes (`bernoulli_.float` → `bernoulli.p`)."""
-    wanted = [str(a.type) for a in op._schema.arguments]
+    """The overload of `packet` that takes what the in-place `op` takes (`bernoulli_.float` → `bernoulli.p`), or all
+    but `out`."""
+    wanted = [str(a.type) for a in op._schema.arguments if a.name != "out"]
     for name in packet.overloads():
         candidate = getattr(packet, name)
         if [str(a.type) for a in candidate._schema.arguments] == wanted and not candidate._schema.is_mutable:

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from tpcompiler.capture.functional import functionalise
 from tpcompiler.capture.input_sizes import replace
-from tpcompiler.capture.origins import at, line_of, stack_of
+from tpcompiler.capture.origins import at, line_of, recurrent_mode, stack_of
+from tpcompiler.capture.spelling import one_spelling
 from tpcompiler.errors import ModelError
 from tpcompiler.program import Training
 
@@ -96,7 +97,7 @@ def describe(graph: fx.Graph) -> None:
     for node in graph.nodes:
         stack = stack_of(node)
         node.meta = {
-            **{k: node.meta[k] for k in ("kind", "shown") if k in node.meta},
+            **{k: node.meta[k] for k in ("kind", "shown", "written") if k in node.meta},
             "val": node.meta.get("val"),
             "module": stack[-1][0] if stack else "",
             "stack": stack,
@@ -231,6 +232,8 @@ def modes(graph: fx.Graph) -> None:
             node.args, node.kwargs = _sdpa_arguments(node)
         elif node.target is aten.batch_norm.default and node.args[5] is True:
             node.args = (*node.args[:5], Training(True, False), *node.args[6:])
+        elif (at_train := recurrent_mode(node)) is not None and node.args[at_train] is True:
+            node.args = (*node.args[:at_train], Training(True, False), *node.args[at_train + 1 :])
 
 
 def _sdpa_arguments(node: fx.Node) -> tuple[Any, Any]:
@@ -267,6 +270,7 @@ PASSES: tuple[Callable[[fx.Graph], None], ...] = (
     drop_devices,
     drop_copies,
     reshape_views,
+    one_spelling,
     drop_detached_constants,
     remove_dead,
 )

@@ -26,7 +26,16 @@ def stack_of(node: fx.Node) -> tuple[tuple[str, str, int], ...]:
 def draws_apart(node: fx.Node) -> bool:
     """Whether a node draws random numbers that ranks would not agree on: any but dropout's."""
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    if random and (at_train := recurrent_mode(node)) is not None:
+        random = bool(node.args[at_train] and node.args[at_train - 1])  # dropout between its layers
     return random and not any(name in str(node.target) for name in ("dropout", "scaled_dot_product"))
+
+
+def recurrent_mode(node: fx.Node) -> int | None:
+    """The position of a recurrent network's argument `train`, which stands behind its `dropout`."""
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
+    return names.index("train") if "train" in names and "dropout" in names else None
 
 
 def line_of(node: fx.Node) -> tuple[str, int, str] | None:

@@ -17,12 +17,13 @@ from torch.utils import _pytree as pytree
 
 from tpcompiler.capture.caches import without_caches
 from tpcompiler.capture.draws import Draws
-from tpcompiler.capture.hints import no_questions
 from tpcompiler.capture.init import Recorded
+from tpcompiler.capture.kept import as_it_was
 from tpcompiler.capture.lean import lean_tracing, whole_operators
 from tpcompiler.capture.own_backward import own_backwards
 from tpcompiler.capture.recording import Literals
 from tpcompiler.capture.refusals import CannotTrace, chain, explain
+from tpcompiler.capture.stand_ins import answers
 from tpcompiler.capture.two_runs import alike
 from tpcompiler.errors import ModelError
 
@@ -81,7 +82,7 @@ def _alike(recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, exporte
 
         return run
 
-    with Literals(recorded.tape), Draws(), torch.device("meta"), own_backwards():
+    with Literals(recorded.tape), Draws(), torch.device("meta"), own_backwards(), answers():
         return alike(recorded.model, recorded.tape, [at(_longer(exported, times)) for times in LONGER])
 
 
@@ -102,7 +103,7 @@ def _longer(exported: ExportedProgram, times: int) -> Shapes:
 
 def _in_mode(recorded: Recorded, training: bool, *how: Any) -> ExportedProgram:
     recorded.model.train(training)
-    with Literals(recorded.tape), Draws():
+    with Literals(recorded.tape), Draws(), as_it_was(recorded.model):
         return _export(recorded.model, *how)
 
 
@@ -186,7 +187,7 @@ def _export(
         lean_tracing(),
         whole_operators(),
         own_backwards(),
-        no_questions(),
+        answers(),
     ):
         dynamic_shapes = dynamic.dynamic_shapes(model, args, kwargs)
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)

@@ -34,8 +34,8 @@ def means(*names: str) -> Callable[[Meaning], Meaning]:
 
 def packet(target: torch._ops.OpOverload) -> str:
     """`add` of `aten.add.Tensor`; another library's name is kept whole."""
-    name = target._schema.name
-    return name.removeprefix("aten::")
+    name = target._schema.name.removeprefix("aten::")
+    return f"bitwise_{name.strip('_')}" if name in ("__and__", "__or__", "__xor__") else name  # Python's operators
 
 
 @cache

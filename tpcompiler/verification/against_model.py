@@ -86,8 +86,9 @@ class Comparison:
         )
 
     def plain(self, batches: Sequence[Batch]) -> Results:
-        state = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in self.state.items()}
         capture_ = self.sharded.capture
+        buffers = {p.name for p in capture_.parameters if p.buffer}
+        state = {k: v.clone().requires_grad_(v.is_floating_point() and k not in buffers) for k, v in self.state.items()}
         return self.run(lambda batch: interpret_capture(capture_, state, batch), state, batches)
 
     def rank(self, ranks: Ranks, batches: Sequence[Batch]) -> Results:
