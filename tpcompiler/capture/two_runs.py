@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tpcompiler.capture.kept import as_it_was
 from tpcompiler.capture.tape import Tape
 
 LITERAL = 2**16  # bytes of a constant that are compared
@@ -53,7 +54,7 @@ def _written(
 ) -> tuple[list[Any], Any] | None:
     """What a run does and what it gives, which is None where it fails; None where nothing can be said."""
     model.train(training)
-    with _restored(model), _asking(model, training, asked), _exporting(), _Writes(tape, shapes, training) as log:
+    with as_it_was(model), _asking(model, training, asked), _exporting(), _Writes(tape, shapes, training) as log:
         try:
             out = run()
         except NotAlike:
@@ -80,20 +81,6 @@ def _asking(model: nn.Module, training: bool, asked: list[str]) -> Iterator[None
         vars(module).pop("training", None)
     with mock.patch.object(nn.Module, "__getattr__", read):
         yield
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """What a forward keeps in its modules is forgotten afterwards."""
-    before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for module, own, buffers in before:
-            vars(module).clear()
-            vars(module).update(own)
-            module._buffers.clear()
-            module._buffers.update(buffers)
 
 
 @contextmanager
