@@ -40,6 +40,8 @@ class Normed(nn.Module):
 class Keeping(nn.Module):
     """A forward that keeps a table for its next call, made with autocast off on the input's own device."""
 
+    table: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
@@ -71,6 +73,24 @@ class Masks(nn.Module):
         return x + self.out(y.transpose(1, 2).flatten(2))
 
 
+class Experts(nn.Module):
+    """Each expert takes the tokens that chose it: how many is known at run time only (Mixtral, as LitGPT writes it)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH)) for _ in "ab")
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        weight, chosen = self.router(flat).softmax(-1).topk(1)
+        out = torch.zeros_like(flat)
+        for i, expert in enumerate(self.experts):
+            token, choice = torch.where(chosen == i)
+            out[token] += weight[token, choice, None] * expert(flat[token])
+        return x + out.reshape(x.shape)
+
+
 HABITS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "a constant among the arguments": (
         _encoder,
@@ -82,6 +102,7 @@ HABITS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     ),
     "batch norm": (Normed, torch.randn(2, 6, WIDTH)),
     "a buffer registered by the forward": (lambda: nn.Sequential(Keeping()), torch.randn(2, 6, WIDTH)),
+    "experts that take a number of tokens": (Experts, torch.randn(2, 6, WIDTH)),
     "masks with heads": (Masks, torch.randn(2, 6, WIDTH)),
 }
 
@@ -96,16 +117,18 @@ def test_habit_is_compiled_and_verified(name: str) -> None:
 class Averaging(nn.Module):
     """A running average that the next call reads: what a program that does not keep it must refuse."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
-        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.linear = nn.Linear(WIDTH, WIDTH)
         self.register_buffer("mean", torch.zeros(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.mean.mul_(0.9).add_(x.mean((0, 1)).detach(), alpha=0.1)
-            return self.lin(x)
-        return self.lin(x - self.mean)
+            return self.linear(x)
+        return self.linear(x - self.mean)
 
 
 def test_a_write_that_a_later_call_reads_is_refused() -> None:

@@ -66,7 +66,7 @@ def _written(
 
 @contextmanager
 def _asking(model: nn.Module, training: bool, asked: list[str]) -> Iterator[None]:
-    """Notes the files of the model's own code that reads `training`; `_restored` puts the attribute back."""
+    """Notes the files of the model's own code that reads `training`; the attribute is put back by `as_it_was`."""
     ordinary = nn.Module.__getattr__
 
     def read(module: nn.Module, name: str) -> Any:

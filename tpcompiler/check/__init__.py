@@ -76,6 +76,8 @@ def _sweeps(program: Program, geometry: Geometry, steps: Steps, sizes: Sizes) ->
         sweep_backward(program, geometry, steps, forward)
     except Refused as e:
         return (e.refusal,)
+    except Exception as e:  # the model's own code at sizes that it does not take
+        return (Refusal("the program", "", "steps that run", f"it cannot be run: {type(e).__name__}: {e}"),)
     return ()
 
 

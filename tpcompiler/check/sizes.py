@@ -71,7 +71,7 @@ def choices(capture: Capture, taken: Iterable[int], degree: int, avoid: Iterable
 
 
 def _hints(capture: Capture) -> dict[Any, int]:
-    """The example's number for every symbol in the inputs' shapes."""
+    """The example's number for every symbol in the inputs' shapes, and a new one for each that only a run knows."""
     hints: dict[Any, int] = {}
     for node in capture.graph.nodes:
         val = node.meta.get("val")
@@ -80,7 +80,19 @@ def _hints(capture: Capture) -> dict[Any, int]:
                 if isinstance(n, torch.SymInt):
                     for symbol in n.node.expr.free_symbols:
                         hints[symbol] = _hint(n, symbol)
-    return hints
+    of_run = {s: None for node in capture.graph.nodes for s in _symbols(node.meta.get("val")) if s not in hints}
+    free = (p for p in _PRIMES if p not in set(hints.values()))
+    return hints | dict(zip(of_run, free, strict=False))
+
+
+def _symbols(val: Any) -> Iterator[Any]:
+    """The symbols of a value's shape, or of a size, in an order that repeats."""
+    sizes: tuple[Any, ...] = tuple(val.shape) if isinstance(val, Tensor) else (val,)
+    if isinstance(val, (tuple, list)):
+        sizes = tuple(n for v in val if isinstance(v, Tensor) for n in v.shape)
+    for n in sizes:
+        if isinstance(n, torch.SymInt):
+            yield from sorted(n.node.expr.free_symbols, key=str)
 
 
 def _hint(n: torch.SymInt, symbol: Any) -> int:

@@ -30,6 +30,7 @@ from tpcompiler.check.report import Refusal
 from tpcompiler.check.sizes import Sizes, choices, made_of
 from tpcompiler.check.source_state import compare_state
 from tpcompiler.check.terms import Term, children, described
+from tpcompiler.check.translate import all_nonzero
 from tpcompiler.program import InputLeaf, Program, Training
 from tpcompiler.runtime import Group, Ranks
 
@@ -42,6 +43,11 @@ _ASKING = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tens
 
 def compare_source(program: Program, text: str, geometry: Geometry, taken: set[int]) -> None:
     """Raises `Refused` for the first thing that the source does otherwise than the graph."""
+    with all_nonzero():
+        _compare(program, text, geometry, taken)
+
+
+def _compare(program: Program, text: str, geometry: Geometry, taken: set[int]) -> None:
     tree = read_source(text)
     fields = fields_of(tree, geometry)
     kept = [

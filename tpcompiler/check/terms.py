@@ -45,9 +45,7 @@ class Terms:
         """The term of this operation on these arguments, if there is one already."""
         return self._made.get((op, keyed(args)))
 
-    def make(
-        self, op: str, args: tuple[Any, ...], shape: Any, dtype: Any, items: Any = None, key: Any = None
-    ) -> Term:
+    def make(self, op: str, args: tuple[Any, ...], shape: Any, dtype: Any, items: Any = None, key: Any = None) -> Term:
         """The term of this operation on these arguments. `key` may stand for the arguments, where that is shorter."""
         key = (op, keyed(args) if key is None else key)
         found = self._made.get(key)

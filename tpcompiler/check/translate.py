@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config
 
 from tpcompiler import runtime
 from tpcompiler.check.calls import Over, by_name, runtime_signature
@@ -145,6 +147,12 @@ class Translator:
     def _long(self, said: Any, size: int) -> None:
         if said is not None and said != size:
             raise ValueError(f"{said} rows are spoken of, and there are {size}")
+
+
+def all_nonzero() -> AbstractContextManager[None]:
+    """While it lasts, `nonzero` of a tensor without values has as many rows as it can have: graph and source alike."""
+    found: AbstractContextManager[None] = _config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+    return found
 
 
 def mode_of(a: Any) -> Any:
