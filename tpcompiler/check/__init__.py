@@ -1,7 +1,7 @@
 """The static checker: a compiled program is proven equal to its model, forward and backward, or refused.
 
-It knows nothing of how the program was made: not the axes, not the plan, not the partitioner. `docs/checking.md` says
-what is proven, what is tested, and what is assumed.
+It does not use the axes, the plan or the partitioner that made the program. `docs/checking.md` says what is proven,
+what is tested, and what is assumed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = ["CheckReport", "Refusal", "check"]
 
 
 def check(program: Program, *, source: str | None = None) -> CheckReport:
-    """Whether `program` computes what its capture computes, on every rank, and whether every gradient is right.
+    """Decides whether `program` computes what its capture computes on every rank, and whether every gradient is right.
 
-    `source`, the emitted module's text, is read again and compared with the graph.
+    The text of the emitted module, if given as `source`, is read again and compared with the graph.
     """
     start = time.perf_counter()
     geometry = Geometry(program.mesh)
@@ -50,7 +50,7 @@ def check(program: Program, *, source: str | None = None) -> CheckReport:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """A block without searches for cycles: with a deep model's graphs in memory they take a fifth of its time."""
+    """Turns the cycle collector off for a block: with a deep model's graphs in memory it takes a fifth of the time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -61,7 +61,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _first_that_runs(program: Program, geometry: Geometry, steps: Steps, taken: set[int]) -> tuple[Refusal, ...]:
-    """Small sizes may be too small for a model: then larger ones."""
+    """The sweeps' verdict at the smallest sizes that the model can be run at."""
     refused: tuple[Refusal, ...] = ()
     for sizes in choices(program.capture, taken, program.mesh.size):
         refused = _sweeps(program, geometry, steps, sizes)
@@ -82,7 +82,8 @@ def _sweeps(program: Program, geometry: Geometry, steps: Steps, sizes: Sizes) ->
 
 
 def _structure(program: Program, taken: set[int]) -> tuple[Refusal, ...]:
-    """At sizes beyond every constant; where a model takes only some sizes (an image's), at those of its example."""
+    """Compares structure at sizes larger than every constant. A model that takes only certain sizes, such as an
+    image's, is compared at those of its example."""
     read, failure = 0, ""
     computed = any(_computes_sizes(n) for g in (program.graph, program.capture.graph) for n in g.nodes)
     for sizes in (*beyond(program.capture, taken, computed=computed), *example(program.capture)):
@@ -90,7 +91,7 @@ def _structure(program: Program, taken: set[int]) -> tuple[Refusal, ...]:
             break
         try:
             model = Model(program, sizes)
-        except Exception as e:  # the model does not take these
+        except Exception as e:  # the model does not take these sizes
             failure = f"{type(e).__name__}: {e}"
             continue
         try:
@@ -110,7 +111,7 @@ def _source(program: Program, source: str, geometry: Geometry, taken: set[int]) 
 
 
 def _computes_sizes(node: torch.fx.Node) -> bool:
-    """Whether it makes a size of sizes."""
+    """Whether a node computes a size from other sizes."""
     is_size = isinstance(node.meta.get("val"), (torch.SymInt, int, float)) and node.op == "call_function"
     return is_size and node.target is not torch.ops.aten.sym_size.int
 
@@ -124,7 +125,7 @@ def _integers(graph: torch.fx.Graph) -> set[int]:
         return a
 
     for node in graph.nodes:
-        if node.target is not dropout:  # its integer is no size but its number: there are many, and small ones
+        if node.target is not dropout:  # a dropout's integer numbers its site, which is no size
             torch.fx.node.map_aggregate(node.args, visit)  # type: ignore[arg-type]
         val = node.meta.get("val")
         if isinstance(val, torch.Tensor):

@@ -1,4 +1,4 @@
-"""The backward sweep: what each rank's gradient of every node is of the model's, down to the parameters."""
+"""The backward sweep: how each rank's gradient of every node relates to the model's, down to the parameters."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ Place = tuple[fx.Node, int]  # a node, and which of its results
 
 
 def sweep_backward(program: Program, geometry: Geometry, steps: Steps, forward: Sweep) -> None:
-    """Raises `Refused` where gradients of two kinds meet, a step gives none, or a parameter's is not its own."""
-    kinds: dict[Place, tuple[Kind, str]] = {}  # and who gave it
+    """Raises `Refused` where gradients of two kinds meet, where a step's gradient is of no kind, and where a parameter
+    ends with a partial gradient."""
+    kinds: dict[Place, tuple[Kind, str]] = {}  # a result's kind, and the name of the node that gave it
 
     def give(node: fx.Node, i: int, kind: Kind, by: str) -> None:
         place = _source(node, i)
@@ -63,7 +64,7 @@ def _parameters(program: Program, forward: Sweep, kinds: dict[Place, tuple[Kind,
 
 
 def _source(node: fx.Node, i: int) -> Place:
-    """The node that made a value: items of lists belong to the list."""
+    """The node and the result that a value is. An item taken from a list is a result of the node that made the list."""
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
         return node.args[0], node.args[1]  # type: ignore[return-value]
     return node, i

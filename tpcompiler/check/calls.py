@@ -1,4 +1,4 @@
-"""One operation with its arguments, apart from the graph it stands in: as each rank calls it, as the model would."""
+"""A call without its graph: one operation and its arguments, as each rank calls it or as the model would."""
 
 from __future__ import annotations
 
@@ -48,14 +48,17 @@ class Draws:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Arguments are nested tuples of numbers, `Slot`s and what depends on the rank. Equal calls have equal keys."""
+    """An operation and its arguments: nested tuples of numbers, `Slot`s, and placeholders for what depends on the rank.
+
+    Equal calls have equal keys.
+    """
 
     target: Any
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     key: Any
     by_rank: bool  # some argument depends on the rank
-    over: tuple[str, ...] | None  # of the communication group, if it has one
+    over: tuple[str, ...] | None  # the mesh dimensions of its communication group; None without one
 
     @property
     def random(self) -> bool:
@@ -74,7 +77,7 @@ def make_call(target: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any],
 
 
 def read_call(node: fx.Node, env: Mapping[fx.Node, Any]) -> tuple[Call, tuple[fx.Node, ...]]:
-    """A graph's node as a call and its operands. Operands whose `env` is a number are put in as numbers."""
+    """Reads a node as a call and its operands. An operand that is a number in `env` becomes a number of the call."""
     operands: dict[fx.Node, Slot] = {}
 
     def read(a: Any) -> Any:
@@ -105,7 +108,7 @@ def read_call(node: fx.Node, env: Mapping[fx.Node, Any]) -> tuple[Call, tuple[fx
 
 
 def globalise(call: Call) -> Call:
-    """The call as one rank alone would make it, on whole operands."""
+    """The call that a single rank would make, on whole operands."""
     if not call.by_rank and call.over is None and not _has_rows(call):
         return call
 
@@ -141,7 +144,8 @@ def run(
     wide: bool = True,
     device: str = "cpu",
 ) -> Any:
-    """Call it. `resolve` turns what depends on the rank into this rank's; `wide`: real dtypes become float64."""
+    """Runs a call on tensors. `resolve` gives this rank's value of what depends on the rank. With `wide`, real dtypes
+    become float64."""
 
     def fill(a: Any) -> Any:
         if isinstance(a, Slot):
@@ -167,7 +171,7 @@ def run(
 
 
 def alone(a: Any) -> Any:
-    """`resolve` for whole operands."""
+    """The `resolve` of `run` for a single rank, which holds everything whole."""
     if isinstance(a, Over):
         return Group()
     if isinstance(a, LocalSize):
@@ -176,22 +180,22 @@ def alone(a: Any) -> Any:
 
 
 def numbers(call: Call) -> set[int]:
-    """The integers among its arguments, lists left out."""
+    """The integers among the arguments, without those inside lists."""
     return {a for a in (*call.args, *(v for _, v in call.kwargs)) if type(a) is int}
 
 
 def integers(call: Call) -> set[int]:
-    """The integers among its arguments, those in lists too."""
+    """The integers among the arguments, including those inside lists."""
     return {a for a in _leaves(call.args, call.kwargs) if type(a) is int}
 
 
 def modes(call: Call) -> list[Training]:
-    """What depends on the mode."""
+    """The arguments that differ between training and evaluation."""
     return [a for a in _leaves(call.args, call.kwargs) if isinstance(a, Training)]
 
 
 def substitute(call: Call, change: Mapping[int, int]) -> Call:
-    """The call with other integers."""
+    """The call with some of its integers changed."""
 
     def new(a: Any) -> Any:
         if isinstance(a, tuple):
@@ -202,12 +206,12 @@ def substitute(call: Call, change: Mapping[int, int]) -> Call:
 
 
 def replaced(call: Call, name: str, value: Any) -> Call:
-    """The call with another value for a keyword."""
+    """The call with another value for one keyword argument."""
     return make_call(call.target, call.args, tuple((k, value if k == name else v) for k, v in call.kwargs))
 
 
 def renumber(call: Call, order: Sequence[int]) -> Call:
-    """The call with its i-th operand as the `order[i]`-th."""
+    """The call with its i-th operand renumbered to `order[i]`."""
 
     def new(a: Any) -> Any:
         if isinstance(a, Slot):
@@ -218,20 +222,20 @@ def renumber(call: Call, order: Sequence[int]) -> Call:
 
 
 def dims_of(call: Call) -> list[Dim]:
-    """The dimensions whose sizes and rows it asks for."""
+    """The dimensions whose local size or rows are arguments of the call."""
     return [a.dim for a in _leaves(call.args, call.kwargs) if isinstance(a, (LocalSize, LocalRuns))]
 
 
 @cache
 def runtime_signature(target: Any) -> inspect.Signature | None:
-    """Of the runtime's operators; None for everything else."""
+    """The signature of one of the runtime's operators; None for everything else."""
     if inspect.isfunction(target) and target.__module__.startswith(runtime.__name__ + "."):
         return inspect.signature(target)
     return None
 
 
 def by_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of one of the runtime's operators, each by its name. TypeError where it does not take them."""
+    """The arguments of one of the runtime's operators by name. Raises TypeError where its signature does not match."""
     names = _places(target)
     if len(args) <= len(names) and kwargs.keys() <= _names(target) and kwargs.keys().isdisjoint(names[: len(args)]):
         return {**dict(zip(names, args, strict=False)), **kwargs}
@@ -255,13 +259,13 @@ def _names(target: Any) -> frozenset[str]:
 
 
 def moves(call: Call) -> bool:
-    """Whether it is an operator of the runtime, which may do nothing but move a value between ranks."""
+    """Whether the call is an operator of the runtime that may only move a value between ranks: any but dropout."""
     return runtime_signature(call.target) is not None and call.target is not runtime.dropout
 
 
 @cache
 def makes_tensors(target: Any) -> bool:
-    """Whether it is a factory: takes a device and no tensor."""
+    """Whether an operation is a factory, which takes a device and no tensor."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
     arguments = target._schema.arguments
@@ -269,16 +273,16 @@ def makes_tensors(target: Any) -> bool:
 
 
 def outputs(result: Any) -> list[Tensor]:
-    """The tensors of a result, however many they are."""
+    """The tensors of a result: one alone, or several in a list."""
     return [result] if isinstance(result, Tensor) else list(result)
 
 
 def _leaves(args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> list[Any]:
-    """What stands in nested arguments, in order."""
+    """The values inside nested arguments, in order."""
     found: list[Any] = []
     todo: list[Any] = [v for _, v in reversed(kwargs)]
     todo += reversed(args)
-    while todo:  # not recursion: it is asked of every call of every layer
+    while todo:  # a loop is faster than recursion, and this runs for every call of every layer
         a = todo.pop()
         if isinstance(a, tuple):
             todo += reversed(a)
@@ -288,7 +292,7 @@ def _leaves(args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> list[
 
 
 def _key(a: Any) -> Any:
-    """Hashable, and different for 1, 1.0 and True."""
+    """A hashable stand-in for an argument, different for 1, 1.0 and True."""
     if isinstance(a, tuple):
         return tuple(map(_key, a))
     if isinstance(a, slice):

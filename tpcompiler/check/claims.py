@@ -1,8 +1,7 @@
-"""How the ranks' values stand to one value of the model: the same, slices of it, or a sum.
+"""How the ranks' values relate to one value of the model: they are equal to it, slices of it, or addends of it.
 
 A claim says for each dimension which rows each rank holds, and over which mesh dimensions the ranks' values must be
-added to give them. Values of a program, and their gradients, carry claims; everything else of the checker is about
-establishing them.
+added to give those rows. Every value of a program carries a claim, and the rest of the checker establishes claims.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Over = tuple[str, ...]
 
 
 class Rows:
-    """The rows of a dimension that each rank holds, in local order. Interned by `Geometry`: equal ones are one."""
+    """The rows of a dimension that each rank holds, in local order. `Geometry` makes equal ones the same object."""
 
     __slots__ = ("runs", "size")
 
@@ -39,14 +38,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Claim:
-    """Of a tensor. `rows[i]` is None where every rank holds the whole dimension `i`."""
+    """The claim of one tensor. `rows[i]` is None where every rank holds the whole dimension `i`."""
 
     rows: tuple[Rows | None, ...]
     partial: Over = ()
 
     @cached_property
     def whole(self) -> bool:
-        """Equal on all ranks to the model's value."""
+        """Whether every rank's value is the model's."""
         return not self.partial and all(r is None for r in self.rows)
 
     def __str__(self) -> str:
@@ -59,7 +58,7 @@ class Claim:
 
 
 class Geometry:
-    """The mesh, with what the checker asks of it again and again."""
+    """The mesh, and a memory of what the checker asks about it again and again."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -74,7 +73,7 @@ class Geometry:
         self.subsets: list[Over] = [c for k in range(len(self.names) + 1) for c in combinations(self.names, k)]
 
     def rows(self, size: int, runs: Sequence[Runs]) -> Rows | None:
-        """None when every rank holds all of it, in order."""
+        """The ranks' runs as `Rows`; None when every rank holds the whole dimension, in order."""
         whole = ((0, size),) if size else ()
         if all(r == whole for r in runs):
             return None
@@ -94,7 +93,7 @@ class Geometry:
         return self._dims[dim]
 
     def groups(self, over: Over) -> tuple[tuple[int, ...], ...]:
-        """The ranks, in groups of those that differ on `over` only, each in the order of the communication group."""
+        """The groups of ranks that differ only on `over`, each in the order of its communication group."""
         if over not in self._groups:
             found: dict[tuple[int, ...], list[int]] = {}
             for r, c in enumerate(self.coords):
@@ -104,14 +103,14 @@ class Geometry:
         return self._groups[over]
 
     def varies(self, rows: Rows, name: str) -> bool:
-        """Whether ranks that differ on one mesh dimension hold different rows."""
+        """Whether ranks that differ only on mesh dimension `name` hold different rows."""
         if (rows, name) not in self._varies:
             groups = self.groups((name,))
             self._varies[rows, name] = any(rows.runs[r] != rows.runs[g[0]] for g in groups for r in g)
         return self._varies[rows, name]
 
     def disjoint(self, claim: Claim, name: str) -> bool:
-        """Whether ranks that differ on one mesh dimension hold nothing in common."""
+        """Whether ranks that differ only on mesh dimension `name` have no element in common."""
         return any(r is not None and self._rows_disjoint(r, name) for r in claim.rows)
 
     def _rows_disjoint(self, rows: Rows, name: str) -> bool:
@@ -120,7 +119,7 @@ class Geometry:
         return self._disjoint[rows, name]
 
     def shared(self, claim: Claim) -> Over:
-        """The mesh dimensions along which ranks hold copies of one another's elements."""
+        """The mesh dimensions along which ranks hold some of the same elements."""
         return tuple(n for n in self.names if not self.disjoint(claim, n))
 
     def moving(self, claim: Claim) -> Over:

@@ -1,4 +1,4 @@
-"""When two tensors are equal, and the smallest example when they are not."""
+"""Decides whether two tensors are equal, and gives the first example where they are not."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 RELATIVE, ABSOLUTE = 1e-9, 1e-12
-_HUGE = 1e8  # what fills masks, and says nothing of how large the others are
+_HUGE = 1e8  # from here on a number is a mask's filling, which does not set the scale of the others
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """Equal in shape and value; real numbers to rounding in double precision."""
+    """Whether two tensors have equal shapes and values. Real numbers may differ by the rounding of double precision."""
     if a.shape != b.shape:
         return False
     if not (a.is_floating_point() or a.is_complex()):
@@ -21,7 +21,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def rounding(x: Tensor) -> float:
-    """What rounding alone may leave where zero should be."""
+    """The largest number that rounding alone may leave where zero should be."""
     size = x.detach().abs()
     size = size[size < _HUGE]
     return ABSOLUTE * max(1.0, float(size.mean())) if size.numel() else ABSOLUTE
@@ -44,7 +44,7 @@ def difference(got: Tensor, expected: Tensor) -> str:
 
 
 def factor(got: Tensor, expected: Tensor) -> float | None:
-    """The number that one tensor is times the other, if there is one."""
+    """The number k with `got` = k · `expected`, if there is one."""
     if got.shape != expected.shape or got.numel() < 2 or not got.is_floating_point():
         return None
     norm = float((expected * expected).sum())

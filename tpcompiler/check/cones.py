@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tpcompiler.check.calls import Call, alone, run, substitute
 
-_SMALL = 1 << 18  # elements that are sooner computed than reasoned about
+_SMALL = 1 << 18  # elements up to which computing is faster than shape inference on meta
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor given to a cone: what of it matters."""
+    """What matters of a tensor that a cone is given."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -26,25 +26,25 @@ class Operand:
 
 @dataclass(frozen=True)
 class At:
-    """The result of the cone's i-th step."""
+    """The result of the cone's i-th call."""
 
     i: int
 
 
 @dataclass(frozen=True, eq=False)
 class Cone:
-    """Steps in order; a step's operands are operands of the cone (ints), earlier steps (`At`) or constants."""
+    """Calls in order. A call's operands are the cone's operands (int), results of earlier calls (`At`) or constants."""
 
     steps: tuple[tuple[Call, tuple[int | At | Tensor, ...]], ...]
-    result: int | At  # an operand, or a step's
+    result: int | At  # an operand of the cone, or the result of a call
 
     @classmethod
     def of(cls, call: Call, operands: int) -> Cone:
-        """One call."""
+        """A cone of one call."""
         return cls(((call, tuple(range(operands))),), At(0))
 
     def run(self, tensors: Sequence[Any], training: bool = False, *, wide: bool = True, device: str = "cpu") -> Any:
-        """Its result, for whole operands. What draws from torch's own generator is left off in training too."""
+        """The cone's result on whole operands. Calls that draw from torch's generator always run as in evaluation."""
         values: list[Any] = []
         for call, given in self.steps:
             taken = [
@@ -54,7 +54,8 @@ class Cone:
         return tensors[self.result] if isinstance(self.result, int) else values[self.result.i]
 
     def outline(self, operands: Sequence[Operand]) -> Any:
-        """Its result in the dtypes it has, without meaning. Raises what the operations do when shapes do not fit."""
+        """A result of the right shapes and dtypes with meaningless values. Raises the operations' errors for shapes
+        that do not fit."""
         device = "cpu" if sum(prod(o.shape) for o in operands) <= _SMALL else "meta"
         made = [torch.zeros(o.shape, dtype=o.dtype, device=device, requires_grad=o.grad) for o in operands]
         return self.run(made, wide=False, device=device)

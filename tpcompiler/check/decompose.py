@@ -1,4 +1,4 @@
-"""A call of Python's torch as the calls of ATen that it makes, recorded once for each kind of operands."""
+"""Takes a call of torch's Python functions apart into ATen calls, recorded once for each kind of operands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Decomposer:
         self.translator = translator
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], terms: Sequence[Term]) -> Any:
-        """The result of a call whose tensors are `Place`s of `terms`."""
+        """The terms of a call's result. In the arguments, `Place(i)` stands for the tensor whose term is `terms[i]`."""
         outline = tuple((t.shape, t.dtype) for t in terms)
         graph = _recorded(func, args, kwargs, outline)
         env: dict[fx.Node, Any] = {}
@@ -52,7 +52,7 @@ class Decomposer:
         raise AssertionError("a graph without an output")
 
 
-_KNOWN: dict[Any, fx.Graph] = {}  # what torch's own functions call does not depend on the program that is checked
+_KNOWN: dict[Any, fx.Graph] = {}  # shared by all programs: what a function of torch calls does not depend on them
 _MOST = 8192
 
 

@@ -1,4 +1,4 @@
-"""Operands to run a step on: random, and telling."""
+"""Draws random operands to run a step on, such that a wrong step shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tpcompiler.check.calls import outputs
 from tpcompiler.check.cones import Operand
 
-SCALES = (1.0, 0.1, 0.01)  # a constant like a norm's epsilon shows among small numbers, a saturated tanh hides most
+SCALES = (1.0, 0.1, 0.01)  # small numbers show a constant like a norm's epsilon; large ones saturate a tanh
 
 
 def draw(
@@ -26,10 +26,10 @@ def draw(
 ) -> list[Tensor]:
     """Tensors of the operands' shapes, real ones in double precision, on which `probe` succeeds.
 
-    Integers are taken below the longest dimension that `probe` accepts as an index, numbers among the arguments
-    (`special`: an ignored class, a padding row) among them. Real ones are normal, of a scale that the seed chooses, and
-    positive when most of the result is no number otherwise; the operand `mask` is given
-    some -inf. Raises what `probe` raises for every choice.
+    Integers lie below the longest dimension that `probe` accepts as an index, and include the numbers in `special`,
+    which the call's arguments name (an ignored class, a padding row). Real numbers are normal, of a scale that the seed
+    chooses. They are positive where the result would otherwise be mostly NaN. The operand `mask` gets some -inf. Raises
+    the last error of `probe` when no choice succeeds.
     """
     generator = torch.Generator().manual_seed(seed)
     bounds = sorted({n for o in given for n in o.shape} | {2, 1}, reverse=True)
@@ -58,7 +58,7 @@ def draw(
 
 
 def maskable(o: Operand) -> bool:
-    """Whether it may be what masks scores."""
+    """Whether an operand may be a mask that is added to scores."""
     return o.dtype.is_floating_point and not o.grad
 
 
@@ -74,7 +74,7 @@ def _tensor(
     if _integer(o.dtype):
         n = prod(o.shape)
         spread = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator, dtype=torch.float64)
-        out = (spread * bound / n).long().clamp(max=bound - 1).reshape(o.shape)  # all over the range, however few
+        out = (spread * bound / n).long().clamp(max=bound - 1).reshape(o.shape)  # spread over the range, even if few
         wanted = sorted(special)[: n // 2]
         out.view(-1)[torch.randperm(n, generator=generator)[: len(wanted)]] = torch.tensor(wanted, dtype=torch.int64)
         return out.to(o.dtype)
@@ -85,7 +85,7 @@ def _tensor(
 
 
 def _meaningless(result: Any) -> bool:
-    """Whether most of a real result is not a number."""
+    """Whether more than a quarter of a real result is NaN."""
     return any(
         t.is_floating_point() and t.numel() > 0 and bool(t.isnan().float().mean() > 0.25)
         for t in outputs(result)

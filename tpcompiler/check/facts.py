@@ -1,9 +1,9 @@
-"""What is certain of operations, written without a look at the compiler's own table.
+"""Facts about operations, written independently of the compiler's own table.
 
-* `_LINEAR`: the arguments in which an operation is linear while the others are whole. Only there may a partial sum
-  stand.
-* A random operation may not see what ranks hold in common: each rank would draw numbers of its own, and copies would
-  drift apart.
+* `_LINEAR` lists the arguments in which an operation is linear while the others are whole. Only these may be partial
+  sums.
+* A random operation may not make a value that several ranks hold: each would draw numbers of its own, and the copies
+  would differ.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _LINEAR: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), ("input", "weight")),
     "einsum": ("tensors",),
 }
-_AFFINE = ("bias", "alpha")  # arguments that must say nothing when another one is partial
+_AFFINE = ("bias", "alpha")  # arguments that must have no effect when another one is partial
 _PARTIAL_OPERATORS = {
     runtime.reduce: "x",
     runtime.scatter_sequence: "x",
@@ -70,7 +70,7 @@ def _slots(a: Any) -> set[int]:
 
 
 def not_linear(call: Call, partial: set[int]) -> str | None:
-    """Why a call may not see partial sums in these operands; None when it may."""
+    """Why these operands of a call may not be partial sums; None when they may."""
     given = named(call)
     where = {name for name, a in given.items() if _slots(a) & partial}
     if not isinstance(call.target, torch._ops.OpOverload):

@@ -1,4 +1,4 @@
-"""What the classes of an emitted source keep of a rank: sizes and rows, worked out for every rank of the mesh."""
+"""The attributes of emitted classes that depend on the rank (sizes and rows), computed for every rank of the mesh."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Fields = dict[str, dict[str, list[Any]]]  # class → attribute → a value for 
 
 
 class _Groups:
-    """A rank's groups, as a constructor asks for them."""
+    """Stands for `ranks` in a constructor: gives a rank's groups."""
 
     def __init__(self, geometry: Geometry, rank: int) -> None:
         self.geometry, self.rank = geometry, rank
@@ -26,7 +26,7 @@ class _Groups:
 
 
 def fields_of(tree: ast.Module, geometry: Geometry) -> Fields:
-    """Every attribute that depends on the rank. Raises `Refused` for one that cannot be worked out."""
+    """Every attribute that depends on the rank. Raises `Refused` for one that cannot be computed."""
     constants: dict[str, Any] = {}
     for n in tree.body:
         if isinstance(n, ast.Assign):
@@ -69,7 +69,8 @@ def _attribute(n: ast.stmt) -> str | None:
 
 
 def _asks_rank(value: ast.expr) -> bool:
-    """`ranks.group("tensor")`, `self.tensor.local(8)`, `(self.tensor.part(8),)`, `(…)[self.tensor.index]`."""
+    """Whether an expression depends on the rank, as `ranks.group("tensor")`, `self.tensor.local(8)`,
+    `(self.tensor.part(8),)` and `(…)[self.tensor.index]` do."""
     return any(
         (isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in ("group", "local", "part"))
         or (isinstance(n, ast.Attribute) and n.attr == "index")

@@ -1,8 +1,8 @@
-"""Finding the claim that holds: which rows of the whole value each rank's result is, or which sums of them.
+"""Finds the claim that holds for a result: which rows of the model's value each rank has, and what must be summed.
 
-Hints (the program's own, the operands' claims, equal parts in order) only say what to try first; every claim is
-compared element by element. Where no hint fits, the rows are read off the values themselves, which random operands
-make distinct.
+Hints only say what to try first: the program's own claims, the operands' claims, and parts in the order of the ranks.
+Every claim is compared element by element. Where no hint fits, the rows are read off the values themselves, which
+random operands make distinct.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _TRIES = 24
 
 @dataclass(frozen=True)
 class Sizes:
-    """A value's dimensions: as the model has them, and as they were run."""
+    """A value's dimensions as they are in the model (`old`) and in the smaller run (`new`)."""
 
     old: tuple[int, ...]
     new: tuple[int, ...]
     shrink: Shrink
 
     def cut(self, d: int, runs: Runs) -> Runs:
-        """Rows of the model's dimension as rows of the one that was run."""
+        """Turns rows of the model's dimension into rows of the smaller one."""
         return runs if self.old[d] == self.new[d] else self.shrink.cuts[self.old[d]].shrink(runs)
 
     def grow(self, d: int, runs: Runs) -> Runs:
@@ -40,7 +40,7 @@ class Sizes:
 
 
 def held(whole: Tensor, claim: Claim, rank: int, sizes: Sizes) -> Tensor:
-    """What a claim says a rank holds of a value."""
+    """The part of a value that a rank holds according to a claim."""
     for d, rows in enumerate(claim.rows):
         if rows is not None:
             whole = take_rows(whole, d, sizes.cut(d, rows.runs[rank]))
@@ -49,7 +49,7 @@ def held(whole: Tensor, claim: Claim, rank: int, sizes: Sizes) -> Tensor:
 
 @dataclass(frozen=True)
 class Draw:
-    """One run of a step: the model's result, and the ranks'."""
+    """One run of a step: the model's result, and each rank's."""
 
     whole: Tensor
     local: Sequence[Tensor]
@@ -58,7 +58,7 @@ class Draw:
 def find_claim(
     geometry: Geometry, draws: Sequence[Draw], sizes: Sizes, hints: Sequence[Iterable[Rows]], sums: Iterable[Over]
 ) -> Claim | None:
-    """The first claim that holds of all runs; None if none does. `hints[d]` are tried for dimension `d`."""
+    """The first claim that holds in all runs; None if none does. `hints[d]` are the rows to try for dimension `d`."""
     first = draws[0]
     for over in sums:
         summed = first.local if not over else _sums(geometry, first.local, over)
@@ -72,7 +72,7 @@ def find_claim(
 
 
 def _holds(geometry: Geometry, claim: Claim, draw: Draw, sizes: Sizes) -> bool:
-    """Whether the ranks' values are what a claim says."""
+    """Whether a claim is true of the ranks' values in one run."""
     summed = draw.local if not claim.partial else _sums(geometry, draw.local, claim.partial)
     if summed is None:
         return False
@@ -117,21 +117,21 @@ def _candidates(
 
 
 def _of_lengths(geometry: Geometry, d: int, lengths: list[int], sizes: Sizes, hints: Iterable[Rows]) -> Iterator[Rows]:
-    """Rows of a dimension of which each rank holds so many."""
+    """Possible rows of a dimension such that each rank holds the given number of them."""
     seen: set[Rows] = set()
     for rows in (*hints, *_in_order(geometry, d, lengths, sizes)):
         if rows.size == sizes.old[d] and rows not in seen:
             seen.add(rows)
             try:
                 fits = all(length(sizes.cut(d, runs)) == n for runs, n in zip(rows.runs, lengths, strict=True))
-            except KeyError:  # a piece of the smaller dimension would be cut
+            except KeyError:  # the rows begin or end inside a piece that was shrunk
                 continue
             if fits:
                 yield rows
 
 
 def _in_order(geometry: Geometry, d: int, lengths: list[int], sizes: Sizes) -> Iterator[Rows]:
-    """One part after the other, in the order of the ranks along some mesh dimensions."""
+    """Rows that the ranks along some mesh dimensions hold one part after the other, in their order."""
     for over in geometry.subsets[1:]:
         runs: list[Runs | None] = [None] * geometry.size
         for group in geometry.groups(over):
@@ -153,7 +153,7 @@ def _in_order(geometry: Geometry, d: int, lengths: list[int], sizes: Sizes) -> I
 def _read_off(
     geometry: Geometry, whole: Tensor, local: Sequence[Tensor], sizes: Sizes
 ) -> tuple[Rows | None, ...] | None:
-    """Rows found by looking up the ranks' elements among the whole value's."""
+    """Finds rows by looking up each rank's elements among those of the whole value."""
     if not whole.is_floating_point() or whole.dim() == 0 or whole.numel() == 0:
         return None
     values, order = whole.reshape(-1).sort()

@@ -1,4 +1,4 @@
-"""The forward sweep: every node of the program as a value of the model and a claim."""
+"""The forward sweep: establishes a claim for every node of the program, which relates it to a value of the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tpcompiler.program import Program
 from tpcompiler.runtime import dropout
 
 aten = torch.ops.aten
-DATA = "data"  # the mesh dimension along which ranks hold other samples, which draw other numbers
+DATA = "data"  # the mesh dimension along which ranks have different samples, for which they draw different numbers
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Held:
     """How the ranks hold a node's value."""
 
     claim: Claim
-    operand: Operand  # of the model's value; whether it needs a gradient is the program's
+    operand: Operand  # shape and dtype of the model's value, and whether the program's needs a gradient
 
     @property
     def given(self) -> Given:
@@ -42,12 +42,12 @@ class Held:
 class Sweep:
     """Claims of the program's nodes, and the steps that establish them."""
 
-    env: dict[fx.Node, Any] = field(default_factory=dict)  # Held, a tuple of them, or a number
+    env: dict[fx.Node, Any] = field(default_factory=dict)  # each node's Held, a tuple of Held, or a number
     steps: dict[fx.Node, tuple[Step, tuple[fx.Node, ...]]] = field(default_factory=dict)
 
 
 class Refused(Exception):
-    """Ends a sweep."""
+    """Ends a comparison with its first refusal."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(str(refusal))
@@ -102,7 +102,7 @@ class _Forward:
             return
         call, operands = read_call(node, env)
         if not operands and not isinstance(node.target, torch._ops.OpOverload):
-            env[node] = call.target(*call.args)  # sizes from sizes
+            env[node] = call.target(*call.args)  # a size computed from sizes
             return
         held = [env[o] for o in operands]
         if any(isinstance(h, tuple) for h in held):
@@ -121,7 +121,7 @@ class _Forward:
             self.drawn(node, found)
 
     def linear(self, node: fx.Node, call: Call, held: Sequence[Held]) -> None:
-        """A partial sum may stand only where its sum may be taken afterwards."""
+        """Refuses a partial operand where summing after the operation would differ from summing before it."""
         partial = {i for i, h in enumerate(held) if h.claim.partial}
         if len({held[i].claim.partial for i in partial}) > 1:
             self.refuse(node, "partial sums over the same ranks", "partial sums over different ranks")
@@ -129,7 +129,7 @@ class _Forward:
             self.refuse(node, "a partial sum where the operation is linear", why)
 
     def drawn(self, node: fx.Node, found: Sequence[Held | None]) -> None:
-        """Ranks that hold a value in common must draw the same numbers for it."""
+        """Refuses a call that draws from torch's generator for a value that several ranks hold: each draws its own."""
         for h in found:
             common = () if h is None else tuple(n for n in self.geometry.shared(h.claim) if n != DATA)
             if common:
@@ -143,7 +143,10 @@ class _Forward:
         self.out.env[node] = held.operand.shape[d]
 
     def samples(self, node: fx.Node, call: Call, held: Sequence[Held]) -> None:
-        """A mask depends on which samples of the step these are: its rows are samples, or it knows how many are."""
+        """Refuses a dropout whose mask would not depend on which samples of the step these are.
+
+        Either the rows of one dimension are the samples, or an argument says how many samples there are.
+        """
         given = dict(call.kwargs)
         d = given.get("batch_dim", 0)
         if d is None and self.table.batched.get(given["site"], False):
@@ -154,7 +157,7 @@ class _Forward:
                 self.refuse(node, f"dimension {d} is of {self.table.samples} samples", f"it counts {counted}")
 
     def establish(self, node: fx.Node, call: Call, given: Sequence[Given]) -> Step:
-        if call.target is dropout:  # which site draws makes no difference to what is drawn where
+        if call.target is dropout:  # the site does not change how masks lie on ranks, so equal layers stay equal
             call = replaced(call, "site", 0)
         step = self.steps.forward(call, globalise(call), tuple(given), self.hints(node))
         if isinstance(step, Wrong):
@@ -176,14 +179,14 @@ class _Forward:
     # -- saying so --------------------------------------------------------------------------------------------------
 
     def hints(self, node: fx.Node) -> tuple[tuple[Rows | None, ...] | None, ...]:
-        """The program's own claims of the results' rows: what to try first, never believed."""
+        """The program's own claims about the results' rows. They say what to try first and are never believed."""
         return tuple(self.rows(d) for d in _layouts(node))
 
     def rows(self, dims: Sequence[Dim]) -> tuple[Rows | None, ...]:
         return tuple(None if d.over and d.dynamic_size else self.geometry.of_dim(d) for d in dims)
 
     def claimed(self, node: fx.Node) -> str:
-        """What the program says of a node."""
+        """What the program claims about a node, in words."""
         layouts, note = _layouts(node), getattr(node.meta.get("placed"), "note", "")
         said = f"[{', '.join(map(str, layouts[0]))}]" if len(layouts) == 1 else "the model's value, or rows of it"
         return f"{said}, {note}" if note else said
@@ -209,5 +212,5 @@ def line_of(node: fx.Node) -> str:
 
 
 def _layouts(node: fx.Node) -> tuple[tuple[Dim, ...], ...]:
-    """What the program says of the results' layouts."""
+    """The layouts of the results, according to the program."""
     return getattr(node.meta.get("placed"), "layouts", ())

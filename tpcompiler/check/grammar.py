@@ -1,8 +1,8 @@
-"""The small language that emitted sources are written in. What is not in it is refused with its line.
+"""The small language that emitted sources are written in. Anything else is refused with its line.
 
-A module of constants and of `nn.Module` classes with two methods each. `__init__` makes parameters, groups and numbers;
-`forward` is a list of assignments of expressions. There are no branches but on `self.training`, no state, no hooks, no
-operations in place, and nothing that depends on the rank except through the sizes and rows that `__init__` keeps.
+A source is a module of constants and of `nn.Module` classes with two methods each. `__init__` makes parameters, groups
+and numbers; `forward` is a list of assignments. The only branches are on `self.training`. There is no state, there are
+no hooks and no operations in place, and only the sizes and rows that `__init__` keeps depend on the rank.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _EXPRESSIONS = (
 
 
 def read_source(text: str) -> ast.Module:
-    """The source as a tree, every part of which is in the language. Raises `Refused`."""
+    """Parses a source. Raises `Refused` for the first part that is not in the language."""
     try:
         tree = ast.parse(text)
     except SyntaxError as e:
@@ -239,7 +239,7 @@ def _literal(node: ast.expr) -> bool:
 
 
 class Guarded(ast.NodeTransformer):
-    """Arithmetic that could tell lengths apart is called by name, so that it can be refused for sizes."""
+    """Replaces arithmetic that could tell lengths apart by calls of named functions, which refuse it for sizes."""
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
         return node  # about an argument, not about lengths

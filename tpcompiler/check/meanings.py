@@ -1,6 +1,6 @@
-"""What ATen's operations are as terms: each call with its arguments by name, views and sums in normal form.
+"""The meaning of ATen's operations as terms: arguments by name, views and sums in normal form.
 
-An operation that is not listed is a term of its own: its name and every argument, to the bit.
+An operation that is not listed here becomes a term of its own, which is equal only where every argument is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PLACES = ("device", "pin_memory", "layout", "cudnn_enable", "cudnn_enabled")  #
 
 
 def means(*names: str) -> Callable[[Meaning], Meaning]:
-    """Registers the meaning of operations."""
+    """Registers a function as the meaning of the named operations."""
 
     def register(meaning: Meaning) -> Meaning:
         for name in names:
@@ -33,7 +33,7 @@ def means(*names: str) -> Callable[[Meaning], Meaning]:
 
 
 def packet(target: torch._ops.OpOverload) -> str:
-    """`add` of `aten.add.Tensor`; another library's name is kept whole."""
+    """The name without its overload: `add` for `aten.add.Tensor`. A name of another library is kept whole."""
     name = target._schema.name.removeprefix("aten::")
     return f"bitwise_{name.strip('_')}" if name in ("__and__", "__or__", "__xor__") else name  # Python's operators
 
@@ -47,7 +47,7 @@ def _schema(target: torch._ops.OpOverload) -> tuple[tuple[str, Any, bool], ...]:
 
 
 def bound(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Arguments) -> Arguments:
-    """Every argument by its name, defaults filled in; those that say where a tensor stands left out."""
+    """Every argument by name, with defaults filled in, except those that only say on which device a tensor lies."""
     out: Arguments = {}
     real = any(isinstance(a, Term) and a.dtype is not None and a.dtype.is_floating_point for a in args)
     for i, (name, default, number) in enumerate(_schema(target)):
@@ -183,7 +183,7 @@ def _(f: Forms, a: Arguments) -> Any:
 
 @means("slice_scatter")
 def _(f: Forms, a: Arguments) -> Any:
-    """The rows before, those that are written, and the rows after."""
+    """The rows before the written ones, the written rows, and the rows after them, joined."""
     x, src, d = a["self"], a["src"], a["dim"]
     start, stop = a["start"] or 0, OPEN if a["end"] is None else a["end"]
     if a["step"] != 1 or x.dtype != src.dtype or type(start) is not int or type(stop) is not int:

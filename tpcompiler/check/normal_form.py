@@ -1,13 +1,15 @@
-"""Normal forms: the closed list of equalities by which a program may be written otherwise than its model.
+"""Normal forms: the closed list of equalities by which a program may differ from its model in writing.
 
-Each holds for all values and sizes (`tests/check/test_check_normal_form.py` compares them with torch):
+Each equality holds for all values and sizes (`tests/check/test_check_normal_form.py` compares them with torch):
 
-* views are one `reshape` or one `permute`; a view that changes nothing is its operand
-* `split`, `chunk`, `narrow`, `select`, `slice` are one `slice`; slices of slices and of joined values are taken through
-* slices of one value that are joined in order are a slice of that value
-* sums are sums of all their addends in any order; views, slices and dropout of a sum are the sum of those
-* a product's bias is an addend; a product with rows of a weight is those rows of the product
-* a mean is a sum over a count; dropout in another shape is dropout
+* A chain of reshapes is one `reshape`, a chain of permutations is one `permute`, and a view that changes nothing is its
+  operand.
+* `split`, `chunk`, `narrow`, `select` and `slice` are all `slice`. A slice of a slice is one slice, and a slice of a
+  concatenation is the part that it falls into.
+* Neighbouring slices of one value, concatenated in order, are one slice of that value.
+* Nested sums are one sum of all addends in any order. A view, slice or dropout of a sum is the sum of the addends'.
+* A product's bias is an addend. A product with rows of a weight is those rows of the whole product.
+* A mean is a sum divided by the count. Dropout of a reshaped value is the reshaped dropout.
 """
 
 from __future__ import annotations
@@ -21,22 +23,22 @@ import torch
 from tpcompiler.check.terms import Shape, Term, Terms
 
 Addends = tuple[tuple[Any, Term], ...]  # coefficient and value
-OPEN = 1 << 31  # an end of a slice beyond all lengths
+OPEN = 1 << 31  # from here on, the end of a slice means the end of the dimension
 
 
 class OpenDtype(Exception):
-    """The dtype of a sum follows from more than its addends' dtypes: the sum has no normal form."""
+    """Raised for a sum without a normal form, because its addends' dtypes alone do not determine its dtype."""
 
 
 class Forms(Terms):
     """Builds terms in normal form."""
 
-    known: Shape | None = None  # of the value that is being read, where the model says it
+    known: Shape | None = None  # the shape of the value that is being read, where the model gives it
 
     # -- views ------------------------------------------------------------------------------------------------------
 
     def reshape(self, x: Term, shape: Sequence[int]) -> Term:
-        """`x` in another shape; -1 is worked out."""
+        """`x` in another shape. One size may be -1, and is then computed from the others."""
         shape = _resolved(tuple(shape), prod(x.shape))
         if prod(shape) != prod(x.shape):
             raise ValueError(f"{list(x.shape)} has no shape {list(shape)}")
@@ -51,7 +53,10 @@ class Forms(Terms):
         return self.make("reshape", (x, shape), shape, x.dtype)
 
     def _reshaped_addend(self, v: Term, old: Shape, new: Shape) -> Term | None:
-        """An addend that is as broad as the sum, or stands for its last dimensions."""
+        """An addend in the new shape of its sum. It has the sum's whole shape, or is broadcast over leading dimensions.
+
+        None where no shape of the addend broadcasts to the same values.
+        """
         if v.shape == old:
             return self.reshape(v, new)
         tail = v.shape
@@ -89,7 +94,8 @@ class Forms(Terms):
     # -- slices -----------------------------------------------------------------------------------------------------
 
     def slice(self, x: Term, d: int, start: int | None, stop: int | None) -> Term:
-        """Rows `start` to `stop`. An end beyond the size is kept: no length that is open is taken for a number."""
+        """Rows `start` to `stop` of dimension `d`. A `stop` beyond the size is kept as written, since the size may only
+        stand for an open length."""
         d %= x.rank
         size = x.shape[d]
         a, b = start or 0, size if stop is None or stop >= OPEN else stop
@@ -118,7 +124,7 @@ class Forms(Terms):
         return v if at < 0 or (v.shape[at] == 1 and x.shape[d] != 1) else self.slice(v, at, a, b)
 
     def split(self, x: Term, d: int, sizes: Sequence[int]) -> tuple[Term, ...]:
-        """Segments of the given sizes."""
+        """`x` split along dimension `d` into segments of the given sizes."""
         d %= x.rank
         if sum(sizes) != x.shape[d]:
             raise ValueError(f"segments of {list(sizes)} of {x.shape[d]} rows")
@@ -129,7 +135,7 @@ class Forms(Terms):
         return tuple(out)
 
     def cat(self, parts: Sequence[Term], d: int) -> Term:
-        """Values one after the other."""
+        """The concatenation of values along dimension `d`."""
         d %= parts[0].rank
         flat: list[Term] = []
         for p in parts:
@@ -145,7 +151,7 @@ class Forms(Terms):
         return self.make("cat", (tuple(flat), d), shape, flat[0].dtype)
 
     def _continued(self, a: Term, b: Term, d: int) -> Term | None:
-        """The slice that two slices of one value are together; sums addend by addend."""
+        """One slice for two neighbouring slices of one value, or None. Two sums are joined addend by addend."""
         if a.dtype != b.dtype:
             return None
         if a.op == b.op == "slice" and a.args[:2] == b.args[:2] and a.args[1] == d and a.args[3] == b.args[2]:
@@ -170,7 +176,7 @@ class Forms(Terms):
     # -- sums and products ------------------------------------------------------------------------------------------
 
     def sum(self, addends: Sequence[tuple[Any, Term]]) -> Term:
-        """The sum of values times numbers, of the shape that they broadcast to."""
+        """The sum of number · value, in the shape that the values broadcast to."""
         values = [v for _, v in addends]
         shape = broadcast([v.shape for v in values])
         dtype = values[0].dtype
@@ -188,11 +194,11 @@ class Forms(Terms):
         flat.sort(key=lambda p: (p[1].index, p[0]))
         if len(flat) == 1 and flat[0][0] == 1 and flat[0][1].shape == shape:
             return flat[0][1]
-        key = (*[c for c, _ in flat], *[v.index for _, v in flat], shape)  # deep models' sums have hundreds of addends
+        key = (*[c for c, _ in flat], *[v.index for _, v in flat], shape)  # sums can have hundreds of addends
         return self.make("sum", (tuple(flat), shape), shape, dtype, key=key)
 
     def linear(self, x: Term, w: Term) -> Term:
-        """`x @ w.T`; rows of a weight are taken of the product."""
+        """`x @ w.T`. Where `w` is rows of a weight, the result is those columns of the whole weight's product."""
         lead, k = x.shape[:-1], w.shape[-1]
         if x.shape[-1] != k:
             raise ValueError(f"{list(x.shape)} times a weight of {list(w.shape)}")
@@ -216,7 +222,7 @@ class Forms(Terms):
         return made if made is not None else self.make("linear", (x, w), (*lead, *w.shape[:-1]), x.dtype)
 
     def matmul(self, x: Term, w: Term) -> Term:
-        """`x @ w`; columns of a weight are taken of the product."""
+        """`x @ w`. Where `w` is columns of a weight, the result is those columns of the whole weight's product."""
         lead = x.shape[:-1]
 
         def pulled(u: Term) -> Term | None:
@@ -252,20 +258,20 @@ class Forms(Terms):
         return product if bias is None else self._sum([(1, product), (1, bias)], product.shape, product.dtype)
 
     def mean(self, x: Term, dims: Sequence[int] | None, keep: bool, dtype: Any) -> Term:
-        """The sum over the count."""
+        """The mean over dimensions: the sum divided by the count."""
         at = tuple(range(x.rank)) if not dims else tuple(d % x.rank for d in dims)
         total = self.total(x, at, keep, dtype)
         return self.make("divided", (total, float(prod(x.shape[d] for d in at))), total.shape, total.dtype)
 
     def total(self, x: Term, dims: Sequence[int] | None, keep: bool, dtype: Any) -> Term:
-        """`sum` over dimensions."""
+        """The sum of `x` over dimensions; over all of them where `dims` is empty."""
         at = tuple(sorted(range(x.rank) if not dims else (d % x.rank for d in dims)))
         shape = tuple(1 if d in at else n for d, n in enumerate(x.shape) if keep or d not in at)
         made = dtype or (x.dtype if x.dtype.is_floating_point or x.dtype.is_complex else torch.int64)
         return self.make("total", (x, at, keep, dtype), shape, made)
 
     def dropout(self, x: Term, p: Any, mode: Any, site: Any) -> Term:
-        """The runtime's dropout at one site: of a view it is the view of dropout, of a sum the sum of them."""
+        """The runtime's dropout at one site. Reshapes and sums come after it: it is applied to what they are made of."""
         if x.op == "reshape":
             return self.reshape(self.dropout(x.args[0], p, mode, site), x.shape)
         if x.op == "sum":
@@ -274,7 +280,7 @@ class Forms(Terms):
         return self.make("dropout", (x, p, mode, site), x.shape, x.dtype)
 
     def expand(self, x: Term, shape: Sequence[int]) -> Term:
-        """`x` repeated to a shape."""
+        """`x` expanded to a shape."""
         lead = len(shape) - x.rank
         shape = tuple(x.shape[i - lead] if n == -1 else n for i, n in enumerate(shape))
         if broadcast([x.shape, shape]) != shape:
@@ -295,7 +301,7 @@ def _resolved(shape: Shape, count: int) -> Shape:
 
 
 def _between(parts: Sequence[Term], d: int, a: int, b: int) -> list[Term] | None:
-    """The parts that make up rows `a` to `b`; None when a cut falls inside of one."""
+    """The parts that make up rows `a` to `b`; None where `a` or `b` falls inside a part."""
     taken, at = [], 0
     for p in parts:
         end = at + p.shape[d]
@@ -308,7 +314,7 @@ def _between(parts: Sequence[Term], d: int, a: int, b: int) -> list[Term] | None
 
 
 def broadcast(shapes: Sequence[Shape]) -> Shape:
-    """The shape that these broadcast to."""
+    """The shape that the given shapes broadcast to."""
     rank = max(map(len, shapes))
     out = []
     for d in range(rank):
@@ -323,5 +329,5 @@ def _promoted(a: torch.dtype, b: torch.dtype, ranks: Sequence[int]) -> torch.dty
     if a == b:
         return a
     if 0 in ranks and any(ranks):
-        raise OpenDtype  # what a tensor without dimensions does to the dtype is left to torch
+        raise OpenDtype  # only torch knows what a tensor without dimensions does to the dtype
     return torch.promote_types(a, b)

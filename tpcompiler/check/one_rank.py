@@ -1,4 +1,4 @@
-"""One rank's program as terms: what crosses ranks is opaque, rows are those of every rank of the same sizes at once."""
+"""One rank's program as terms. Collectives are opaque, and rows are those of all ranks with the same sizes at once."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tpcompiler.runtime.runs import length
 
 
 class RankRows(tuple[Any, ...]):
-    """The rows that one rank holds, and those of all ranks of its class."""
+    """The rows that one rank holds, with the rows of all ranks of its class in `of_class`."""
 
     of_class: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class RankClass:
-    """Ranks that hold equally much of everything: the source does the same on them but for rows."""
+    """Ranks whose local sizes are all equal. The source makes the same calls on them and differs only in the rows."""
 
     ranks: tuple[int, ...]
 
@@ -41,7 +41,7 @@ class RankClass:
 
 
 class OneRank(Translator):
-    """Makes terms of one rank's calls, and keeps what it sends in order."""
+    """Turns one rank's calls into terms, and records what the rank sends, in order."""
 
     def __init__(self, forms: Forms, geometry: Geometry, ranks: RankClass) -> None:
         super().__init__(forms)
@@ -52,7 +52,7 @@ class OneRank(Translator):
         self._resolved: dict[Any, Any] = {}
 
     def rows(self, rows: Any) -> tuple[str, int]:
-        """A name for the rows of all ranks of the class."""
+        """A name for the rows that the ranks of the class hold; equal rows have one name."""
         if isinstance(rows, RankRows):
             key: Any = rows.of_class
         elif isinstance(rows, LocalRuns):
@@ -65,7 +65,7 @@ class OneRank(Translator):
         return ("rows", self._rows_known.setdefault(key, len(self._rows_known)))
 
     def groups_rows(self, rows: Any, over: tuple[str, ...]) -> tuple[str, int]:
-        """A name for the rows of every rank of each group that the class' ranks are in."""
+        """A name for the rows of all members of the groups over `over` that the ranks of the class belong to."""
         if isinstance(rows, LocalRuns):
             if (rows, over) not in self._resolved:
                 mesh, coords = self.geometry.mesh, self.geometry.coords
@@ -78,7 +78,7 @@ class OneRank(Translator):
         return ("groups", self._rows_known.setdefault(key, len(self._rows_known)))
 
     def mine(self, rows: Any) -> Any:
-        """The first rank's rows."""
+        """The rows of the class's first rank."""
         if isinstance(rows, LocalRuns):
             return rows.resolve(self.geometry.mesh, self.geometry.coords[self.ranks.first])
         return rows
@@ -137,7 +137,7 @@ class OneRank(Translator):
 
 
 class OneGraph:
-    """The program's graph on the ranks of a class, in one mode."""
+    """The terms of the program's graph for one class of ranks, in one mode."""
 
     def __init__(self, program: Program, translator: OneRank, sizes: Sizes, training: bool) -> None:
         self.program = program
@@ -204,7 +204,7 @@ def _tuples(a: Any) -> Any:
 
 
 def rank_classes(program: Program, geometry: Geometry, said: Sequence[Any]) -> list[RankClass]:
-    """The ranks by how much they hold; `said` is what the source keeps for each rank."""
+    """Groups the ranks by their local sizes and by `said`, the numbers that the source keeps for each rank."""
     dims = {d for dims in program.dims.values() for d in dims if d.over}
 
     def visit(a: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every parameter is held: each element by some rank."""
+"""Checks that some rank holds each element of every parameter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tpcompiler.runtime.mesh import Mesh
 
 
 def uncovered(program: Program) -> Iterator[Refusal]:
-    """What is wrong with the slices of the parameters."""
+    """A refusal for every parameter whose slices do not fit its shape, or leave elements out."""
     for p in program.capture.parameters:
         dims = program.dims.get(p.name)
         if dims is None:
@@ -36,7 +36,7 @@ def uncovered(program: Program) -> Iterator[Refusal]:
 
 
 def _holes(mesh: Mesh, dim: Dim) -> str | None:
-    """The first row of a dimension that no rank holds. Several may hold it: they are its declared copies."""
+    """Names the first row of a dimension that no rank holds; None if there is none. A row may be held several times."""
     if not dim.over:
         return None
     end = 0

@@ -1,4 +1,4 @@
-"""What the checker hands back."""
+"""The checker's verdict."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Refusal:
-    """One step that does not hold."""
+    """What is wrong with a program: what it claims at one place, and what is true there."""
 
-    node: str  # of the program, or a parameter's name
-    line: str  # of the model's source, "file:number: text", or ""
+    node: str  # a node of the program, or a parameter
+    line: str  # the line of the model's source as "file:number: text", or ""
     claimed: str
     true: str
-    example: str = ""  # the smallest differing numbers
+    example: str = ""  # operands and numbers that show the difference
 
     def __str__(self) -> str:
         where = f" ({self.line})" if self.line else ""
@@ -24,10 +24,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The verdict on a program, and what it took."""
+    """The verdict on a program, and what the check took."""
 
-    nodes: int  # of the program's graph, those its outputs need
-    distinct_steps: int  # established by running; the others are equal to one of them
+    nodes: int  # how many nodes of the program its outputs need
+    distinct_steps: int  # how many different steps those nodes make
     seconds: float
     refused: tuple[Refusal, ...] = ()
 
@@ -36,7 +36,7 @@ class CheckReport:
         return not self.refused
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The report as plain values, for `--json`."""
         return {
             "nodes": self.nodes,
             "distinct_steps": self.distinct_steps,

@@ -1,9 +1,9 @@
-"""Smaller sizes at which a step can be run, with every proportion that matters kept.
+"""Finds smaller sizes at which a step can be run without losing how the ranks' rows lie.
 
-Most steps run at the sizes they have. Only operands of many elements (weights) are made smaller: a dimension of n rows
-is cut wherever any rank's rows begin or end, and each piece becomes a few rows, pieces of equal length equally many.
-Which dimensions go together is found by trying: the operation must accept the new shapes, and every dimension of its
-result must be what it was or the same smaller size.
+Most steps run at their own sizes. Only large operands (weights) are made smaller: a dimension is cut into pieces
+wherever any rank's rows begin or end, and each piece becomes a few rows. Pieces of equal length stay equal.
+Which dimensions must shrink together is found by trial: the operation must accept the new shapes, and every dimension
+of its result must have its old size or the same smaller size.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from tpcompiler.check.calls import outputs
 from tpcompiler.check.claims import Rows, Runs
 from tpcompiler.check.cones import Cone, Operand
 
-LARGE = 1 << 16  # elements of an operand; larger ones are made smaller
-HUGE = 1 << 26  # a step that needs this many is not run
-LONG = 64  # rows of a dimension worth making fewer
+LARGE = 1 << 16  # elements; an operand with more is made smaller
+HUGE = 1 << 26  # elements; a step whose operands have more in all is not run
+LONG = 64  # rows; a longer dimension is made shorter
 _WIDTHS = (5, 7, 11, 13, 17, 19, 23, 29)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A dimension's new sizes piece by piece."""
+    """How the pieces of a dimension shrink."""
 
-    old: tuple[int, ...]  # where pieces begin, and the end
+    old: tuple[int, ...]  # where each piece begins, and where the last one ends
     new: tuple[int, ...]
 
     @property
@@ -37,7 +37,7 @@ class Cut:
         return self.new[-1]
 
     def shrink(self, runs: Runs) -> Runs:
-        """Runs of old rows in new rows. KeyError where a piece would be cut."""
+        """Turns runs of old rows into runs of new rows. Raises KeyError for a run that ends inside a piece."""
         at = dict(zip(self.old, self.new, strict=True))
         return tuple((at[a], at[b]) for a, b in runs)
 
@@ -51,9 +51,9 @@ class Cut:
 class Shrink:
     """New sizes for some dimensions of some operands."""
 
-    cuts: dict[int, Cut] = field(default_factory=dict)  # by old size
-    places: frozenset[tuple[int, int]] = frozenset()  # (operand, dimension)
-    in_arguments: bool = False  # integers among the arguments change too
+    cuts: dict[int, Cut] = field(default_factory=dict)  # for each old size
+    places: frozenset[tuple[int, int]] = frozenset()  # which (operand, dimension) shrink
+    in_arguments: bool = False  # whether integers among the arguments change as well
 
     def shape(self, i: int, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(self.cuts[n].size if (i, d) in self.places else n for d, n in enumerate(shape))
@@ -67,7 +67,7 @@ class Shrink:
 
 
 def shrinks(cones: Sequence[Cone], given: Sequence[Operand], rows: Iterable[Rows]) -> Iterator[Shrink]:
-    """Ways to run the cones on small operands, smallest first; the last is none at all."""
+    """Ways to shrink operands that all cones accept, smallest first. The last leaves the operands as they are."""
     none = Shrink()
     if max((prod(o.shape) for o in given), default=0) > LARGE:
         marks: dict[int, set[int]] = {}
@@ -110,7 +110,7 @@ def _search(
 
 
 def _subsets(places: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], ...]]:
-    """All of them first; not more than some dozens of others."""
+    """Sets of places to try: all of them, and smaller ones where the places are few."""
     for k in range(len(places), 0, -1):
         if k == len(places) or len(places) <= 5:
             yield from combinations(places, k)

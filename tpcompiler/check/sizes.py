@@ -1,4 +1,4 @@
-"""Batch and sequence at small sizes that nothing else in the graphs has."""
+"""Chooses numbers for the symbolic sizes (batch, sequence), different from all other sizes in the graphs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _PRIMES = (
 )
 
 
-_ENDLESS = 1 << 31  # what stands for an end beyond all lengths
+_ENDLESS = 1 << 31  # from here on, a number means the end of a dimension and is no size
 
 
 class Sizes:
-    """A number for every symbol of a capture: symbols that are equal in the example stay equal."""
+    """A number for every symbol of a capture. Symbols that are equal in the example get equal numbers."""
 
     def __init__(self, numbers: dict[Any, int], *, of_example: bool = False) -> None:
         self.numbers = numbers
@@ -42,7 +42,7 @@ class Sizes:
 
 
 def made_of(integers: set[int]) -> set[int]:
-    """Primes that are one of these numbers, or the sum or the difference of two of them."""
+    """The primes that are among the given numbers, or are the sum or the difference of two of them."""
 
     def made(p: int) -> bool:
         return p in integers or any(p - a in integers or p + a in integers for a in integers)
@@ -51,9 +51,10 @@ def made_of(integers: set[int]) -> set[int]:
 
 
 def choices(capture: Capture, taken: Iterable[int], degree: int, avoid: Iterable[int] = ()) -> Iterator[Sizes]:
-    """Sizes to run at: small primes not among `taken`, others, then multiples of the degree, then the example's.
+    """Sizes to run at, in the order in which to try them.
 
-    Primes that are not among `avoid` either come first.
+    The first two are small primes that are not in `taken`, those not in `avoid` preferred. Multiples of the degree and
+    the example's own sizes follow.
     """
     hints = _hints(capture)
     distinct = sorted(set(hints.values()))
@@ -110,10 +111,10 @@ def example(capture: Capture) -> Iterator[Sizes]:
 
 
 def beyond(capture: Capture, constants: Iterable[int], *, computed: bool) -> Iterator[Sizes]:
-    """Sizes that stand for all, to compare structure at, not to run: primes beyond every constant and sums of some.
+    """Sizes to compare structure at, which are never run: primes larger than every constant and small sums of them.
 
-    Where sizes are computed from sizes (`computed`) they are compared at even numbers too, since s // 2 and
-    (s - 1) // 2 are one at odd s.
+    Where the graphs compute sizes from sizes (`computed`), even numbers follow, since s // 2 and (s - 1) // 2 are equal
+    at odd s.
     """
     hints = _hints(capture)
     distinct = sorted(set(hints.values()))

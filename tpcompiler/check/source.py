@@ -1,8 +1,8 @@
-"""The emitted source, read again: for every rank and in both modes it must do what the proven graph does.
+"""Reads the emitted source again: for every rank and in both modes it must do what the proven graph does.
 
-The text is first read as a language of its own (`grammar.py`), in which nothing depends on the rank but the sizes and
-rows that constructors keep. It is then run on tensors without values, once for each set of sizes that ranks hold, and
-every call becomes a term. Its outputs, and what it sends to other ranks in order, must be the graph's terms.
+The text is first read as a language of its own (`grammar.py`), in which only the sizes and rows that constructors keep
+depend on the rank. It is then run on tensors without values, once for each class of ranks with equal sizes, and every
+call becomes a term. Its outputs and its collectives must be the graph's terms.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _ASKING = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tens
 
 
 def compare_source(program: Program, text: str, geometry: Geometry, taken: set[int]) -> None:
-    """Raises `Refused` for the first thing that the source does otherwise than the graph."""
+    """Raises `Refused` for the first difference between the source and the graph."""
     with all_nonzero():
         _compare(program, text, geometry, taken)
 
@@ -70,9 +70,9 @@ def _compare(program: Program, text: str, geometry: Geometry, taken: set[int]) -
 def _graphs(
     program: Program, geometry: Geometry, ranks: RankClass, lengths: Sequence[Sizes], most: int
 ) -> Iterator[OneGraph]:
-    """The graph in evaluation at the first lengths at which it can be read, and in training at the next ones.
+    """The graph in evaluation, at the first lengths at which it can be read, then in training, at the next lengths.
 
-    No number of the source, and none that it can make of two of them, is such a length.
+    A length is preferred that is no number of the source, and no sum or difference of two of them.
     """
     found = 0
     failure = ""
@@ -90,13 +90,13 @@ def _graphs(
 
 
 def _integers(tree: ast.Module, kept: Sequence[tuple[int, ...]]) -> set[int]:
-    """Every whole number that stands in the source, or that a constructor keeps on some rank."""
+    """Every integer that the source contains or that a constructor keeps on some rank."""
     written = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and type(n.value) is int}
     return written.union(*kept)
 
 
 def _has_modes(graph: fx.Graph) -> bool:
-    """Whether the graph does something else in training than in evaluation."""
+    """Whether the graph does different things in training and in evaluation."""
     found: list[Any] = []
     for node in graph.nodes:
         fx.node.map_aggregate((node.args, node.kwargs), lambda a: found.append(a) if isinstance(a, Training) else a)
@@ -117,7 +117,7 @@ def _comparison(program: Program) -> Callable[[str, Any, Any], Any]:
 
 
 class _Run:
-    """The source on one rank, against the graph."""
+    """Runs the source on one rank and compares it with the graph."""
 
     def __init__(self, program: Program, names: dict[str, Any], fields: Fields, graph: OneGraph) -> None:
         self.program = program
@@ -156,7 +156,7 @@ class _Run:
         self._finish(found, translator.sent)
 
     def _rows(self, model: nn.Module) -> None:
-        """Rows that a module keeps stand for those of all ranks of the class."""
+        """Replaces the rows that modules keep by `RankRows`, which know the rows of all ranks of the class."""
         ranks = self.translator.ranks
         for module in model.modules():
             for name, values in self.fields.get(type(module).__name__, {}).items():
@@ -183,7 +183,7 @@ class _Run:
         if len(got) != len(expected):
             raise Refused(Refusal("the source", "", f"{len(expected)} outputs", f"{len(got)}", self.where))
         graph, source = Counter(self.graph.sent), Counter(sent)
-        if graph != source:  # their order is the text's, one for all ranks
+        if graph != source:  # the order need not be compared: it is the text's, and so the same on all ranks
             odd = next(iter((graph - source) + (source - graph)))
             claimed = f"the source communicates {odd} of {_operands(odd)}, {graph[odd]} times"
             raise Refused(Refusal("the source", "", claimed, f"{source[odd]} times{self._missing(odd)}", self.where))
@@ -193,7 +193,7 @@ class _Run:
                 raise Refused(Refusal("the source", "", f"output {i} is {y} of the graph", true, self.where))
 
     def _missing(self, term: Any) -> str:
-        """The first value of the graph on the way to this one that the source does not compute."""
+        """Names the first value that this one is computed from and that the source does not compute."""
         seen: set[Term] = set()
         while isinstance(term, Term) and term not in seen:
             seen.add(term)
@@ -209,7 +209,7 @@ def _operands(t: Term) -> str:
 
 
 class _Recorder(TorchFunctionMode):
-    """Watches the source's calls, and gives each result its term."""
+    """Records the source's calls, and knows the term of every tensor."""
 
     def __init__(self, translator: OneRank) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "__get__" or func in _ASKING:
             asked = func(*args, **kwargs)
-            if not isinstance(asked, Tensor):  # x.shape, but not x.T
+            if not isinstance(asked, Tensor):  # such as x.shape; x.T is a tensor, and so a call
                 return asked
         if func is Tensor.__getitem__:
             args = self.sliced(*args)
@@ -254,7 +254,7 @@ class _Recorder(TorchFunctionMode):
         return self.made(self.decomposer.call(func, *given, terms))
 
     def sliced(self, x: Tensor, index: Any) -> tuple[Tensor, Any]:
-        """`x[index]` with its slices taken as they are written: Python would cut ends off at this run's lengths."""
+        """Takes the slices in `x[index]` with the ends as written, which Python would cut off at this run's lengths."""
         items = list(index) if isinstance(index, tuple) else [index]
         if any(isinstance(i, Tensor) and i.dtype == torch.bool or i is True or i is False for i in items):
             return x, index
@@ -278,7 +278,7 @@ class _Recorder(TorchFunctionMode):
         return tuple(map(self.made, value)) if isinstance(value, tuple) else value
 
     def operator(self, target: Callable[..., Any]) -> Callable[..., Any]:
-        """An operator of the runtime, recorded as one call."""
+        """Wraps an operator of the runtime so that it is recorded as one call."""
 
         def read(a: Any) -> Any:
             if isinstance(a, Tensor):

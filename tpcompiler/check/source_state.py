@@ -1,4 +1,4 @@
-"""The parameters and buffers of an emitted module: which, tied how, of what shape and dtype, trained or not."""
+"""Compares an emitted module's parameters and buffers with the program's: names, ties, shapes, dtypes, trainability."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tpcompiler.program import Parameter, Program
 
 
 def compare_state(program: Program, geometry: Geometry, rank: int, model: nn.Module) -> list[tuple[Tensor, str]]:
-    """Every tensor of the module, with the name of its placeholder. Raises `Refused` where it is not the program's."""
+    """Every tensor of the module with the name of its placeholder. Raises `Refused` for the first that differs from the
+    program's."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     seen: dict[int, str] = {}

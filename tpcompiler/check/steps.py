@@ -1,12 +1,12 @@
-"""Establishing steps by running them: forward, and through their vector-Jacobian products.
+"""Establishes steps by running them: forward, and backward through their vector-Jacobian products.
 
-A step is one call as each rank makes it, the same call as the model would make it on whole operands, and what is
-claimed of the operands. Its result's claim is found by running both; claims of gradients likewise. Everything is
-remembered, so that equal layers cost nothing.
+A step consists of one call as each rank makes it, the same call as the model would make it on whole operands, and the
+claims of the operands. Running both gives the claim of the result; running both backward gives the kinds of the
+gradients. Everything is remembered, so that equal layers cost nothing.
 
-The kind of a gradient is a set of mesh dimensions: the ranks' gradients, summed over those, are the model's, for the
-rows that they hold. The empty set: each rank's is the model's already. Along mesh dimensions where ranks hold nothing
-in common both say the same, and the set leaves them out. None: no gradient at all.
+The kind of a gradient is a set of mesh dimensions: summed over these, the ranks' gradients are the model's gradient of
+the rows that they hold. With the empty set, each rank's gradient is the model's already. Mesh dimensions along which
+ranks hold nothing in common make no difference and are left out of the set. None means that there is no gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tpcompiler.check.find import Draw, Sizes, find_claim, held
 from tpcompiler.check.shrink import Shrink, shrinks
 from tpcompiler.check.trial import Given, Kind, Out, Trial
 
-Hints = tuple[tuple[Rows | None, ...] | None, ...]  # for each result, rows to try first
+Hints = tuple[tuple[Rows | None, ...] | None, ...]  # the rows to try first, for each result
 
 _NEITHER = "neither the model's value, nor rows of it, nor a sum that gives it"
 
@@ -46,10 +46,10 @@ class Step:
     call: Call
     whole: Call
     given: tuple[Given, ...]
-    outs: tuple[Out | None, ...]  # None: not a tensor
-    many: bool  # the result is a list
-    identity: bool  # the model's call returns its only operand
-    shrink: Shrink | None  # how it was run; None: equal operands make equal results
+    outs: tuple[Out | None, ...]  # None for a result that is no tensor
+    many: bool  # whether the results are a list
+    identity: bool  # whether the model's call returns its only operand
+    shrink: Shrink | None  # the sizes it was run at; None where it was not, because all ranks make the model's call
     kinds: dict[tuple[Kind, ...], tuple[Kind, ...] | Wrong] = field(default_factory=dict)
 
 
@@ -64,7 +64,7 @@ class Steps:
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, call: Call, whole: Call, given: tuple[Given, ...], hints: Hints) -> Step | Wrong:
-        """What the call makes of the operands. `hints`: the program's own claims of the results' rows."""
+        """The step that the call makes on these operands. `hints` are the program's own claims about the results."""
         key = (call.key, whole.key, given, hints)
         if key not in self.known:
             try:
@@ -88,7 +88,7 @@ class Steps:
         return failure or Wrong(f"its operands are too large to be run: {[list(o.shape) for o in operands]}")
 
     def describe(self, cone: Cone, operands: Sequence[Operand]) -> tuple[tuple[Operand | None, ...], bool]:
-        """Shapes and dtypes of the model's results, and whether they need gradients; and whether they are a list."""
+        """The model's results as operands (shape, dtype, need of a gradient), and whether they are a list."""
         key = (tuple((c.key, gs) for c, gs in cone.steps), tuple(operands))
         if key not in self.shapes:
             result = cone.outline(operands)
@@ -128,7 +128,7 @@ class Steps:
         return Step(trial.call, trial.whole, trial.given, tuple(outs), many, identity, trial.shrink)
 
     def _tries(self, trial: Trial, m: Operand, hint: tuple[Rows | None, ...] | None) -> list[list[Rows]]:
-        """For each dimension, rows to try: the program's own claim, the operands', those its arguments speak of."""
+        """Rows to try for each dimension: the program's own claim, the operands' rows, and rows among the arguments."""
         dims = [self.geometry.of_dim(d) for d in dims_of(trial.call)]
         everywhere = [*(r for g in trial.given for r in g.claim.rows), *dims]
         out: list[list[Rows]] = []
@@ -139,7 +139,7 @@ class Steps:
         return out
 
     def _sums(self, trial: Trial) -> list[Over]:
-        """Mesh dimensions over which the result may be a partial sum: those that tell operands apart."""
+        """The sets of mesh dimensions over which the result may be partial: those along which anything differs."""
         names = {n for g in trial.given for n in (*g.claim.partial, *self.geometry.moving(g.claim))}
         names |= set(trial.call.over or ())
         names |= {n for d in dims_of(trial.call) for n in d.over}
@@ -148,7 +148,7 @@ class Steps:
     def _explain(
         self, trial: Trial, m: Operand, draws: list[Draw], sizes: Sizes, hint: tuple[Rows | None, ...] | None
     ) -> Wrong:
-        """The first difference from what was claimed."""
+        """Shows the first difference between the ranks' results and the program's claim."""
         claim = Claim(hint if hint is not None and len(hint) == len(m.shape) else (None,) * len(m.shape))
         operands = ", ".join(str(list(t.shape)) for t in trial.tensors)
         for drawn in draws:
@@ -183,7 +183,7 @@ class Steps:
         found: list[Kind] | None = None
         if step.shrink is None:
             distinct = {k for k in kinds if k is not None}
-            if len(distinct) == 1:  # the product is linear in the gradient, and the same on all ranks
+            if len(distinct) == 1:  # all ranks compute the same vector-Jacobian product, and it is linear
                 (kind,) = distinct
                 return tuple(kind if g.operand.grad else None for g in step.given)
         for seed in range(trial.draws):

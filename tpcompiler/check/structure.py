@@ -1,8 +1,7 @@
-"""Whether a program computes the model's values, decided by structure: its outputs' terms are the model's.
+"""Decides by structure whether a program computes the model's values: whether its outputs are the model's terms.
 
-Every rank's rows are put together in thought: a program is read as one rank alone would run it. How the ranks hold
-these values is for `forward.py` to establish. Batch and sequence are primes beyond every constant, so that no length
-is taken for a number that stands in the model.
+The program is read as a single rank would run it, with all rows. How the ranks hold these values is for `forward.py` to
+establish. Batch and sequence are primes beyond every constant, so that no length is mistaken for a number of the model.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Model:
         return self.translator.call(node.target, args, kwargs, self.described(val))
 
     def described(self, val: Any) -> Any:
-        """What is known of a value: stand-ins with its sizes as numbers."""
+        """Tensors on meta with a value's shape and dtype, at these sizes; None for what is no tensor."""
         if isinstance(val, Tensor):
             return torch.empty(self.sizes.shape(val.shape), dtype=val.dtype, device="meta")
         if isinstance(val, (tuple, list)):
@@ -74,7 +73,7 @@ class Model:
 
 
 def arguments(node: fx.Node, env: Mapping[fx.Node, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A node's arguments with values in the place of nodes, as one rank alone would have them."""
+    """A node's arguments as a single rank would have them, with values instead of nodes."""
 
     def read(a: Any) -> Any:
         if isinstance(a, fx.Node):
@@ -123,7 +122,7 @@ def _outputs(node: fx.Node, model: Model, env: Mapping[fx.Node, Any]) -> None:
 
 
 def _stranger(node: fx.Node, model: Model, env: Mapping[fx.Node, Any]) -> fx.Node:
-    """The first node on the way to a wrong output that is no value of the model, all its operands being some."""
+    """The node where the computation of a wrong output leaves the model: its operands are the model's, it is not."""
     seen = {node}
     todo, found = [node], node
     while todo:

@@ -1,7 +1,7 @@
-"""Terms: what a value is computed from, each once, so that equal computations are one object.
+"""Terms: how a value is computed. Equal computations are the same object.
 
-A term is an operation's name, its arguments (terms, numbers, dtypes, nested tuples) and what is known of its result.
-Two terms are equal exactly when they are the same object: no number is ever drawn to find that out.
+A term is an operation's name, its arguments (terms, numbers, dtypes, nested tuples), and its result's shape and dtype.
+Two terms are equal exactly when they are the same object, so that comparing them needs no numbers.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Term:
 
 
 class Terms:
-    """All terms so far."""
+    """All terms made so far, each once."""
 
     def __init__(self) -> None:
         self._made: dict[Any, Term] = {}
 
     def find(self, op: str, args: tuple[Any, ...]) -> Term | None:
-        """The term of this operation on these arguments, if there is one already."""
+        """The term of this operation on these arguments, if it was made before."""
         return self._made.get((op, keyed(args)))
 
     def make(self, op: str, args: tuple[Any, ...], shape: Any, dtype: Any, items: Any = None, key: Any = None) -> Term:
-        """The term of this operation on these arguments. `key` may stand for the arguments, where that is shorter."""
+        """The term of this operation on these arguments. A shorter `key` may identify the arguments."""
         key = (op, keyed(args) if key is None else key)
         found = self._made.get(key)
         if found is None:
@@ -54,11 +54,11 @@ class Terms:
         return found
 
 
-_PLAIN = frozenset((int, Term, str, type(None), torch.dtype))  # equal ones are the same argument
+_PLAIN = frozenset((int, Term, str, type(None), torch.dtype))  # types whose equal values are the same argument
 
 
 def keyed(a: Any) -> Any:
-    """Hashable, and different for 1, 1.0 and True."""
+    """A hashable stand-in for an argument, different for 1, 1.0 and True."""
     kind = type(a)
     if kind is tuple:
         for x in a:
@@ -88,7 +88,7 @@ def children(a: Any) -> list[Term]:
 
 
 def described(term: Term) -> str:
-    """The operation with its arguments, for messages."""
+    """A term as text, for messages: the operation with its arguments."""
 
     def said(a: Any) -> str:
         if isinstance(a, tuple):

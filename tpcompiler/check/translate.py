@@ -1,4 +1,4 @@
-"""Calls as terms: ATen's operations, and the runtime's operators as one rank alone would run them."""
+"""Turns calls into terms: ATen's operations, and the runtime's operators as a single rank would run them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ aten = torch.ops.aten
 
 
 class Translator:
-    """Makes terms of calls. `whole`: the runtime's operators are what they are on one rank, for all ranks' rows."""
+    """Turns calls into terms. The runtime's operators mean what they do on a single rank, which holds all rows."""
 
     def __init__(self, forms: Forms) -> None:
         self.forms = forms
         self._inferred: dict[Any, Any] = {}
 
     def call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], known: Any = None) -> Any:
-        """The result of a call: a term, a tuple of terms, or a number. `known`: its shapes and dtypes, if given."""
+        """The result of a call: a term, a tuple of terms, or a number. `known` has its shapes and dtypes, if given."""
         if target is operator.getitem and isinstance(args[0], (tuple, Term)):
             return self.item(args[0], args[1])
         if isinstance(target, torch._ops.OpOverload):
@@ -40,7 +40,7 @@ class Translator:
         if runtime_signature(target) is not None:
             return self.runtime(target, by_name(target, args, kwargs), known)
         if not any(isinstance(a, Term) for a in args):
-            return target(*args, **kwargs)  # sizes from sizes
+            return target(*args, **kwargs)  # a size computed from sizes
         raise ValueError(f"{getattr(target, '__name__', target)} is no operation that a program may call")
 
     def item(self, value: Any, i: int) -> Any:
@@ -68,7 +68,7 @@ class Translator:
         return self.own(name, tuple(given.items()), known, lambda: (target, args, kwargs))
 
     def own(self, op: str, args: tuple[Any, ...], known: Any, call: Callable[[], Any]) -> Any:
-        """A term whose shape is that of the model's value, or worked out without values."""
+        """A term without a normal form. Its shape is the one in `known`, or is found by running the call on meta."""
         found = self.forms.find(op, args)
         if found is None:
             described = described_value(known) if known is not None else self.infer(*call())
@@ -79,7 +79,7 @@ class Translator:
         return found if found.items is None else tuple(self.item(found, i) for i in range(len(found.items)))
 
     def infer(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The shape and dtype that a call's result has, found by torch on tensors without values."""
+        """The shape and dtype of a call's result, found by running it on meta tensors."""
         key = (target, keyed(_outline(tuple(args))), keyed(_outline(tuple(sorted(kwargs.items())))))
         if key not in self._inferred:
 
@@ -99,7 +99,7 @@ class Translator:
     # -- the runtime's operators, on one rank alone -----------------------------------------------------------------
 
     def runtime(self, target: Any, a: dict[str, Any], known: Any) -> Any:
-        """What the operator is of whole values."""
+        """The meaning of one of the runtime's operators on whole values."""
         f = self.forms
         if target in (runtime.enter, runtime.reduce, runtime.scatter_sequence):
             return a["x"]
@@ -156,21 +156,21 @@ def all_nonzero() -> AbstractContextManager[None]:
 
 
 def mode_of(a: Any) -> Any:
-    """An argument that depends on the mode, one that is the same in both modes being itself."""
+    """An argument that may depend on the mode. One that is the same in both modes becomes a plain value."""
     if isinstance(a, Training):
         return a.on if keyed(a.on) == keyed(a.off) else a
     return a
 
 
 def described_value(value: Any) -> Any:
-    """(shape, dtype), or a list of them."""
+    """A value's (shape, dtype), or the list of them for several values."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     return [(tuple(v.shape), v.dtype) for v in value]
 
 
 def whole_argument(a: Any) -> Any:
-    """An argument as one rank alone would have it."""
+    """An argument as a single rank would have it."""
     if isinstance(a, LocalSize):
         return a.dim.size
     return mode_of(a)

@@ -1,4 +1,4 @@
-"""A step run: each rank's call on what it holds, and the model's on whole operands, at small sizes."""
+"""Runs a step at small sizes: each rank's call on what the rank holds, and the model's call on whole operands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.layout import LocalRuns, LocalSize
 from tpcompiler.runtime import Group, Ranks, dropout, gather
 
-Kind = Over | None  # of a gradient: see `steps`
+Kind = Over | None  # the kind of a gradient, which `steps` explains
 
 _DRAWS = 2
 _MOST = 16
@@ -30,7 +30,7 @@ _MOST = 16
 
 @dataclass(frozen=True)
 class Given:
-    """An operand of a step: what it is of the model, and how the ranks hold it."""
+    """An operand of a step: the model's value, and how the ranks hold it."""
 
     operand: Operand
     claim: Claim
@@ -38,14 +38,14 @@ class Given:
 
 @dataclass(frozen=True)
 class Out:
-    """A tensor that a step makes."""
+    """A result of a step: the model's value, and how the ranks hold it."""
 
-    operand: Operand  # shape, dtype and need of a gradient, of the model's value
+    operand: Operand
     claim: Claim
 
 
 class Trial:
-    """A step, at the sizes at which it is run."""
+    """A step at the sizes at which it is run."""
 
     def __init__(self, geometry: Geometry, call: Call, whole: Call, given: tuple[Given, ...], shrink: Shrink) -> None:
         self.geometry = geometry
@@ -62,21 +62,21 @@ class Trial:
 
     @property
     def draws(self) -> int:
-        """How many runs it takes: more where few indices must reach the rows of many ranks."""
+        """How many runs the step needs: more where few indices must reach the rows of many ranks."""
         indices = [prod(o.shape) for o in self.operands if not o.dtype.is_floating_point and o.dtype != torch.bool]
         if not indices or all(g.claim.whole for g in self.given):
             return _DRAWS
         return max(_DRAWS, min(_MOST, -(-2 * self.geometry.size // max(1, min(indices)))))
 
     def mode(self, seed: int) -> bool:
-        """Whether to run in training: dropout always, what else depends on the mode in turn."""
+        """Whether a run is in training: always for dropout, in every other run for all else."""
         return self.call.target is dropout or (bool(seed % 2) and not self.call.random)
 
     def _sizes(self, i: int) -> Sizes:
         return Sizes(self.given[i].operand.shape, self.operands[i].shape, self.shrink)
 
     def take(self, i: int, whole: Tensor, r: int) -> Tensor:
-        """A rank's rows of something shaped like the whole operand."""
+        """Rank `r`'s rows of `whole`, a tensor of the shape of operand `i`."""
         return held(whole, self.given[i].claim, r, self._sizes(i))
 
     def _draw(self, seed: int, training: bool) -> None:
@@ -88,7 +88,7 @@ class Trial:
                 self._split(i, g.claim, seed)
 
     def _split(self, i: int, claim: Claim, seed: int) -> None:
-        """Random parts that sum to the operand."""
+        """Splits a partial operand into random addends, one for each rank."""
         generator = torch.Generator().manual_seed(1000 + seed)
         for group in self.geometry.groups(claim.partial):
             value = self.take(i, self.tensors[i], group[0])
@@ -102,7 +102,7 @@ class Trial:
             self._pieces[i, group[0]] = left
 
     def held(self, i: int, r: int) -> Tensor:
-        """What rank `r` holds of operand `i`."""
+        """The part of operand `i` that rank `r` holds."""
         if self.given[i].claim.whole:
             return self.tensors[i]
         if (i, r) not in self._pieces:
@@ -110,7 +110,7 @@ class Trial:
         return self._pieces[i, r]
 
     def forward(self, seed: int, training: bool) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """The model's results, and each rank's."""
+        """Runs the step forward: the model's results, and each rank's."""
         self._draw(seed, training)
         with torch.no_grad():
             whole = outputs(self.cone.run(self.tensors, training))
@@ -129,7 +129,7 @@ class Trial:
     def backward(
         self, seed: int, outs: tuple[Out | None, ...], kinds: tuple[Kind, ...]
     ) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
-        """The gradients of the operands: the model's, and each rank's."""
+        """Runs the step backward: the model's gradients of the operands, and each rank's."""
         training = self.mode(seed)
         self._draw(seed, training)
         leaves = [
@@ -162,7 +162,7 @@ class Trial:
         return [next(rest) if g.operand.grad else None for g in self.given]
 
     def _share(self, gradient: Tensor, out: Out | None, over: Over, generator: torch.Generator) -> list[Tensor]:
-        """Ranks' gradients of a result that, summed over mesh dimensions, give the whole one."""
+        """Splits a result's gradient into parts, one for each rank, that sum to it over the given mesh dimensions."""
         assert out is not None
         sizes = Sizes(out.operand.shape, tuple(gradient.shape), self.shrink)
         claim = Claim(out.claim.rows)
@@ -179,7 +179,7 @@ class Trial:
         return mine
 
     def gradient_holds(self, i: int, whole: Tensor, mine: list[Tensor], over: Over) -> bool:
-        """Whether the ranks' gradients of an operand, summed over mesh dimensions, are the model's."""
+        """Whether the ranks' gradients of operand `i`, summed over the given mesh dimensions, are the model's."""
         claim, sizes = Claim(self.given[i].claim.rows), self._sizes(i)
         if not over:
             return all(close(mine[r], held(whole, claim, r, sizes)) for r in range(self.geometry.size))
@@ -221,7 +221,7 @@ class Trial:
 
 
 def _add_rows(total_: Tensor, claim: Claim, r: int, sizes: Sizes, part: Tensor) -> None:
-    """Add a rank's rows to the whole, in place."""
+    """Adds a rank's part to its rows of the total, in place."""
     split = [d for d, rows in enumerate(claim.rows) if rows is not None]
     if not split:
         total_ += part

@@ -1,4 +1,4 @@
-"""What the sweeps need to know of the model: the placeholders' shapes, its samples, and where its dropouts stand."""
+"""What the sweeps need to know about the model: its placeholders, its number of samples, and its dropouts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tpcompiler.program import Capture
 
 
 class Table:
-    """A capture at given sizes."""
+    """What the sweeps need of a capture, at given sizes."""
 
     def __init__(self, capture: Capture, sizes: Sizes) -> None:
         self.sizes = sizes
         self.operands: dict[str, Operand] = {}  # placeholders by name
-        self.batched: dict[int, bool] = {}  # dropouts by site: whether different samples have different masks
+        self.batched: dict[int, bool] = {}  # whether a dropout's masks differ between samples, by its site
         batch = _batch(capture)
         self.samples = None if batch is None else sizes(batch)
         stored = {p.node: p for p in capture.parameters}
@@ -35,7 +35,7 @@ class Table:
 
 
 def _batch(capture: Capture) -> Any:
-    """How many samples a batch has: dimension 0 of the first input."""
+    """The number of samples in a batch: the size of dimension 0 of the first input."""
     for node in capture.graph.nodes:
         if node.op == "placeholder" and node.name in capture.inputs[:1] and node.meta["val"].dim():
             return node.meta["val"].shape[0]
@@ -43,7 +43,7 @@ def _batch(capture: Capture) -> Any:
 
 
 def _has(shape: Sequence[Any], batch: Any) -> bool:
-    """Whether a shape depends on an open number of samples."""
+    """Whether a shape depends on the batch size, where that is symbolic."""
     if not isinstance(batch, torch.SymInt):
         return False
     found = {symbol for n in shape if isinstance(n, torch.SymInt) for symbol in n.node.expr.free_symbols}
