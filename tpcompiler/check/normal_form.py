@@ -271,7 +271,7 @@ class Forms(Terms):
         return self.make("total", (x, at, keep, dtype), shape, made)
 
     def dropout(self, x: Term, p: Any, mode: Any, site: Any) -> Term:
-        """The runtime's dropout at one site. Reshapes and sums come after it: it is applied to what they are made of."""
+        """The runtime's dropout at one site. It moves inside a reshape, and to each addend of a sum."""
         if x.op == "reshape":
             return self.reshape(self.dropout(x.args[0], p, mode, site), x.shape)
         if x.op == "sum":
