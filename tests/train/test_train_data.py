@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from tpcompiler.errors import TpcError
 from tpcompiler.spec.schema import Spec
+from tpcompiler.train.data import parts
 from tpcompiler.train.data import tokens as tokens_module
 from tpcompiler.train.data.batches import Batch, Batches, Corpus, open_corpus, split
-from tpcompiler.train.data.corpus import Source, pieces
 from tpcompiler.train.data.samples import Causal
-from tpcompiler.train.data.tokenizer import ByteTokenizer
+from tpcompiler.train.data.tokenizer import ByteTokenizer, Tokenizer
 from tpcompiler.train.data.tokens import TokenFile, Tokens
 from tpcompiler.train.settings import Train
 
@@ -190,21 +190,24 @@ def test_large_ids_survive_uint32(tmp_path: Path) -> None:
 
 def test_text_is_tokenised_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    encode = ByteTokenizer.encode
+    pack = parts.pack_part
 
-    def counted(self: ByteTokenizer, text: str) -> list[int]:
+    def counted(part: parts.Part, tokenizer: Tokenizer) -> parts.Packed:
         nonlocal calls
         calls += 1
-        return encode(self, text)
+        return pack(part, tokenizer)
 
-    monkeypatch.setattr(ByteTokenizer, "encode", counted)
+    monkeypatch.setattr(parts, "pack_part", counted)
     corpus(tmp_path, "a" * 999)
     assert calls == 1
-    assert corpus(tmp_path, "a" * 999).train.samples.sample(0, 0)["input_ids"].tolist() == [97] * 16
+    state = (tmp_path / "text.txt").stat()
+    (tmp_path / "moved.txt").write_text("a" * 999)
+    os.utime(tmp_path / "moved.txt", ns=(state.st_atime_ns, state.st_mtime_ns))  # found again by size, time and samples
+    moved = open_corpus(settings_of(tmp_path, data={"path": str(tmp_path / "moved.txt")}))
+    assert moved.train.samples.sample(0, 0)["input_ids"].tolist() == [97] * 16
     assert calls == 1
     assert corpus(tmp_path, "b" * 999).train.samples.sample(0, 0)["input_ids"].tolist() == [98] * 16
     assert calls == 2
-    assert not list((tmp_path / "cache").glob("*.part"))
 
 
 def test_a_failed_tokenisation_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,19 +217,42 @@ def test_a_failed_tokenisation_leaves_nothing_behind(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(TpcError, match=r"cannot write: no space left on device"):
         corpus(tmp_path, "a" * 999)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
 
 def test_long_text_is_cut_without_losing_a_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpcompiler.train.data.corpus._PIECE", 50)
-    text = "".join(f"line {i}\r\n  indented {i}\n\n" for i in range(40)) + "no break at the end"
+    monkeypatch.setattr(parts, "PIECE", 50)
+    monkeypatch.setattr(parts, "PART", 300)
+    text = "".join(f"line {i}\r\n  indented {i}\n\n" for i in range(40)) + "no break at the end é"
     path = tmp_path / "t.txt"
     path.write_text(text, "utf-8", newline="")
-    got = list(pieces(Source(path, "text"), "text"))
+    cut = list(parts.cut(path, "text", "text", tmp_path))
+    assert len(cut) > 2
+    got = [piece for part in cut for piece in parts.pieces(part)]
     assert "".join(piece for piece, _ in got) == text
     assert [ends for _, ends in got] == [False] * (len(got) - 1) + [True]
     assert len(got) > 10
     assert not any(piece[0].isspace() for piece, _ in got)
+
+
+def test_what_was_tokenised_before_a_crash_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART", 200)
+    monkeypatch.setattr(parts, "_ALONE", 0)
+    path, folder, tokenizer = tmp_path / "t.txt", tmp_path / "ids", ByteTokenizer()
+    folder.mkdir()
+    path.write_text("".join(f"line {i}\n" for i in range(100)))
+    (folder / ".part-00001.bin.dead.tmp").write_bytes(b"half")  # of a killed writer
+    whole = parts.tokenise(path, "text", "text", tokenizer, folder, workers=2)  # processes
+    assert len(whole) > 3
+    assert not list(folder.glob(".*"))
+    os.truncate(folder / whole[1].name, 10)
+    made: list[str] = []
+    monkeypatch.setattr(parts, "pack_part", lambda part, t: made.append(part.out) or parts.pack(
+        parts.pieces(part), t, Path(part.out), part.stop - part.start))  # fmt: skip
+    assert parts.tokenise(path, "text", "text", tokenizer, folder, workers=1) == whole
+    assert [Path(m).name for m in made] == [whole[1].name]
+    ids = b"".join((folder / p.name).read_bytes() for p in whole)
+    assert list(array("H", ids)) == [*path.read_bytes(), 256]
 
 
 def test_documents_of_jsonl_end_with_the_end_token(tmp_path: Path) -> None:
@@ -357,11 +383,11 @@ def test_many_readers_may_tokenise_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: open_corpus(train).train.batch_at(0, 0).fingerprint(), range(8)))
     assert len(set(found)) == 1
-    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".bin", ".json"]
+    assert sorted(p.suffix for p in (tmp_path / "cache").rglob("*") if p.is_file()) == [".bin", ".json"]
 
 
 def test_a_cut_cache_is_made_again(tmp_path: Path) -> None:
     before = corpus(tmp_path, "abc" * 300).train.batch_at(0, 0).fingerprint()
-    (cached,) = (tmp_path / "cache").glob("*.bin")
+    (cached,) = (tmp_path / "cache").rglob("*.bin")
     os.truncate(cached, 100)
     assert corpus(tmp_path, "abc" * 300).train.batch_at(0, 0).fingerprint() == before

@@ -78,7 +78,11 @@ class Case:
 
     @property
     def path(self) -> str:
-        return self.model if self.model.endswith(".py") else str(ROOT / "models" / f"{self.model}.py")
+        return (
+            self.model
+            if self.model.endswith(".py") or self.model.startswith("hf:")
+            else str(ROOT / "models" / f"{self.model}.py")
+        )
 
 
 CASES = {

@@ -21,6 +21,7 @@ import typer
 from tpcompiler.cli import compile as compiling
 from tpcompiler.cli import eval as measuring
 from tpcompiler.cli import merge
+from tpcompiler.cli import tokenize as tokenizing
 from tpcompiler.cli import train as training
 from tpcompiler.cli.screen import complain
 from tpcompiler.errors import CheckError, TpcError
@@ -66,6 +67,10 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
             "tpc train models/gpt2.py --spec specs/demo.yaml -o runs/demo",
             "tpc train models/gpt2.py --spec specs/2way.yaml --data 'corpus/*.jsonl' -t optimizer.lr=1e-3 -o runs/gpt2",
         ),
+    ),
+    "tokenize": (
+        tokenizing.tokenize,
+        ("tpc tokenize 'corpus/*.jsonl' --tokenizer gpt2/tokenizer.json",),
     ),
     "eval": (
         measuring.evaluate,

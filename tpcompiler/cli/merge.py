@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tpcompiler.cli.options import AsJson
+from tpcompiler.cli.options import AsJson, Set
 from tpcompiler.cli.screen import Screen
 from tpcompiler.cli.tables import size
 from tpcompiler.errors import TpcError
@@ -21,31 +21,49 @@ def merge(
             "--output", "-o", metavar="OUT", help="A .safetensors file, or a directory in Hugging Face's form."
         ),
     ],
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="KIND", help="bf16, fp16, fp32 or fp64. Default: every bit as it is."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="hf:DIR or hf:TYPE: its configuration and tokenizer are written beside. A checkpoint knows it itself.",
+        ),
+    ] = None,
+    settings: Set = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if there are weights.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Put the ranks' weights together again.
 
-    Under the names they came with, bit for bit.
+    Under the names they came with, bit for bit. `from_pretrained` reads the directory of an hf: model.
     """
     screen = Screen(as_json)
-    _refuse_mistakes(directory, out)
+    _refuse_mistakes(directory, out, force)
     with screen.open(), screen.progress() as stages:
         stages("merging")
-        from tpcompiler import weights
+        from tpcompiler.train.run.merging import merge as put_together
 
-        files = weights.merge(directory, out, progress=stages.bytes)
+        files = put_together(directory, out, dtype, model, settings, progress=stages.bytes)
         written = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
     screen.show(*(f"{f['file']}  {size(file.stat().st_size)}" for f, file in zip(written, files, strict=True)))
     screen.result({"files": written})
 
 
-def _refuse_mistakes(directory: Path, out: Path) -> None:
-    """Raises `TpcError` for the two usual mistakes: a run instead of its checkpoint, a file of another format."""
+def _refuse_mistakes(directory: Path, out: Path, force: bool) -> None:
+    """Raises `TpcError` for the usual mistakes: a run instead of its checkpoint, another format, weights in the way."""
     from tpcompiler.train.run.checkpoint import checkpoints
 
     if out.suffix in (".pt", ".pth", ".bin", ".ckpt") and not out.is_dir():
         would = out.with_suffix(".safetensors")
         raise TpcError(f"{out}: merge writes a .safetensors file or a directory of them; {would} would work")
+    held = next(out.glob("*.safetensors"), None) if out.is_dir() else out if out.exists() else None
+    if held is not None and not force:
+        raise TpcError(f"{held}: is there already; name another place, or add --force to replace it")
     found = checkpoints(directory / "checkpoints")
     if found and not (directory / "manifest.json").exists():
         raise TpcError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from tpcompiler.load.target import Arguments, Inputs, Loaded
 from tpcompiler.spec.located import one_line
 from tpcompiler.spec.schema import Spec, nearest
 
+# Files of a directory that say how text becomes tokens, and how text is generated.
+_BESIDE = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "spiece.*",
+    "chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 _TASKS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION")
 
 
@@ -45,7 +51,33 @@ def load_hf(ref: str, spec: Spec, arguments: Arguments) -> Loaded:
         return (), _inputs(cls, config, sizes, spec, ref)
 
     weights = directory if directory and any(directory.glob("*.safetensors")) else None
-    return Loaded(build, make_inputs, ref, cls.__name__, spec.inputs, spec.seed, weights)
+    return Loaded(build, make_inputs, ref, cls.__name__, spec.inputs, spec.seed, weights, arguments.overrides)
+
+
+def save_beside(ref: str, spec: Spec, arguments: Arguments, dtype: torch.dtype, out: Path) -> None:
+    """What `from_pretrained` and generation need beside the weights of `hf:…`: configuration and tokenizer.
+
+    The configuration is the one that the model was built by, with `dtype`; the tokenizer's files and the configuration
+    of generation are those of the directory, where it has them. Raises `TpcError`.
+    """
+    import transformers
+
+    place, architecture = _split(ref.removeprefix("hf:"))
+    directory = Path(place) if Path(place).exists() else None
+    written = _read(directory, place, transformers) if directory else {"model_type": _type(place, transformers)}
+    config = _config(written, arguments, ref, transformers)
+    cls = _class(config, architecture, ref, transformers)
+    config.architectures, config.dtype = [cls.__name__], dtype
+    try:
+        config.save_pretrained(out)
+        if directory is not None:
+            for pattern in _BESIDE:
+                for file in directory.glob(pattern):
+                    shutil.copyfile(file, out / file.name)
+        if not (out / "generation_config.json").exists() and cls.can_generate():
+            transformers.GenerationConfig.from_model_config(config).save_pretrained(out)
+    except OSError as e:
+        raise ModelError(f"{out}: cannot write: {(e.strerror or str(e)).lower()}") from None
 
 
 def _split(place: str) -> tuple[str, str]:

@@ -134,9 +134,17 @@ def _moved(weights: Weights, old: Entry, dims: Mapping[str, Sequence[Dim]], mesh
 
 
 def merge(
-    directory: Path | str, out: Path | str, *, max_file: int = MAX_FILE, progress: Progress | None = None
+    directory: Path | str,
+    out: Path | str,
+    *,
+    max_file: int = MAX_FILE,
+    dtype: torch.dtype | None = None,
+    beside: Callable[[Path], None] = lambda new: None,
+    progress: Progress | None = None,
 ) -> tuple[Path, ...]:
     """Put a model's tensors together again, under the names they came with, bit for bit. Returns the files.
+
+    `dtype` converts floating-point tensors. `beside(new)` adds files to a directory before it is put in place.
 
     `out` ending in `.safetensors` is one file; else a directory in Hugging Face's form: `model.safetensors`, or
     parts of at most `max_file` bytes and an index. Digests, and copies on several ranks, are compared.
@@ -144,7 +152,9 @@ def merge(
     """
     verify(directory)
     with Weights(directory, compare_copies=True) as weights:
-        chosen = [(name, weights.entry(e.name)) for e in weights.manifest.entries for name in e.stored]
+        chosen = [
+            (name, _converted(weights.entry(e.name), dtype)) for e in weights.manifest.entries for name in e.stored
+        ]
         total = _Count(sum(Spot(n, e.dtype, e.shape).bytes for n, e in chosen), progress)
         if Path(out).suffix == ".safetensors":
             with replacing_file(out) as new:
@@ -152,7 +162,12 @@ def merge(
             return (Path(out),)
         with replacing(out, _is_merged) as new:
             names = _write_parts(weights, chosen, new, max_file, total)
+            beside(new)
         return tuple(Path(out) / name for name in names)
+
+
+def _converted(entry: Entry, dtype: torch.dtype | None) -> Entry:
+    return entry if dtype is None or not entry.dtype.is_floating_point else replace(entry, dtype=dtype)
 
 
 def _write_parts(weights: Weights, chosen: Sequence[Named], new: Path, max_file: int, total: _Count) -> list[str]:
@@ -186,7 +201,7 @@ def _write_plain(weights: Weights, chosen: Sequence[Named], path: Path, total: _
     with TensorFileWriter(path, spots) as writer:
         for spot in spots:
             for block in blocks(spot.shape, spot.dtype.itemsize):
-                value = weights.read(entries[spot.name].name, block)
+                value = weights.read(entries[spot.name].name, block).to(spot.dtype)
                 writer.write(value)
                 total.add(value.nbytes)
         writer.close()

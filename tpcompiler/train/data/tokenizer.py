@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
     @property
     def digest(self) -> str: ...
 
+    @property
+    def name(self) -> str | None:
+        """What `load_tokenizer` makes another one of, in another process; None: nothing does."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: nothing is put before or after it."""
 
@@ -53,6 +57,10 @@ class ByteTokenizer:
     vocab: int = 261
     specials: Specials = field(default=Specials(end=256, pad=257, cls=258, sep=259, mask=260))
     digest: str = "bytes-1"
+
+    @property
+    def name(self) -> str | None:
+        return "bytes" if type(self) is ByteTokenizer else None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", "surrogatepass"))
@@ -82,7 +90,8 @@ class FileTokenizer:
             raise TpcError(
                 f"{path}: needs the tokenizers package: pip install tokenizers, or tokenizer: bytes"
             ) from None
-        text = _read(path)
+        self.name: str | None = str(path)
+        self.text = text = _read(path)
         try:
             self._backend = Backend.from_str(text)
         except Exception as e:  # the library raises bare Exceptions

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -22,13 +21,13 @@ from torch import Tensor
 
 from tpcompiler.errors import TpcError
 from tpcompiler.runtime.stored import disk
-from tpcompiler.train.data.corpus import Source, content_digest, pieces
+from tpcompiler.train.data import parts
+from tpcompiler.train.data.corpus import Source, builtin, fingerprint
 from tpcompiler.train.data.tokenizer import Tokenizer
 from tpcompiler.train.settings import Data
 from tpcompiler.weights.atomic import replacing_file
 
 _DTYPES = {"uint16": torch.uint16, "uint32": torch.uint32}
-_CODES = {"uint16": "H", "uint32": "I"}
 _SCAN = 1 << 24  # tokens looked at in one go
 
 
@@ -70,13 +69,13 @@ class Tokens:
     def read(self, start: int, stop: int) -> Tensor:
         """Ids start … stop − 1, int64."""
         assert 0 <= start <= stop <= len(self), f"tokens {start} … {stop} of {len(self)}"
-        parts = []
+        pieces = []
         for i in range(bisect_right(self._ends, start), len(self.files)):
             offset = self._ends[i] - self.files[i].count
             if offset >= stop:
                 break
-            parts.append(self.files[i].ids[max(start - offset, 0) : stop - offset].to(torch.int64))
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+            pieces.append(self.files[i].ids[max(start - offset, 0) : stop - offset].to(torch.int64))
+        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
 
     def __str__(self) -> str:
         names = [str(f.path) for f in self.files]
@@ -90,9 +89,11 @@ def open_tokens(found: Iterable[Source], data: Data, tokenizer: Tokenizer) -> To
     file, a token file of unknown or broken type, text that cannot be read, a full disk.
     """
     cache = cache_directory(data)
-    return Tokens(
-        tuple(_ready(s, data, cache) if s.format == "tokens" else _tokenised(s, data, tokenizer, cache) for s in found)
-    )
+    files: list[TokenFile] = []
+    for source in found:
+        ready = source.format == "tokens"
+        files += [_ready(source, data, cache)] if ready else tokenised(source, data, tokenizer, cache)
+    return Tokens(tuple(files))
 
 
 def cache_directory(data: Data) -> Path:
@@ -101,27 +102,28 @@ def cache_directory(data: Data) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpcompiler"
 
 
-def _tokenised(source: Source, data: Data, tokenizer: Tokenizer, cache: Path) -> TokenFile:
-    key = f"{content_digest(source)} {source.format} {data.field} {tokenizer.digest}"
-    path = cache / f"{sha256(key.encode()).hexdigest()[:32]}.bin"
-    known = _read_sidecar(path)
-    if known is not None and path.is_file() and path.stat().st_size == known.bytes:
-        return known
-    dtype = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
-    count, largest = 0, 0
-    with disk(path, "write"), replacing_file(path) as new, new.open("wb") as out:
-        for text, ends in pieces(source, data.field):
-            ids = tokenizer.encode(text)
-            if ends and tokenizer.specials.end is not None and ids:
-                ids.append(tokenizer.specials.end)
-            if ids:
-                array(_CODES[dtype], ids).tofile(out)
-                count, largest = count + len(ids), max(largest, max(ids))
-        if not count:
-            raise TpcError(f"data {source}: the file is empty")
-        out.flush()
-        os.fsync(out.fileno())
-    return _write_sidecar(TokenFile(path, dtype, count, largest))
+def tokenised(
+    source: Source,
+    data: Data,
+    tokenizer: Tokenizer,
+    cache: Path,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, whole: None,
+) -> list[TokenFile]:
+    """A text's ids, in files of the cache: those that are missing are made. See `parts.tokenise`."""
+    key = f"{fingerprint(source)} {source.format} {data.field} {tokenizer.digest} {parts.PART} {parts.PIECE}"
+    folder = cache / sha256(key.encode()).hexdigest()[:32]
+    with disk(folder, "write"):
+        folder.mkdir(parents=True, exist_ok=True)
+    if source.path is None:
+        texts, out = builtin(), folder / "part-00000.bin"
+        size = sum(map(len, texts))
+        packed = [parts.known(out, size) or parts.pack(((t, True) for t in texts), tokenizer, out, size)]
+    else:
+        packed = parts.tokenise(source.path, source.format, data.field, tokenizer, folder, workers, progress)
+    if not any(p.count for p in packed):
+        raise TpcError(f"data {source}: the file is empty")
+    return [TokenFile(folder / p.name, p.dtype, p.count, p.largest) for p in packed if p.count]
 
 
 def _ready(source: Source, data: Data, cache: Path) -> TokenFile:

@@ -51,6 +51,7 @@ class State:
     evaluation: float | None = None  # the loss on held-out text at this step, if it was taken
     layouts: Mapping[str, Any] = field(default_factory=dict)  # parameter → its layout, before data ranks share it
     settings: Mapping[str, Any] = field(default_factory=dict)  # all that the run is made of, by dotted key
+    model: Mapping[str, Any] = field(default_factory=dict)  # its source, and the overrides of its arguments
     skipped: int = 0  # steps left out because a batch was bad; those that the loss scale left out are in `scale`
 
     def dump(self) -> str:

@@ -118,6 +118,7 @@ def save(run: TrainingRun, step: int, evaluation: float | None) -> None:
         evaluation=evaluation,
         layouts={name: [to_tree(d) for d in program.dims[name]] for name in parameters},
         settings=run.settings,
+        model=run.model,
     )
     listed = entries(program, engine.numbers.master)
     tensors = run.host.copy({**engine.tensors(), **_buffers(engine)})

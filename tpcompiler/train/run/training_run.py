@@ -58,6 +58,7 @@ class TrainingRun:
     engine: Engine
     directory: Path | None
     settings: Flat  # all that the run is made of, by key
+    model: dict[str, Any] = field(default_factory=dict)  # where it came from, for whoever reads a checkpoint
     writer: Writer | None = None
     first: int = 0  # steps done before
     batches: Batches = field(init=False)
@@ -90,7 +91,8 @@ def set_up(loaded: Loaded, spec: Spec, train: Train, place: Place, directory: Pa
     settings = all_settings(spec, train, compiled.capture, corpus)
     compare_ranks(place, settings, compiled.sharded.source)
     engine = Engine(compiled, Ranks.from_env(mesh, timeout=place.timeout), train, spec.seed, place.device)
-    out = TrainingRun(train, spec, place, corpus, engine, directory, settings)
+    model = {"source": loaded.source, "overrides": dict(loaded.overrides)}
+    out = TrainingRun(train, spec, place, corpus, engine, directory, settings, model)
     tell(_summary(out, example))
     if directory is not None:
         kept = train.checkpoints
