@@ -42,6 +42,9 @@ nightly: $(READY) ## what takes hours: hundreds of cases, kills, all zoo models 
 mutants: $(READY) ## faults planted in correct programs, and what the checker lets through
 	$(BIN)/python -m benchmarks.mutants --sites 1 -o out/mutants.json
 
+soak: $(READY) ## two hours of faults against one small run, which must end as if there had been none
+	$(BIN)/python -m benchmarks.soak --minutes 120 -o out/soak
+
 families: $(READY) ## every family of transformers that traces, split and compared
 	$(BIN)/python -m benchmarks.families --out out/families.json
 
@@ -66,4 +69,4 @@ docs: $(READY) ## the documentation's pages, in site/
 clean: ## what the other targets made, the virtual environment included
 	rm -rf .venv out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo test nightly mutants families compatibility bench pictures lint docs clean
+.PHONY: help setup demo test nightly mutants soak families compatibility bench pictures lint docs clean

@@ -41,3 +41,10 @@ class RuleError(TpcError):
 
 class DecodeError(TpcError):
     """A model cannot be run token by token: names the op that needs later tokens, and the model's own line."""
+
+
+class RankEnded(SystemExit):
+    """This rank ends with the others. All that is to be said was said, and every `finally` on the way was run."""
+
+    def __init__(self, code: int = 2) -> None:
+        super().__init__(code)

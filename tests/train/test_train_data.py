@@ -247,8 +247,12 @@ def test_what_was_tokenised_before_a_crash_is_kept(tmp_path: Path, monkeypatch: 
     assert not list(folder.glob(".*"))
     os.truncate(folder / whole[1].name, 10)
     made: list[str] = []
-    monkeypatch.setattr(parts, "pack_part", lambda part, t: made.append(part.out) or parts.pack(
-        parts.pieces(part), t, Path(part.out), part.stop - part.start))  # fmt: skip
+
+    def noted(part: parts.Part, tokenizer: Tokenizer) -> parts.Packed:
+        made.append(part.out)
+        return parts.pack(parts.pieces(part), tokenizer, Path(part.out), part.stop - part.start)
+
+    monkeypatch.setattr(parts, "pack_part", noted)
     assert parts.tokenise(path, "text", "text", tokenizer, folder, workers=1) == whole
     assert [Path(m).name for m in made] == [whole[1].name]
     ids = b"".join((folder / p.name).read_bytes() for p in whole)

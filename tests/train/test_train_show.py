@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from models.gpt2 import example_inputs as gpt2_inputs
 from models.llama import Llama
 from tpcompiler.errors import TpcError
 from tpcompiler.train.show.display import Display, Meter, facts, line, sparkline
-from tpcompiler.train.show.log import NAME, RunLog, StepRecord, read_log
+from tpcompiler.train.show.log import NAME, Board, RunLog, StepRecord, read_log
 from tpcompiler.train.show.plot import plot
 from tpcompiler.train.step.flops import flops_per_token, forward_flops, peak_tflops
 
@@ -62,6 +63,58 @@ def test_going_on_forgets_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     with RunLog(tmp_path, resumed=3, tensorboard=False) as log:
         log.write(StepRecord(step=4, loss=40.0))
     assert [(r.step, r.loss) for r in read_log(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_what_is_written_is_json_and_a_corrupt_line_does_not_stop_a_run_that_goes_on(tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    with RunLog(tmp_path, tensorboard=False) as log:
+        log.write(StepRecord(step=1, loss=float("nan"), grad_norm=float("inf")))
+        log.write(StepRecord(step=2, loss=2.0))
+    path = tmp_path / NAME
+    for line_ in path.read_text().splitlines():
+        json.loads(line_, parse_constant=refuse)
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\xff rubbish\n" + second)
+    with RunLog(tmp_path, resumed=2, tensorboard=False) as log:
+        log.write(StepRecord(step=3, loss=3.0))
+    assert [r.step for r in read_log(tmp_path)] == [1, 2, 3]
+
+
+def test_a_full_disk_costs_records_and_is_said_once(tmp_path: Path) -> None:
+    class Full:
+        def add_scalar(self, *_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        close = add_scalar
+
+    lost: list[str] = []
+    with RunLog(tmp_path, tensorboard=False, lost=lost.append) as log:
+        log._writers.append(Board(Full()))
+        for step in (1, 2, 3):
+            log.write(StepRecord(step=step, loss=1.0))
+    assert len(lost) == 1
+    assert "training continues" in lost[0]
+    assert [r.step for r in read_log(tmp_path)] == [1, 2, 3]
+
+
+def test_the_panel_shows_small_rates_at_80_columns_and_is_drawn_rarely() -> None:
+    out = io.StringIO()
+    drawn = 0
+    with Display("a run", 500, Console(file=out, force_terminal=True, width=80, color_system=None)) as display:
+        draw = display._draw
+
+        def counted() -> None:
+            nonlocal drawn
+            drawn += 1
+            draw()
+
+        display._draw = counted  # type: ignore[method-assign]
+        for step in range(1, 401):
+            display.show(StepRecord(step=step, loss=1.0, lr=1.2e-4, grad_norm=0.5, tokens_per_second=1e6, seconds=0.1))
+    assert "0.00012" in out.getvalue()
+    assert drawn < 10
 
 
 def test_logs_that_are_none_are_one_line(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import random
 import signal
 import threading
 import time
@@ -16,18 +18,29 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.train.test_train_checkpoint import snapshot
 from tests.train.test_train_engine_runs import failing, newest, same
-from tests.train.train_runs import CASES, Case, Processes, in_processes, losses, train_command
-from tpcompiler.errors import TpcError, WeightsError
+from tests.train.train_runs import CASES, Case, Processes, compile_once, in_processes, losses, train_command
+from tpcompiler.errors import RankEnded, TpcError, WeightsError
+from tpcompiler.execute.simulate import run_ranks
+from tpcompiler.load.model import load_model
 from tpcompiler.program import Parameter
+from tpcompiler.runtime import Ranks
+from tpcompiler.spec.schema import Spec
+from tpcompiler.train.data.batches import open_corpus
 from tpcompiler.train.hold.mapping import Renaming, map_names
+from tpcompiler.train.hold.owned import from_constructor
 from tpcompiler.train.optim.schedule import learning_rate
-from tpcompiler.train.run.board import Board
-from tpcompiler.train.run.checkpoint import checkpoints, name_of
+from tpcompiler.train.optim.spikes import Spikes
+from tpcompiler.train.run.board import Board, connect
+from tpcompiler.train.run.checkpoint import Writer, checkpoints, leave, name_of
 from tpcompiler.train.run.launch import Place
 from tpcompiler.train.run.stop import REASONS, StopRequest, parse_duration
-from tpcompiler.train.run.training_run import check_changes, check_shared, compare_ranks
+from tpcompiler.train.run.together import together
+from tpcompiler.train.run.training_run import check_changes, check_shared, compare_ranks, locked
 from tpcompiler.train.settings import Train
+from tpcompiler.train.step.compiled import loss_output, training_inputs
+from tpcompiler.train.step.engine import Engine
 from tpcompiler.weights import open_source
 
 GPT2 = CASES["gpt2"]
@@ -327,9 +340,145 @@ def test_schedules_rise_to_the_peak_and_never_rise_again(decay: str) -> None:
         assert rates[50] == pytest.approx(1e-5)
 
 
+def test_what_eval_cannot_measure_is_one_line(tmp_path: Path) -> None:
+    in_processes(GPT2, 1, 1, tmp_path, steps=1, schedule={"warmup": 0})
+    (tmp_path / "text").write_text("a text of some words")
+    command = ["eval", GPT2.path, "-s", str(tmp_path / "spec.yaml"), "-w", str(tmp_path / "run"), "--device", "cpu"]
+    command += ["--perplexity", str(tmp_path / "text")]
+    assert "sequence 16 or less would work" in failing([*command, "-t", "sequence=32"], 1, tmp_path)
+    assert "token id 260" in failing([*command, "--set", "vocab=200"], 1, tmp_path)
+    file = newest(tmp_path) / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # the same size
+    file.write_bytes(content)
+    assert f"{file}: altered" in failing(command, 1, tmp_path)
+
+
 def test_a_masked_model_has_no_perplexity(tmp_path: Path) -> None:
     bert = CASES["bert"]
     in_processes(bert, 1, 1, tmp_path, steps=1, schedule={"warmup": 0})
     (tmp_path / "text").write_text("a text of some words")
     command = ["eval", bert.path, "-s", str(tmp_path / "spec.yaml"), "-w", str(tmp_path / "run"), "--device", "cpu"]
     assert "no causal model" in failing([*command, "--perplexity", str(tmp_path / "text")], 1, tmp_path)
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_every_finally_is_run_on_all_ranks_when_one_fails(failing_rank: int, tmp_path: Path) -> None:
+    """The other rank is at work, in no collective: it leaves its work all the same."""
+    context: Any = multiprocessing.get_context("fork")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [context.Process(target=_works, args=(r, failing_rank, store.port, tmp_path)) for r in range(2)]
+    for p in ranks:
+        p.start()
+    for p in ranks:
+        p.join(30)
+    assert [p.exitcode for p in ranks] == [2, 2]
+    assert {p.name for p in tmp_path.iterdir()} == {"left-0", "left-1", "said"}
+    assert (tmp_path / "said").read_text() == "0: this rank fails"
+
+
+def _works(rank: int, failing_rank: int, port: int, here: Path) -> None:
+    board = Board(rank, 2, connect("127.0.0.1", port), 20)
+    try:
+        with together(
+            Place(rank, 2, rank, torch.device("cpu"), board),
+            lambda line: (here / "said").write_text(f"{rank}: {line}") and None,
+        ):
+            (here / f"part-{rank}").write_text("")
+            try:
+                board.gather("started")
+                if rank == failing_rank:
+                    raise TpcError("this rank fails")
+                while True:
+                    time.sleep(0.01)
+            finally:
+                (here / f"part-{rank}").rename(here / f"left-{rank}")
+    except RankEnded as e:
+        os._exit(int(str(e.code)))
+
+
+def test_a_checkpoint_that_not_all_ranks_wrote_to_one_place_is_not_announced(tmp_path: Path) -> None:
+    """As on hosts without a shared file system."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    errors = []
+    writers = [Writer(tmp_path / str(r), Board(r, 2, store, 20)) for r in range(2)]
+
+    def write(rank: int) -> None:
+        try:
+            writers[rank].write(snapshot(1, rank))
+        except WeightsError as e:
+            errors.append(str(e))
+
+    threads = [threading.Thread(target=write, args=(r,)) for r in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(errors) == 1 and "is not on this host" in errors[0]
+    assert not checkpoints(tmp_path / "0")
+    assert writers[0].done() == []
+
+
+def test_a_parameter_that_differs_between_ranks_is_named_with_the_rank() -> None:
+    spec = Spec.load(GPT2.spec(2))
+    settings = spec.section(Train)
+    loaded = load_model(GPT2.path, spec)
+    inputs = training_inputs(loaded, open_corpus(settings).train.batch_at(0, 0).tensors)
+    compiled = compile_once(loaded, spec, inputs, loss_output, double=True)
+
+    def body(ranks: Ranks) -> str:
+        engine = Engine(compiled, ranks, settings, spec.seed, torch.device("cpu"))
+        engine.fill(from_constructor(lambda name: compiled.recorded.replay(name, spec.seed)))
+        engine.compare_replicas(3)
+        if ranks.coords["tensor"] == 1:  # one bit, as a broken memory would
+            engine.storage.masters["ln_f.weight"].data.view(torch.int64)[3] ^= 1
+        try:
+            engine.compare_replicas(4)
+        except TpcError as e:
+            return str(e)
+        return ""
+
+    for said in run_ranks(compiled.sharded.program.mesh, body):
+        assert said.startswith("step 4: ln_f.weight should be the same")
+        assert "rank 1 of the group has another" in said
+
+
+def test_a_failed_start_leaves_no_directory_and_no_lock(tmp_path: Path) -> None:
+    with pytest.raises(TpcError, match="no good"), locked(tmp_path / "run"):
+        raise TpcError("no good")
+    assert not (tmp_path / "run").exists()
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "kept").write_text("")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["kept"]
+
+
+def test_spikes_stand_out_from_the_last_steps_and_are_not_remembered() -> None:
+    draw = random.Random(0)
+    spikes = Spikes(6.0)
+    assert not any(spikes.fault(2 + draw.gauss(0, 0.1), 1 + draw.gauss(0, 0.1)) for _ in range(150))
+    assert "loss is 9, " in spikes.fault(9.0, 1.0)
+    assert "gradient's norm is 5, " in spikes.fault(2.0, 5.0)
+    assert spikes.fault(2.3, 1.2) == ""
+    assert "norm is inf" in Spikes(None).fault(1.0, float("inf"))
+    again = Spikes(6.0, json.loads(json.dumps(spikes.state())))
+    assert "loss is 9, " in again.fault(9.0, 1.0)
+    few = Spikes(2.0)
+    assert [few.fault(x, 1.0) for x in (1.0, 50.0, 1.0)] == ["", "", ""]  # nothing to compare with yet
+
+
+def test_going_back_two_checkpoints_leaves_the_newer_one_behind(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        threads = [
+            threading.Thread(target=Writer(tmp_path, Board(r, 2, store, 20), keep=3).write, args=(snapshot(step, r),))
+            for r in range(2)
+        ]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    newest_, board = tmp_path / name_of(3), Board()
+    assert leave(tmp_path, newest_, board, "a") == tmp_path / name_of(2)
+    assert [p.name for p in checkpoints(tmp_path)] == [name_of(2), name_of(1)]
+    assert (tmp_path / f"left-{name_of(3)}").is_dir()
+    assert leave(tmp_path, tmp_path / name_of(1), board, "b") == tmp_path / name_of(1)  # the oldest stays

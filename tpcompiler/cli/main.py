@@ -24,7 +24,7 @@ from tpcompiler.cli import merge
 from tpcompiler.cli import tokenize as tokenizing
 from tpcompiler.cli import train as training
 from tpcompiler.cli.screen import complain
-from tpcompiler.errors import CheckError, TpcError
+from tpcompiler.errors import CheckError, RankEnded, TpcError
 
 app = typer.Typer(
     name="tpc",
@@ -105,6 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TpcError as e:
         complain(str(e), as_json)
         return 1 if isinstance(e, CheckError) else 2
+    except RankEnded as e:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(e.code if isinstance(e.code, int) else 2)  # a group of ranks that has failed may wait for ever at exit
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `tpc schema | head`

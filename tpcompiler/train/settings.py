@@ -165,6 +165,9 @@ class Logging(Section):
         default=None,
         description="Whether a TensorBoard log is written beside log.jsonl. Left out: when the package is there.",
     )
+    wandb: str | None = Field(
+        default=None, min_length=1, description="A project of Weights & Biases that gets the records as well."
+    )
 
 
 class Train(Section):
@@ -196,11 +199,17 @@ class Train(Section):
     tokenizer: str = Field(
         default="bytes", min_length=1, description="`bytes`, or the path of a tokenizer.json or of its directory."
     )
-    on_bad_batch: Literal["stop", "skip", "rewind"] = Field(
+    on_bad_batch: Annotated[str, Field(pattern=r"^(stop|skip|rewind( [1-9][0-9]*)?)$")] = Field(
         default="stop",
-        description="What a step whose loss or gradient is not finite does. stop: ends the run. skip: leaves the "
-        "weights as they are; the host then waits for every step. rewind: goes back to the newest checkpoint, and "
-        "continues with the data behind that batch.",
+        description="What a bad batch does, one whose loss or gradient is not finite or a `spike`. stop: ends the run. "
+        "skip: leaves the weights as they are; the host then waits for every step. rewind, or rewind N: goes back to "
+        "the newest checkpoint, or to the N-th newest, and continues with the data behind that batch.",
+    )
+    spike: float | None = Field(
+        default=None,
+        gt=1,
+        description="The loss or gradient norm that makes a batch bad, in standard deviations above the mean of the "
+        "last 100 steps, once there are 20. Left out: none.",
     )
     compare_ranks: int = Field(
         default=1000,

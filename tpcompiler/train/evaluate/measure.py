@@ -14,6 +14,7 @@ from tpcompiler.execute.interpret import bind_inputs
 from tpcompiler.layout import slice_on
 from tpcompiler.load.target import Inputs, Loaded
 from tpcompiler.runtime import Ranks, Rng
+from tpcompiler.runtime.stored import MANIFEST
 from tpcompiler.spec.schema import Spec
 from tpcompiler.train.data.tokenizer import Tokenizer, load_tokenizer
 from tpcompiler.train.data.wikitext import join_words
@@ -27,7 +28,7 @@ from tpcompiler.train.run.training_run import CHECKPOINTS
 from tpcompiler.train.settings import Train
 from tpcompiler.train.step.compiled import Compiled, compile_model, logits_output
 from tpcompiler.train.step.limits import check_inputs
-from tpcompiler.weights import open_source
+from tpcompiler.weights import load_manifest, open_source, verify
 from tpcompiler.weights.manifest import DATA
 
 
@@ -144,7 +145,11 @@ def _filled(
     allocate(module, place.device, numbers.compute)
     names = {p.name: p.aliases for p in compiled.capture.parameters if not p.buffer}
     slices = {n: slice_on(program.dims[n], program.mesh, ranks.coords) for n in names}
-    with open_source(newest(weights)) as source:
+    there = newest(weights)
+    if (there / MANIFEST).is_file():  # each rank looks at its share of the files
+        files = [f.name for f in load_manifest(there).files]
+        verify(there, files[place.rank :: place.world])
+    with open_source(there) as source:
         _, read = values_of(source, compiled.capture, renaming)
         fill(by_name(module, names), slices, read)
     fill_buffers(module, program, ranks.coords)

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class State:
     layouts: Mapping[str, Any] = field(default_factory=dict)  # parameter → its layout, before data ranks share it
     settings: Mapping[str, Any] = field(default_factory=dict)  # all that the run is made of, by dotted key
     model: Mapping[str, Any] = field(default_factory=dict)  # its source, and the overrides of its arguments
+    recent: Sequence[Sequence[float]] = ()  # loss and norm of the last steps, to know a spike by
     skipped: int = 0  # steps left out because a batch was bad; those that the loss scale left out are in `scale`
 
     def dump(self) -> str:
@@ -240,9 +241,9 @@ def remove(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def set_aside(path: Path) -> Path | None:
-    """Renames a damaged checkpoint, so that it is never counted, nor deleted. Returns its new path."""
-    there = path.with_name(f"damaged-{path.name}")
+def set_aside(path: Path, why: str = "damaged") -> Path | None:
+    """Renames a checkpoint, so that it is never counted, nor deleted. Returns its new path."""
+    there = path.with_name(f"{why}-{path.name}")
     shutil.rmtree(there, ignore_errors=True)
     try:
         os.rename(path, there)
@@ -296,6 +297,20 @@ def set_aside_newer(directory: Path, found: Path | None, board: Board) -> None:
             if path == found:
                 break
             set_aside(path)
+
+
+def leave(directory: Path, newest: Path, board: Board, key: str) -> Path:
+    """Goes back behind the newest checkpoint, to the one before if that is whole. Collective.
+
+    The one that is left gets another name, or a run that is killed now would continue from it.
+    """
+    before = [p.name for p in checkpoints(directory) if p.name < newest.name]
+    name = board.gather(f"{key}/before", before[0] if before else "")[0]
+    if not name or any(board.gather(f"{key}/whole", _damage(directory / name, board.rank, board.world))):
+        return newest
+    if board.rank == 0:
+        set_aside(newest, "left")
+    return directory / name
 
 
 def _damage(path: Path, part: int, parts: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tpcompiler.load.target import Loaded
 from tpcompiler.spec.schema import Spec
 from tpcompiler.train.data.batches import Batch
-from tpcompiler.train.run.checkpoint import State, sweep
+from tpcompiler.train.run.checkpoint import State, leave, sweep
 from tpcompiler.train.run.launch import Place
 from tpcompiler.train.run.reporter import BadStep, Report, Reporter
 from tpcompiler.train.run.saving import Start, newest_whole, restore, resume, save
@@ -66,7 +66,7 @@ def loop(run: TrainingRun, stop: StopRequest, tell: Tell) -> Report:
             return _steps(run, stop)
         except BadStep as bad:
             rewinds += 1
-            if run.train.on_bad_batch != "rewind" or rewinds > REWINDS:
+            if not run.train.on_bad_batch.startswith("rewind") or rewinds > REWINDS:
                 raise
             _rewind(run, bad, rewinds, tell)
 
@@ -77,8 +77,11 @@ def _rewind(run: TrainingRun, bad: BadStep, count: int, tell: Tell) -> None:
     if run.writer is not None:
         run.writer.wait()
     found = newest_whole(run, tell, f"rewind-{count}")
-    if found is None:
+    if found is None or run.directory is None:
         raise bad
+    back = int(run.train.on_bad_batch.removeprefix("rewind") or 1)
+    for i in range(1, back):  # the one before each; the oldest, when there are not as many
+        found = leave(run.directory / CHECKPOINTS, found, run.place.board, f"rewind-{count}-{i}")
     restore(run, found, State.load(found))
     run.batches = replace(run.batches, first_position=after)
     tell(f"step {stopped_at} had a bad batch: goes back to {found} and continues with the data behind that batch")

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,9 +108,9 @@ class Reporter:
         run = self._run
         self._display = stack.enter_context(Display(run.engine.compiled.capture.model, run.train.steps))
         if run.directory is not None:
-            self._log = stack.enter_context(
-                RunLog(run.directory, run.first, run.train.logging.tensorboard, self._display.message)
-            )
+            wanted = run.train.logging
+            log = RunLog(run.directory, run.first, wanted.tensorboard, self._display.message, wanted.wandb)
+            self._log = stack.enter_context(log)
         self._clock = time.perf_counter()
 
     def timed(self, read: Callable[[], Returned]) -> Returned:
@@ -137,12 +136,10 @@ class Reporter:
             raise TpcError(
                 f"step {outcome.step}: the ranks of a tensor group read different batches; is the data the same on all?"
             )
-        if not (isfinite(loss) and isfinite(norm)):
-            what = f"loss is {loss}" if not isfinite(loss) else f"gradient's norm is {norm}"
-            if outcome.applied:
-                raise BadStep(outcome.step, what)
-            if outcome.scale is None:
-                self.message(f"step {outcome.step}: the {what}; the weights were left as they are")
+        if outcome.fault:
+            self.message(f"step {outcome.step}: the {outcome.fault}; the weights were left as they are")
+        elif outcome.applied and (fault := self._fault(loss, norm)):
+            raise BadStep(outcome.step, fault)
         now = time.perf_counter()
         speeds: dict[str, Any] = {**self._meter.step(now - self._clock), "data_seconds": self._waited}
         self._clock = now
@@ -155,6 +152,11 @@ class Reporter:
         self._last = StepRecord(outcome.step, loss, outcome.lr, norm, tokens, memory=memory, **speeds)
         if outcome.step % train.logging.every == 0 or outcome.step == train.steps:
             self._show(self._last)
+
+    def _fault(self, loss: float, norm: float) -> str:
+        """What is wrong with a step that the engine has not judged."""
+        skips = self._run.train.on_bad_batch == "skip" and self._run.engine.scale is None
+        return "" if skips else self._run.engine.spikes.fault(loss, norm)
 
     def _show(self, record: StepRecord) -> None:
         if self._log is not None:

@@ -15,6 +15,7 @@ from tpcompiler.runtime.stored import disk
 from tpcompiler.train.hold.mapping import NameMap, Renaming, check_checkpoint, values_of
 from tpcompiler.train.hold.owned import checkpoint_mesh, entries, from_constructor
 from tpcompiler.train.optim.scaler import Scale
+from tpcompiler.train.optim.spikes import Spikes
 from tpcompiler.train.run.checkpoint import Snapshot, State, find, set_aside_newer
 from tpcompiler.train.run.training_run import CHECKPOINTS, SETTINGS, Tell, TrainingRun, check_changes
 from tpcompiler.train.settings import Train
@@ -83,6 +84,7 @@ def restore(run: TrainingRun, found: Path, state: State) -> None:
         check_checkpoint(source, engine.compiled.capture)
         engine.restore(source.read, state.updates)
     engine.skipped = state.skipped
+    engine.spikes = Spikes(run.train.spike, state.recent)
     if engine.scale is not None and state.scale is not None:
         engine.scale = Scale.from_state_dict(state.scale)
     run.first = state.step
@@ -119,6 +121,7 @@ def save(run: TrainingRun, step: int, evaluation: float | None) -> None:
         layouts={name: [to_tree(d) for d in program.dims[name]] for name in parameters},
         settings=run.settings,
         model=run.model,
+        recent=engine.spikes.state(),
     )
     listed = entries(program, engine.numbers.master)
     tensors = run.host.copy({**engine.tensors(), **_buffers(engine)})

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import sha256
@@ -43,7 +43,7 @@ FREE = (
     "mesh.*", "shard.*", "override*", "axes*", "uneven", "allow_empty", "hardware.*", "inputs*", "outputs*",
     "train.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile", "train.cuda_graphs",
     "train.evaluation.*", "train.checkpoints.*", "train.logging.*", "train.data.cache", "train.data.path",
-    "train.data.validation", "train.on_bad_batch", "train.compare_ranks",
+    "train.data.validation", "train.on_bad_batch", "train.spike", "train.compare_ranks",
 )  # fmt: skip
 
 
@@ -188,25 +188,40 @@ def _digest(value: Any) -> str:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """The run's directory for this process alone. Raises `TpcError` when another run has it."""
+    """The run's directory for this process alone; nothing is left of a directory in which nothing was written.
+
+    Raises `TpcError` when another run has it.
+    """
+    lock = directory / ".lock"
+    end = time.monotonic() + _LOCK_WAIT
+    while (fd := _lock(lock)) is None:
+        if time.monotonic() > end:
+            raise TpcError(f"{directory}: another run is writing there; give -o another directory")
+        time.sleep(0.1)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as e:
-        raise TpcError(f"{directory}: cannot write: {(e.strerror or str(e)).lower()}") from None
-    try:
-        end = time.monotonic() + _LOCK_WAIT
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    raise TpcError(f"{directory}: another run is writing there; give -o another directory") from None
-                time.sleep(0.1)
         yield
     finally:
+        lock.unlink(missing_ok=True)
         os.close(fd)
+        with suppress(OSError):  # it holds something
+            directory.rmdir()
+
+
+def _lock(path: Path) -> int | None:
+    """Takes a file of that name for this process; None while another has it, or is just removing it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as e:
+        raise TpcError(f"{path.parent}: cannot write: {(e.strerror or str(e)).lower()}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_nlink:
+            return fd
+    except OSError:
+        pass
+    os.close(fd)
+    return None
 
 
 def check_shared(directory: Path, place: Place) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from tpcompiler.errors import TpcError
 from tpcompiler.runtime.stored import disk
@@ -41,10 +42,76 @@ class StepRecord:
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
-class RunLog:
-    """Appends records; only rank 0 has one. A run that goes on from step `resumed` forgets what lay after it.
+class Writer(Protocol):
+    """Something that records are written to. `OSError` means that this one was lost, not the run."""
 
-    `tensorboard` None means: when the package is there.
+    def write(self, record: StepRecord) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Lines:
+    """`log.jsonl`: a record a line. What lies after step `resumed` is forgotten, and so is a line that is none."""
+
+    def __init__(self, directory: Path, resumed: int = 0) -> None:
+        path = directory / NAME
+        kept = read_log(path, strict=False) if path.exists() else []
+        with disk(path, "write"), replacing_file(path) as new, new.open("wb") as out:
+            out.writelines(_line(r) for r in kept if r.step <= resumed)
+        self._file = path.open("ab")
+
+    def write(self, record: StepRecord) -> None:
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Board:
+    """A TensorBoard log."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    @classmethod
+    def of(cls, directory: Path, resumed: int) -> Board:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return cls(SummaryWriter(str(directory / "tensorboard"), purge_step=resumed + 1 if resumed else None))
+
+    def write(self, record: StepRecord) -> None:
+        for name, value in record.values().items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases, which goes on when this one does; its own settings are in its environment."""
+
+    def __init__(self, directory: Path, project: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise TpcError("train.logging.wandb: needs the package: pip install wandb, or leave it out") from None
+        name = directory.resolve().name
+        self._run = wandb.init(project=project, name=name, id=name, resume="allow", dir=str(directory))
+
+    def write(self, record: StepRecord) -> None:
+        self._run.log({k: v for k, v in record.values().items() if k != "step"}, step=record.step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class RunLog:
+    """What records of a run are written to; only rank 0 has one. A run that goes on from `resumed` forgets what lay
+    after it. A full disk costs records, not the run: `lost` says so, once.
+
+    `tensorboard` None means: when the package is there. `wandb` is a project of Weights & Biases.
     """
 
     def __init__(
@@ -53,40 +120,35 @@ class RunLog:
         resumed: int = 0,
         tensorboard: bool | None = None,
         lost: Callable[[str], None] = lambda line: None,
+        wandb: str | None = None,
     ) -> None:
-        path = directory / NAME
-        kept = read_log(path, strict=False) if path.exists() else []
-        with disk(path, "write"), replacing_file(path) as new, new.open("wb") as out:
-            out.writelines(_line(r) for r in kept if r.step <= resumed)
         self._lost, self._failed = lost, False
-        self._file = path.open("ab")
-        self._board = _board(directory, resumed, tensorboard)
+        self._writers: list[Writer] = [Lines(directory, resumed)]
+        there = find_spec("tensorboard") is not None
+        if tensorboard and not there:
+            raise TpcError("train.logging.tensorboard: needs the package: pip install 'tpcompiler[train]', or false")
+        if there and tensorboard is not False:
+            self._writers.append(Board.of(directory, resumed))
+        if wandb is not None:
+            self._writers.append(Wandb(directory, wandb))
 
     def write(self, record: StepRecord) -> None:
-        """Appends a record. A full disk costs records, not the run: `lost` says so, once."""
-        try:
-            self._file.write(_line(record))
-            self._file.flush()
-            if self._board is not None:
-                for name, value in record.values().items():
-                    if name != "step":
-                        self._board.add_scalar(name, value, record.step)
-        except OSError as e:
-            self._lose(e)
-
-    def _lose(self, e: OSError) -> None:
-        if not self._failed:
-            self._failed = True
-            self._lost(
-                f"the log cannot be written, and training continues: {e.filename or self._file.name}: {e.strerror}"
-            )
+        for writer in self._writers:
+            self._try(partial(writer.write, record))
 
     def close(self) -> None:
-        for end in (self._file.close, *([self._board.close] if self._board is not None else [])):
-            try:
-                end()
-            except OSError as e:
-                self._lose(e)
+        for writer in self._writers:
+            self._try(writer.close)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except OSError as e:
+            if not self._failed:
+                self._failed = True
+                self._lost(
+                    f"the log cannot be written, and training continues: {e.filename or 'its file'}: {e.strerror}"
+                )
 
     def __enter__(self) -> RunLog:
         return self
@@ -98,17 +160,6 @@ class RunLog:
 def _line(record: StepRecord) -> bytes:
     values = {k: v if isfinite(v) else str(v) for k, v in record.values().items()}
     return json.dumps(values, allow_nan=False).encode() + b"\n"
-
-
-def _board(directory: Path, resumed: int, wanted: bool | None) -> Any:
-    there = find_spec("tensorboard") is not None
-    if wanted and not there:
-        raise TpcError("train.logging.tensorboard: needs the package: pip install 'tpcompiler[train]', or false")
-    if wanted is False or not there:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=resumed + 1 if resumed else None)
 
 
 def read_log(run: Path, strict: bool = True) -> list[StepRecord]:

@@ -19,6 +19,7 @@ from tpcompiler.train.hold.storage import Numbers, hold
 from tpcompiler.train.optim.clip import grad_norm, local, share
 from tpcompiler.train.optim.scaler import Scale, all_finite
 from tpcompiler.train.optim.schedule import learning_rate
+from tpcompiler.train.optim.spikes import Spikes
 from tpcompiler.train.private_torch import equal_layers_share_a_graph
 from tpcompiler.train.settings import Train
 from tpcompiler.train.step.compiled import Compiled, select
@@ -41,6 +42,7 @@ class Outcome:
     scale: Scale | None  # fp16: for the next step
     applied: bool  # False when the step was left out
     skipped: int = 0  # steps left out so far
+    fault: str = ""  # why the step was left out as a bad batch
 
 
 class Engine:
@@ -65,6 +67,7 @@ class Engine:
         self._shares = {n: share(program.dims[n], mesh, ranks.coords) for n in names}
         self.scale = Scale.start(train.loss_scale) if train.precision == "fp16" else None
         self.skipped = 0  # steps left out because their batch was bad
+        self.spikes = Spikes(train.spike)
         self._whole = [n for n, s in self._shares.items() if not s.over]
         self._weights = ranks.group(tuple(n for n in mesh.names if n != DATA))
         self._recording = Device(device) if device.type == "cuda" and self._repeats() else None
@@ -124,8 +127,9 @@ class Engine:
             loss, gradients = self._micro_batch(self._forward_backward, share, *inputs)
             total += loss.double() * batch.weight
         total = self.ranks.group(DATA).all_reduce(total)
-        norm, applied = self._update(self.storage.gradients() if gradients is None else gradients, lr, factor, total)
-        return Outcome(number + 1, total, norm, self._alike(batches), lr, self.scale, applied, self.left_out)
+        held = self.storage.gradients() if gradients is None else gradients
+        norm, applied, fault = self._update(held, lr, factor, total)
+        return Outcome(number + 1, total, norm, self._alike(batches), lr, self.scale, applied, self.left_out, fault)
 
     def _forward_backward(self, share: Tensor, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         """A micro-batch's loss, and the gradients of the step so far where they are the same tensors always."""
@@ -156,27 +160,29 @@ class Engine:
         """Steps that did not change the weights."""
         return self.skipped + (self.scale.skipped if self.scale is not None else 0)
 
-    def _update(self, gradients: dict[str, Tensor], lr: float, factor: float, loss: Tensor) -> tuple[Tensor, bool]:
+    def _update(self, gradients: dict[str, Tensor], lr: float, factor: float, loss: Tensor) -> tuple[Tensor, bool, str]:
+        """The gradient's norm, whether the weights changed, and what was wrong with the batch if they did not."""
         if self.scale is not None:
             norm = grad_norm(gradients, self._shares, self.ranks)
             finite = bool(all_finite(gradients.values(), self.ranks))
             self.scale = self.scale.after(finite, self.train.loss_scale)
             if not finite:
-                return norm / factor, False
+                return norm / factor, False, ""
             self.storage.update.prepare(lr)
-            return self.storage.update.step(gradients, norm, factor), True
+            return self.storage.update.step(gradients, norm, factor), True, ""
         if self.train.on_bad_batch == "skip":
             norm = grad_norm(gradients, self._shares, self.ranks)
-            if not bool(torch.isfinite(norm) & torch.isfinite(loss)):  # both are the same on all ranks
+            fault = self.spikes.fault(float(loss), float(norm))  # both numbers are the same on all ranks
+            if fault:
                 self.skipped += 1
-                return norm, False
+                return norm, False, fault
             self.storage.update.prepare(lr)
-            return self.storage.update.step(gradients, norm, factor), True
+            return self.storage.update.step(gradients, norm, factor), True, ""
         self.storage.update.prepare(lr)
         if not self.recorded:  # only then are gradients where they were the step before
-            return self._clip_and_step(gradients), True
+            return self._clip_and_step(gradients), True, ""
         norm = self._optimizer_step(lambda: self._clip_and_step(gradients))
-        return norm.clone(), True
+        return norm.clone(), True, ""
 
     def _clip_and_step(self, gradients: dict[str, Tensor]) -> Tensor:
         norm = grad_norm(gradients, self._shares, self.ranks)
