@@ -29,7 +29,7 @@ __all__ = ["Recorded", "capture", "capture_recorded", "float64", "record", "spli
 
 
 def capture(build: Callable[[], nn.Module] | nn.Module, example_inputs: Any, *, source: str = "") -> Capture:
-    """The graph of a model, traced at `example_inputs`, for any batch and sequence that the model takes.
+    """Traces a model at `example_inputs`. The graph holds for any batch and sequence that the model takes.
 
     `build` makes the model (its parameters are never allocated), or is one (it stays as it is). `example_inputs` is a
     tuple of positional arguments, a dictionary of keyword arguments, or (tuple, dictionary). `source` says in messages
@@ -39,7 +39,7 @@ def capture(build: Callable[[], nn.Module] | nn.Module, example_inputs: Any, *, 
 
 
 def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "") -> Capture:
-    """`capture` of a model that `record` built: whoever needs initial values too builds it once."""
+    """`capture` for a model that `record` has built, so that a caller who also needs initial values builds it once."""
     model = recorded.model
     traced = trace(recorded, example_inputs, source)
     exported = traced.exported
@@ -95,7 +95,7 @@ def _no_noise(graph: fx.Graph) -> None:
 
 
 def _placeholders(graph: fx.Graph, exported: ExportedProgram, recorded: Recorded, source: str) -> tuple[Parameter, ...]:
-    """Parameters and buffers, each once: placeholders of one tensor are merged, lifted constants become buffers."""
+    """Parameters and buffers, each once. Placeholders of one tensor are merged, and lifted constants become buffers."""
     model = recorded.model
     nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     tensors: dict[str, Tensor] = {
@@ -146,7 +146,8 @@ def _placeholders(graph: fx.Graph, exported: ExportedProgram, recorded: Recorded
 
 
 def _inputs(graph: fx.Graph, traced: Traced) -> tuple[list[fx.Node], tuple[Any, ...], tuple[str, ...]]:
-    """The tensor inputs' placeholders, and where each stands in the flattened example; constants leave the graph."""
+    """The placeholders of the tensor inputs, and the place of each in the flattened example. Constants leave the graph.
+    """
     nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     specs = [s for s in traced.exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
     inputs: list[fx.Node] = []
@@ -156,7 +157,7 @@ def _inputs(graph: fx.Graph, traced: Traced) -> tuple[list[fx.Node], tuple[Any, 
         node = nodes[spec.arg.name]
         if isinstance(leaf, Tensor):
             while hasattr(builtins, node.name) or node.name in ("device", "inf", "nan", "torch"):
-                node.name += "_1"  # fx renames such a node in every copy of the graph, so that nothing would find it
+                node.name += "_1"  # fx would rename such a node in every copy of the graph
             node.meta["kind"] = "input"
             node.meta["shown"] = name
             inputs.append(node)

@@ -1,4 +1,4 @@
-"""Caches of keys and values, which serve generation: a model that is trained or evaluated returns none."""
+"""Turns off caches of keys and values, which only generation needs, while a model is traced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 def without_caches(model: nn.Module) -> nn.Module:
     """The model, told not to return a cache unless its caller asks for one (Hugging Face's `config.use_cache`).
 
-    Configurations may be shared with other models: those that change are copied.
+    Other models may share the configurations, so that one that changes is copied first.
     """
     changed: dict[int, Any] = {}
     for module in model.modules():

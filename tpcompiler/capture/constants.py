@@ -1,4 +1,4 @@
-"""Indexing with constants as slices: `qkv[..., [-2], :]` takes a run of a dimension, and says so only in a tensor."""
+"""Turns indexing by constant, consecutive indices into slices: `qkv[..., [-2], :]` takes one run of a dimension."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ aten = torch.ops.aten
 
 
 def slice_constant_runs(graph: fx.Graph, values: Mapping[str, Tensor]) -> None:
-    """`index` and `index_select` of one dimension by a constant i, i+1, …, j become the slice i:j+1, in place.
+    """Turns `index` and `index_select` of one dimension by a constant i, i+1, …, j into the slice i:j+1, in place.
 
-    `values`: of the placeholders whose value is known.
+    `values` holds the values of placeholders, where they are known.
     """
     for node in list(graph.nodes):
         if node.target is aten.index.Tensor:
@@ -31,7 +31,7 @@ def slice_constant_runs(graph: fx.Graph, values: Mapping[str, Tensor]) -> None:
 
 
 def _run(index: Tensor | None, size: int | torch.SymInt) -> tuple[int, int] | None:
-    """First and past the last of consecutive indices into a dimension of a known size."""
+    """The first of consecutive indices into a dimension of a known size, and one past the last; None for others."""
     if index is None or index.dim() != 1 or index.dtype == torch.bool or not index.numel() or not isinstance(size, int):
         return None
     start = int(index[0]) % size

@@ -1,7 +1,7 @@
-"""Random numbers that a forward draws beside dropout: what no draw decides is settled, every other use is refused.
+"""Random numbers that a forward draws for other uses than dropout.
 
-Layers are skipped by `torch.rand([]) < p`, also where p is 0: a number from [0, 1) is never below that. Where p is not
-0, ranks would draw different numbers.
+Models skip layers by `torch.rand([]) < p`, even where p is 0. A number from [0, 1) is never below 0, so that such a
+comparison is settled while tracing. Every other use is refused, because ranks would draw different numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NUMPYS = ("rand", "random", "uniform", "randint", "choice", "randn", "normal", 
 
 
 class Drawn:
-    """A number from [0, 1) that Python drew: it is never below 0, and says nothing else."""
+    """Stands for a number from [0, 1) that Python drew. All that is known is that it is not below 0."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -65,12 +65,12 @@ class Drawn:
 
 
 class Draws(TorchFunctionMode):
-    """While it lasts, comparisons that no draw decides are settled, and Python's and numpy's generators are refused."""
+    """Settles comparisons whose result no draw changes, and refuses draws by Python's and numpy's generators."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stack = ExitStack()
-        self.uniform: dict[int, Tensor] = {}  # drawn from [0, 1); kept, so that no other tensor gets its identity
+        self.uniform: dict[int, Tensor] = {}  # tensors drawn from [0, 1), kept alive so that ids stay unique
 
     def __enter__(self) -> Self:
         for owner, names, shown in ((random, _PYTHONS, "random"), (numpy.random, _NUMPYS, "numpy.random")):

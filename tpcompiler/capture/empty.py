@@ -1,7 +1,7 @@
-"""Values with no elements, and values without a value.
+"""Removes empty tensors, and sets uninitialised ones.
 
-A rotation of the whole head still splits off "the rest", and joins it again: that leaves the graph. What is allocated
-and not set becomes zero, so that all ranks and all runs see the same.
+A rotary embedding of the whole head still splits off an empty rest and joins it again. Both calls leave the graph. A
+tensor that is allocated and not set becomes zero, so that all ranks and all runs have the same values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.split.sizes, a
 
 
 def drop_empty(graph: fx.Graph) -> None:
-    """`cat` without its empty operands, and a split of which one part has everything is no split. In place."""
+    """Drops the empty operands of `cat`, and every split that leaves all elements in one part, in place."""
     for node in list(graph.nodes):
         if node.target in _JOINS:
             parts: Any = node.args[0]
@@ -36,7 +36,7 @@ def drop_empty(graph: fx.Graph) -> None:
 
 
 def set_unset(graph: fx.Graph) -> None:
-    """`empty` as `zeros`, in place."""
+    """Turns `empty` into `zeros`, in place."""
     for node in graph.nodes:
         if node.target in _UNSET:
             node.target = _UNSET[node.target]

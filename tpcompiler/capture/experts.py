@@ -1,4 +1,4 @@
-"""Experts in one form: which kernel a model asks for depends on where and in which dtype it was traced."""
+"""Brings products with experts into one form. The kernel that a model chooses depends on the device and the dtype."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _PRODUCTS = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
 def portable_experts(graph: fx.Graph) -> None:
-    """Tokens times their experts' matrices become `tpcompiler::grouped_mm`, and counts of tokens are made in float
-    (an integer `histc` exists on CUDA only), in place."""
+    """Turns products of tokens with their experts' matrices into `tpcompiler::grouped_mm`, and counts tokens in float,
+    since integer `histc` exists only on CUDA, in place."""
     assert runtime.grouped_mm is not None
     for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -36,7 +36,7 @@ def _product(node: fx.Node) -> None:
 
 
 def _count(graph: fx.Graph, node: fx.Node) -> None:
-    """Exact up to 2^24 tokens an expert."""
+    """Counts tokens in float, which is exact up to 2^24 tokens an expert."""
     x: Any = node.args[0]
     with graph.inserting_before(node):
         wide = graph.call_function(aten.to.dtype, (x, torch.float32))

@@ -1,7 +1,7 @@
-"""In-place operations made functional: after this pass no node writes to a tensor.
+"""Makes in-place operations functional, so that no node writes to a tensor.
 
-Which tensors share memory is known from the trace (fake tensors share storages as real ones would). A write to a view
-becomes a new value of the view, scattered back into its base; other views of that base are made anew when next used.
+The trace says which tensors share memory: fake tensors share storages as real ones do. A write to a view becomes a new
+value of the view, which is scattered back into its base. Other views of that base are computed again when next used.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Functionaliser:
         self.base: dict[int, fx.Node] = {}  # storage → the node that made it
         self.family: dict[fx.Node, list[fx.Node]] = {}
         self.parent: dict[fx.Node, fx.Node] = {}
-        self.now: dict[fx.Node, fx.Node | None] = {}  # a tensor's present value; None: to be made anew
+        self.now: dict[fx.Node, fx.Node | None] = {}  # a tensor's present value; None if it is out of date
 
     def run(self) -> None:
         if not any(_writes(n) is not None for n in self.graph.nodes):
@@ -218,7 +218,7 @@ _UNORDERED = (
     aten.to.dtype,
     aten.to.dtype_layout,
     aten.to.device,
-)  # views that keep elements in place where they keep the shape
+)  # views that are identities where they keep the shape
 
 
 def _val(node: fx.Node) -> Any:

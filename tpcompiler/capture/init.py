@@ -1,8 +1,8 @@
-"""Building a model without its weights: the constructor's tensor operations are recorded, not run.
+"""Builds a model without its weights: the constructor's tensor operations are recorded, not run.
 
 Everything that a constructor computes (random weights, rotary frequencies, masks) is a tensor on the meta device, and
-the operations go on a tape. Any one tensor can be had later by replaying what it depends on: buffers at once,
-parameters one at a time and only by those who need them, with the same values whatever the number of ranks.
+the operations go on a tape. A tensor gets its values later, by a replay of the operations that it depends on. Buffers
+are replayed at once; parameters one at a time, where they are needed, with the same values for any number of ranks.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ class Recorded:
 
     model: nn.Module
     tape: Tape
-    keys: Mapping[int, str]  # random entry → the name that it draws by
+    keys: Mapping[int, str]  # random entry → the name of the parameter whose seed it draws by
 
     def replay(self, name: str, seed: int = 0) -> Tensor:
-        """The value that the constructor gives a parameter or buffer, real, on the CPU.
+        """The value that the constructor gives a parameter or buffer, as a real tensor on the CPU.
 
-        It depends on the seed and the name alone, never on ranks or order. What parameters share (layers that are deep
-        copies of one) stays shared: it draws by the first one's name. Of a model that was built already, its own value.
+        It depends only on the seed and the name, never on ranks or order. Random numbers that several parameters share
+        (as layers that are deep copies do) are drawn by the first one's name. A model that was built before keeps its
+        own values.
         """
         return self.value(_named(self.model)[name], seed)
 
@@ -50,7 +51,7 @@ class Recorded:
 
 
 def record(build: Callable[[], nn.Module] | nn.Module, *, source: str = "") -> Recorded:
-    """Build a model without allocating its parameters; a model that is built already is copied, and left as it is.
+    """Builds a model without allocating its parameters. A model that is built already is copied and not changed.
 
     Errors: `ModelError` when the constructor fails or does not return a module.
     """
@@ -96,7 +97,7 @@ def _keys(tape: Tape, named: Iterable[tuple[str, Tensor]]) -> dict[int, str]:
 
 
 def _adopt_attributes(model: nn.Module, recording: Recording) -> None:
-    """Tensors that never met the tape (numpy's, literals) become constants, wherever a module holds them."""
+    """Puts tensors that modules hold and the tape does not know (from numpy, or literals) on the tape as constants."""
     memo: dict[int, Tensor] = {}
 
     def adopt(t: Tensor) -> Tensor:

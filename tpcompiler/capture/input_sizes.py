@@ -1,4 +1,4 @@
-"""Sizes from inputs only: every symbolic integer becomes an expression over the sizes of the inputs."""
+"""Rewrites every symbolic size as an expression in the sizes of the inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 def sizes_from_inputs(graph: fx.Graph, inputs: list[fx.Node]) -> None:
-    """One `sym_size` node an input symbol, at the top; arithmetic on sizes is made anew from those, once an expression.
+    """Puts one `sym_size` node for each symbol at the top, and computes each other size once, from those nodes.
 
     Errors: `ModelError` when a size depends on the values of a tensor.
     """
@@ -45,7 +45,7 @@ def sizes_from_inputs(graph: fx.Graph, inputs: list[fx.Node]) -> None:
 
 
 def replace(node: fx.Node, value: Any) -> None:
-    """All uses of a node, also inside of lists, by a node or a number."""
+    """Replaces all uses of a node, including those inside lists, by a node or a number."""
     for user in list(node.users):
         user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
         user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)
@@ -69,7 +69,7 @@ class _Builder:
         return node
 
     def build(self, expr: Any, node: fx.Node, val: torch.SymInt) -> Any:
-        """The node, or the number, that stands for an expression."""
+        """The node or the number that gives an expression's value."""
         if expr.is_number:
             return int(expr)
         if expr in self.known:

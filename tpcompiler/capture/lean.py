@@ -1,8 +1,7 @@
-"""What makes tracing fast. Shapes of the large operators are said directly: torch need not take them apart for that.
+"""Makes tracing fast: the shapes of large operators are computed directly.
 
-`linear`, attention, norms and dropout are composites to torch: it runs their parts on fake tensors to find a shape
-that one line gives. Saying it makes capture of a deep model twice as fast. Where a case is not plain, torch
-decides.
+To torch, `linear`, attention, norms and dropout are composites: it runs their parts on fake tensors to find a shape
+that one line gives. The direct way makes capture of a deep model twice as fast. In unusual cases torch decides.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _KEY = torch._C.DispatchKey.AutogradMeta
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal for certain, without deciding anything about symbols."""
+    """Whether two sizes are certainly equal. Nothing is assumed about symbols."""
     if isinstance(a, int) or isinstance(b, int):
         return isinstance(a, int) and isinstance(b, int) and a == b
     return bool(a.node.expr == b.node.expr)
@@ -123,7 +122,7 @@ def _kernel(op: Any, shape: Callable[..., Tensor | None]) -> Callable[..., Any]:
 
 
 def _view(op: Any) -> Callable[..., Any]:
-    """A view of a fake tensor made by the kernel itself: the way round through torch's cache sets its storage twice."""
+    """Makes a view of a fake tensor by the kernel itself, since torch's own cache sets the view's storage twice."""
 
     def run(x: FakeTensor, *args: Any, **kwargs: Any) -> FakeTensor:
         with in_kernel_invocation_manager(x.fake_mode):
@@ -136,7 +135,7 @@ def _view(op: Any) -> Callable[..., Any]:
 
 @contextmanager
 def whole_operators() -> Iterator[None]:
-    """While it lasts, fake tensors on meta pass through the operators above in one step."""
+    """Within the block, fake tensors on meta pass through the operators above in one step."""
     kernels = {**{op: _kernel(op, shape) for op, shape in _SHAPES.items()}, **{op: _view(op) for op in _VIEWS}}
     mine = [op for op in kernels if _KEY not in op.py_kernels]
     for op in mine:
@@ -151,10 +150,10 @@ def whole_operators() -> Iterator[None]:
 
 @contextmanager
 def lean_tracing() -> Iterator[None]:
-    """While it lasts, tracing leaves undone what nobody reads here.
+    """Within the block, tracing skips what is not needed here.
 
-    That is: source of every graph on the way, a second record of every value's shape, and garbage collection among
-    millions of objects that all live on.
+    It skips the source text of every intermediate graph, the second record of every value's shape, and garbage
+    collection, which would search millions of live objects.
     """
     enabled = gc.isenabled()
     gc.disable()

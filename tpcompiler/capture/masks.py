@@ -1,4 +1,4 @@
-"""Attention masks that a model builds from sizes alone: recognised by their values, and said as `is_causal`.
+"""Recognises causal masks by their values, where a model builds them from sizes alone, and says `is_causal` instead.
 
 Hugging Face models build an explicit mask even when none is given, which costs the fused attention kernel. Such a mask
 is a function of the sizes; it is computed at several sizes and compared with the causal and with the full pattern.
@@ -23,10 +23,10 @@ _END = torch.iinfo(torch.int64).max
 
 
 def recover_causal(graph: fx.Graph, values: Mapping[str, Tensor]) -> None:
-    """Replace masks of attention that are causal, or let all see all, by `is_causal=True` or no mask, in place.
+    """Replaces causal attention masks by `is_causal=True`, and drops masks that hide nothing, in place.
 
-    `values`: buffers by placeholder. A mask is left as it is when it depends on an input or a parameter, when a
-    constant in it matters (a sliding window), or when it cannot be computed.
+    `values` holds the buffers by placeholder. A mask stays when it depends on an input or a parameter, when a constant
+    in it matters (a sliding window), or when it cannot be computed.
     """
     verdicts: dict[tuple[fx.Node, Any, Any], str | None] = {}
     for node in graph.nodes:
@@ -47,7 +47,7 @@ def recover_causal(graph: fx.Graph, values: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class _Cone:
-    """What a mask is computed from."""
+    """The nodes that a mask is computed by."""
 
     mask: fx.Node
     nodes: tuple[fx.Node, ...]  # in order; sizes and arithmetic on them among them
@@ -85,7 +85,7 @@ def _cone_of(mask: fx.Node, values: Mapping[str, Tensor]) -> _Cone | None:
 
 
 def _pattern(cone: _Cone, rows: Any, columns: Any) -> str | None:
-    """`causal`, `full` or None."""
+    """Which pattern a mask has: `causal`, `full`, or None for any other."""
     seen: set[str | None] = set()
     for sizes in _assignments(cone):
         height, width = _number(rows, sizes), _number(columns, sizes)
@@ -109,7 +109,7 @@ def _number(n: Any, sizes: Mapping[Any, int]) -> int | None:
 
 
 def _assignments(cone: _Cone) -> Iterator[dict[Any, int]]:
-    """Sizes to try: symbols smaller and larger than each other, and as much as buffers hold."""
+    """Sizes to try: each symbol smaller and larger than the others, and as long as the buffers."""
     many = len(_SIZES)
     for k in range(many):
         yield {s: _SIZES[(i + k) % many] + i // many for i, s in enumerate(cone.symbols)}
@@ -119,7 +119,7 @@ def _assignments(cone: _Cone) -> Iterator[dict[Any, int]]:
 
 
 def _constants(cone: _Cone) -> Iterator[Callable[[fx.Node, Any], Any]]:
-    """Changes that make one large constant small: a pattern that one of them alters holds only up to that constant."""
+    """Changes that make one large constant small. If one alters the pattern, the pattern holds only up to it."""
     for node in cone.nodes:
         for i, a in enumerate(node.args):
             if isinstance(a, (int, float)) and not isinstance(a, bool) and _SMALL <= abs(a) < 1e9 and a != _END:

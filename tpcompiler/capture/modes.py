@@ -1,7 +1,7 @@
-"""Training and evaluation: one graph says both, or the model is refused.
+"""Checks that one graph holds for training and evaluation; otherwise the model is refused.
 
-The model is traced in both modes. What differs must be what an argument `Training(on, off)` says: dropout, attention's
-dropout, running statistics. The graph traced in training, read as in evaluation, is compared with the other one.
+The model is traced in both modes. Only what an argument `Training(on, off)` expresses may differ: dropout, attention's
+dropout, running statistics. The training graph, read in evaluation mode, is compared with the evaluation graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 def same_in_evaluation(trained: fx.Graph, evaluated: fx.Graph) -> None:
-    """Raises `ModelError`, with the line, when a model computes in evaluation what its graph does not say."""
+    """Raises `ModelError`, with the line, when a model's evaluation differs from its graph read in evaluation mode."""
     numbers: dict[Any, int] = {}
     expected = _numbered(evaluated, numbers)
     found = _numbered(trained, numbers)
@@ -43,7 +43,7 @@ def _output(graph: fx.Graph, numbered: Mapping[fx.Node, int]) -> int:
 
 
 def _numbered(graph: fx.Graph, numbers: dict[Any, int]) -> dict[fx.Node, int]:
-    """A number for each node, equal for what computes the same in evaluation."""
+    """A number for each node. Nodes that compute the same in evaluation have equal numbers."""
     out: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node.target is aten.dropout.default and isinstance(node.args[2], Training) and not node.args[2].off:

@@ -1,4 +1,4 @@
-"""From what `torch.export` gives to the one form that the other stages read. `PASSES` lists the steps in order."""
+"""Brings a graph of `torch.export` into the one form that the other stages read. `PASSES` lists the steps in order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _END = torch.iinfo(torch.int64).max
 
 
 def normalise(graph: fx.Graph) -> None:
-    """Run the steps on a flat graph, in place."""
+    """Runs the steps on a flat graph, in place."""
     for step in PASSES:
         step(graph)
     modes(graph)
@@ -30,7 +30,7 @@ def normalise(graph: fx.Graph) -> None:
 
 
 def inline(graph: fx.Graph, owner: torch.nn.Module) -> None:
-    """`no_grad` and autocast regions, which export keeps as submodules, become part of the graph."""
+    """Inlines `no_grad` and autocast regions, which export keeps as submodules."""
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
@@ -93,7 +93,7 @@ def strip_assertions(graph: fx.Graph) -> None:
 
 
 def describe(graph: fx.Graph) -> None:
-    """`meta` as program.py says it."""
+    """Gives every node the `meta` that `program.Capture` documents."""
     for node in graph.nodes:
         stack = stack_of(node)
         node.meta = {
@@ -106,7 +106,7 @@ def describe(graph: fx.Graph) -> None:
 
 
 def drop_devices(graph: fx.Graph) -> None:
-    """Casts in one form, `to.dtype`, and only where the type changes; no device anywhere."""
+    """Removes devices. Writes casts as `to.dtype`, and only where the type changes."""
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -154,7 +154,7 @@ _IDENTITIES = (aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy
 
 
 def drop_copies(graph: fx.Graph) -> None:
-    """Copies and views that change nothing in a functional graph; `clone` only where it orders memory."""
+    """Removes copies and views that change nothing in a functional graph. A `clone` stays where it orders memory."""
     for node in list(graph.nodes):
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             continue
@@ -175,14 +175,14 @@ def drop_copies(graph: fx.Graph) -> None:
 
 
 def reshape_views(graph: fx.Graph) -> None:
-    """`view` as `reshape`: traced strides are not those of other sizes, modes, or a part of the value."""
+    """Turns `view` into `reshape`, since strides may differ at other sizes, in the other mode, or on one rank."""
     for node in graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
 
 
 def drop_detached_constants(graph: fx.Graph) -> None:
-    """`detach` of what no gradient flows through."""
+    """Removes `detach` of values that no gradient flows through."""
     live: set[fx.Node] = set()
     for node in list(graph.nodes):
         val = node.meta.get("val")
@@ -216,7 +216,7 @@ _DROPOUTS = (
 
 
 def modes(graph: fx.Graph) -> None:
-    """What tracing fixed to training mode becomes `Training(on, off)`: dropout, and batch norm's statistics.
+    """Turns what tracing fixed to training mode into `Training(on, off)`: dropout, and the statistics of batch norms.
 
     A dropout that is off in training stays off.
     """
@@ -237,7 +237,7 @@ def modes(graph: fx.Graph) -> None:
 
 
 def _sdpa_arguments(node: fx.Node) -> tuple[Any, Any]:
-    """One form: (q, k, v, mask, dropout_p, is_causal), `scale` and `enable_gqa` by name where they say something."""
+    """Arguments in one form: (q, k, v, mask, dropout_p, is_causal), then `scale` and `enable_gqa` by name if set."""
     mask, p, causal = sdpa(node)
     if p and not isinstance(p, Training):
         p = Training(p, 0.0)
@@ -246,7 +246,7 @@ def _sdpa_arguments(node: fx.Node) -> tuple[Any, Any]:
 
 
 def sdpa(node: fx.Node) -> tuple[Any, Any, Any]:
-    """Mask, dropout probability and `is_causal` of a scaled_dot_product_attention node."""
+    """The mask, the dropout probability and `is_causal` of a node that calls scaled_dot_product_attention."""
     mask, p, causal = _padded(node.args[3:6], (None, 0.0, False))
     k = node.kwargs
     return k.get("attn_mask", mask), k.get("dropout_p", p), k.get("is_causal", causal)
@@ -257,7 +257,7 @@ def _padded(given: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...
 
 
 def remove_dead(graph: fx.Graph) -> None:
-    """Nodes that nothing uses, random ones too; placeholders stay."""
+    """Removes nodes that nothing uses, including random ones. Placeholders stay."""
     for node in reversed(graph.nodes):
         if node.op not in ("placeholder", "output") and not node.users:
             graph.erase_node(node)

@@ -24,7 +24,7 @@ def stack_of(node: fx.Node) -> tuple[tuple[str, str, int], ...]:
 
 
 def draws_apart(node: fx.Node) -> bool:
-    """Whether a node draws random numbers that ranks would not agree on: any but dropout's."""
+    """Whether a node draws random numbers that would differ between ranks, as all but dropout's do."""
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     if random and (at_train := recurrent_mode(node)) is not None:
         random = bool(node.args[at_train] and node.args[at_train - 1])  # dropout between its layers

@@ -29,7 +29,7 @@ DRAWS = 4
 
 @contextmanager
 def own_backwards() -> Iterator[None]:
-    """While it lasts, tracing keeps the gradients that a model defines itself, or raises `CannotTrace`."""
+    """Within the block, tracing keeps the gradients that a model defines itself, or raises `CannotTrace`."""
     torchs = Function.apply.__func__  # type: ignore[attr-defined]
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +52,7 @@ def own_backwards() -> Iterator[None]:
 
 
 def refuse_hooks(model: nn.Module) -> None:
-    """Raises `CannotTrace` for hooks on gradients that a model brings along."""
+    """Raises `CannotTrace` if a model has hooks on gradients."""
     for name, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise CannotTrace(f"{name or type(module).__name__} has a backward hook, which a trace does not keep")
@@ -66,7 +66,7 @@ def _refuse_hook(tensor: Tensor, hook: Any) -> Any:
 
 
 def _recomputed(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
-    """What reentrant checkpointing computes: no gradient at all when no operand needs one."""
+    """Computes what reentrant checkpointing does, which gives no gradient when no operand needs one."""
     needed = any(isinstance(a, Tensor) and a.requires_grad for a in args)
     with torch.set_grad_enabled(needed and torch.is_grad_enabled()):
         return function(*args)
@@ -94,7 +94,7 @@ def _forward(cls: type[Function], args: Any) -> Any:
 
 
 def _is_derivative(cls: type[Function], args: Any, apply: Callable[..., Any]) -> bool:
-    """Whether a function's backward gives what autograd makes of its forward, at values of all magnitudes."""
+    """Whether a function's backward gives the gradients that autograd gives for its forward, at all magnitudes."""
     shapes = [tuple(map(example_size, t.shape)) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
     if any(torch.Size(s).numel() > LARGEST for s in shapes):
         return False
@@ -114,7 +114,7 @@ def _agree(cls: type[Function], args: Any, apply: Callable[..., Any]) -> bool:
 
 
 def _draw(like: Tensor) -> Tensor:
-    """Real values for an operand: of all magnitudes and both signs, with zeros among them."""
+    """Real values for an operand, of all magnitudes and both signs, including zeros."""
     shape = tuple(map(example_size, like.shape))
     if not like.is_floating_point():
         return torch.randint(0, 2, shape, device="cpu").to(like.dtype)
@@ -124,7 +124,7 @@ def _draw(like: Tensor) -> Tensor:
 
 
 def _gradients(function: Callable[..., Any], args: Any) -> list[Tensor]:
-    """Results, and the gradients of the operands for random gradients of the results."""
+    """The results, and the operands' gradients for random gradients of the results."""
     leaves = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor) and t.requires_grad]
     with torch.enable_grad():
         results = [t for t in pytree.tree_leaves(function(*args)) if isinstance(t, Tensor)]

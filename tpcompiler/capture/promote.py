@@ -1,4 +1,4 @@
-"""A capture in float64, for comparing numbers: also where the model itself asks for less."""
+"""Turns a capture to float64 for comparing numbers, even where the model itself asks for less."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _DEFAULT_DTYPE = tuple(
         **dict.fromkeys(("zeros", "ones", "full", "eye", "linspace", "rand", "randn", "scalar_tensor"), ("default",)),
     }.items()
     for name in names
-)  # factories whose type is torch's default when none is given
+)  # factories that use torch's default dtype when none is given
 
 
 def float64(capture: Capture) -> Capture:
-    """A copy that computes in float64 throughout, parameters, buffers and inputs given.
+    """A copy that computes in float64 throughout, if its parameters, buffers and inputs are given in float64.
 
-    Casts that the model makes itself (`.float()` in a norm, `dtype=` of a softmax, float factories) would leave errors
-    of 1e-7 in a comparison that is to hold to 1e-10.
+    The model's own casts are changed too (`.float()` in a norm, `dtype=` of a softmax, float factories), since they
+    would leave errors of 1e-7 in a comparison to 1e-10.
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -49,7 +49,7 @@ def float64(capture: Capture) -> Capture:
 
 
 def _makes_floats(node: fx.Node) -> bool:
-    """Whether the node's own type is torch's default, since it reads integers and booleans alone."""
+    """Whether a node's result has torch's default dtype because its operands are only integers and booleans."""
     tensors = _tensors(node)
     named = any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
     floats = any(n.meta["val"].is_floating_point() or n.meta["val"].is_complex() for n in tensors)

@@ -1,4 +1,4 @@
-"""The modes under which a constructor, or a forward, runs so that its tensors' values end up on a tape."""
+"""The modes under which a constructor or a forward runs, so that the values of its tensors go on a tape."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _META = torch.device("meta")
 
 
 class Recording(TorchDispatchMode):
-    """Runs every operation on meta and writes it down.
+    """Runs every operation on meta and records it.
 
-    Operations on real tensors alone (read from a file, made of Python numbers) run as they are.
+    Operations that have only real operands (read from a file, or made of Python numbers) run as usual.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -35,7 +35,7 @@ class Recording(TorchDispatchMode):
             return self._record(func, args, kwargs)
 
     def stand_in(self, t: Tensor) -> Tensor:
-        """A real tensor's constant on meta, a parameter where it is one."""
+        """The meta tensor that stands for a real one on the tape; a parameter if the real one is."""
         with _disable_current_modes():
             out = self.tape.constant(t.detach())
             if isinstance(t, nn.Parameter):
@@ -43,7 +43,7 @@ class Recording(TorchDispatchMode):
             return out.requires_grad_(t.requires_grad)
 
     def real(self, t: Tensor) -> Tensor:
-        """What a meta tensor holds at this moment. Random numbers among it are thereby settled for good."""
+        """The values that a meta tensor has at this moment. Random numbers among them are thereby fixed."""
         if not t.is_meta:
             return t
         view = self.tape.view(t)
@@ -53,7 +53,7 @@ class Recording(TorchDispatchMode):
     def _run_real(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if "device" in kwargs:
             kwargs["device"] = _CPU
-        for t in _mutated(func, args, kwargs):  # what the tape has read stays as it was read
+        for t in _mutated(func, args, kwargs):  # the tape keeps the values that it has read
             for key, content in self.tape.constants.items():
                 if content.untyped_storage()._cdata == t.untyped_storage()._cdata:
                     self.tape.constants[key] = content.clone()
@@ -79,22 +79,22 @@ class Recording(TorchDispatchMode):
         reads = frozenset(self.tape.view(t).storage for t in _tensors((args, kwargs)))
         views = tuple(map(self.tape.view, results))
         writes = {self.tape.view(t).storage for t in mutated} | {v.storage for v in views if v.storage not in reads}
-        if writes:  # else a view: nothing happens
+        if writes:  # a view needs no entry
             recorded, by_name = pytree.tree_map_only(Tensor, self.tape.view, (args, on_cpu))
             random = torch.Tag.nondeterministic_seeded in func.tags
             self.tape.append(Entry(func, recorded, by_name, views, reads, frozenset(writes), random))
         return out
 
     def _by_value(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operation whose result depends on values (`item`, `nonzero`): run it; its result is a constant."""
+        """Runs an operation whose result depends on values (`item`, `nonzero`). The result is a constant."""
         args, kwargs = pytree.tree_map_only(Tensor, self.real, (args, kwargs))
         return pytree.tree_map_only(Tensor, self.tape.constant, func(*args, **kwargs))
 
 
 class Values(TorchFunctionMode):
-    """What a constructor does with tensors outside of torch's dispatcher: reading values, deep copies.
+    """Handles what bypasses torch's dispatcher: reading values, and deep copies.
 
-    Asked for its device, a tensor says CPU: some initialisers do nothing on meta.
+    Every tensor says that its device is the CPU, because some initialisers do nothing on meta.
     """
 
     def __init__(self, recording: Recording) -> None:
@@ -117,7 +117,7 @@ class Values(TorchFunctionMode):
 
 
 class Literals(TorchFunctionMode):
-    """Puts tensors that a forward makes from Python numbers on the tape: on meta they would lose their values."""
+    """Puts tensors that a forward makes from Python numbers on the tape, since they would lose their values on meta."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Literals(TorchFunctionMode):
                 if func is Tensor.new_tensor:
                     kwargs.setdefault("dtype", args[0].dtype)
                 return self._literal(data, kwargs.get("dtype")).requires_grad_(kwargs.get("requires_grad", False))
-        if func in (Tensor.__getitem__, Tensor.__setitem__):  # lists among the indices become tensors inside of torch
+        if func in (Tensor.__getitem__, Tensor.__setitem__):  # torch turns lists among the indices into tensors
             args = (args[0], self._index(args[1]), *args[2:])
         return func(*args, **kwargs)
 
@@ -158,7 +158,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _positional_device(func: Any, args: Any, device: torch.device) -> Any:
-    """Arguments with the device among them, where one is given by position, replaced."""
+    """The arguments with another device, if one is given by position."""
     for i, a in enumerate(func._schema.arguments[: len(args)]):
         if a.name == "device" and args[i] is not None:
             return (*args[:i], device, *args[i + 1 :])

@@ -1,4 +1,4 @@
-"""Why a model cannot be built or traced, in one line that names the model's own."""
+"""Says in one line why a model cannot be built or traced, with the line of the model's own code."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _LIBRARIES = tuple(sysconfig.get_path(p) + os.sep for p in ("stdlib", "purelib",
 
 
 class CannotTrace(Exception):
-    """Something in a model that a trace would not keep, and what to write instead; `explain` adds the line."""
+    """Raised for something that a trace would not keep, with what to write instead. `explain` adds the model's line."""
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it came from."""
+    """An error, and the errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def explain(error: Exception, source: str, what: str, owners: frozenset[str] = frozenset()) -> ModelError:
-    """`file:line: source: what: why`. `owners`: the files that define the model's modules.
+    """The message `file:line: source: what: why`. `owners` are the files that define the model's modules.
 
-    The line is the innermost of the model's own; without such, of any code that is not torch's or a library's.
+    The line is the innermost one in these files, or else in any code that is not of torch or another library.
     """
     where = source or "the model"
     frames = [f for e in chain(error) for f in reversed(traceback.extract_tb(e.__traceback__))]

@@ -1,4 +1,4 @@
-"""Grouped keys and values repeated to all heads, so that heads can be split as one axis."""
+"""Repeats grouped keys and values to all heads, so that heads can be split as one axis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def repeat_grouped(capture: Capture, only: frozenset[str] | None = None) -> Capture:
-    """Attention with grouped keys and values as attention with repeated ones: all of it, or `only` these nodes."""
+    """The capture with attention of grouped keys and values rewritten for repeated ones: all of it, or `only` some."""
     graph = copy_graph(capture.graph)
     for node in list(graph.nodes):
         if node.target is not aten.scaled_dot_product_attention.default or not bind(node)["enable_gqa"]:

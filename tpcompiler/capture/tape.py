@@ -1,6 +1,6 @@
-"""A record of tensor operations that were not run, and the replay of the part that one tensor depends on.
+"""A tape of tensor operations that were not run, and the replay of the part that one tensor depends on.
 
-The tape is kept per *storage*, not per tensor: views need no entry, since a view is (storage, size, stride, offset).
+The tape records *storages*, not tensors: a view is (storage, size, stride, offset) and needs no entry.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _RANDOM = threading.Lock()  # replays seed torch's global generator, one at a ti
 
 @dataclass(frozen=True)
 class View:
-    """A tensor on the tape: how it lies in a storage."""
+    """A tensor on the tape: its storage, and how it lies there."""
 
     storage: int
     size: tuple[int, ...]
@@ -36,15 +36,15 @@ class Entry:
     op: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    outputs: tuple[View, ...]  # its flat tensor results
-    reads: frozenset[int]  # storages
+    outputs: tuple[View, ...]  # the tensor results, flattened
+    reads: frozenset[int]  # the storages that it reads
     writes: frozenset[int]
     random: bool
 
 
 @dataclass
 class Tape:
-    """The operations in order, and for each storage who writes it."""
+    """The operations in order, and the entries that write each storage."""
 
     entries: list[Entry] = field(default_factory=list)
     writers: dict[int, list[int]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Tape:
         return View(key, tuple(t.shape), tuple(t.stride()), int(t.storage_offset()), t.dtype)
 
     def has_value(self, t: Tensor) -> bool:
-        """Whether the tape knows what a meta tensor holds."""
+        """Whether the tape can give the values of a meta tensor."""
         key = t.untyped_storage()._cdata
         return key in self.constants or key in self.writers
 
@@ -94,9 +94,9 @@ class Tape:
         return sorted(found)
 
     def replay(self, wanted: View, seed_of: Callable[[int], int]) -> Tensor:
-        """The wanted tensor, real, on the CPU. `seed_of(entry)` seeds a random operation.
+        """The wanted tensor with its values, on the CPU. `seed_of(entry)` gives the seed of a random operation.
 
-        Storages are freed as soon as no later step needs them: the peak is what the constructor needs for this tensor.
+        A storage is freed when no later step needs it, so that the peak is what the constructor needs for this tensor.
         """
         real: dict[int, torch.UntypedStorage] = {}
         steps = self.slice(wanted.storage)
@@ -123,7 +123,7 @@ class Tape:
                     del real[key]
         untouched = wanted.storage not in real
         value = tensor(wanted)
-        return value.clone() if untouched else value  # a constant is somebody's tensor
+        return value.clone() if untouched else value  # a constant's tensor belongs to someone else
 
 
 def _draw(op: Any, args: Any, kwargs: Any, seed: int) -> Any:
@@ -133,7 +133,7 @@ def _draw(op: Any, args: Any, kwargs: Any, seed: int) -> Any:
 
 
 def _laid_out(t: Tensor, v: View) -> Tensor:
-    """`t` in memory as the tape has it: meta and CPU kernels may choose different strides."""
+    """`t` with the strides on the tape. Kernels on meta and on the CPU may choose different ones."""
     if tuple(t.stride()) == v.stride and t.storage_offset() == v.offset:
         return t
     span = 1 + sum((n - 1) * s for n, s in zip(v.size, v.stride, strict=True)) if t.numel() else 0

@@ -28,16 +28,16 @@ from tpcompiler.capture.two_runs import alike
 from tpcompiler.errors import ModelError
 
 Shapes = tuple[tuple[int, ...], ...]
-Places = frozenset[tuple[int, int]]  # dimensions: (which of the inputs, which of its dimensions)
+Places = frozenset[tuple[int, int]]  # dimensions of inputs: (index of the input, dimension)
 LONGER = (1, 8209, 4)  # times the example: as it is, beyond a model's constants, and what fails there
 
 
 @dataclass(frozen=True)
 class Traced:
-    """What came out, and with which inputs."""
+    """The result of tracing, and the inputs that it was traced with."""
 
     exported: ExportedProgram  # in training mode
-    evaluated: ExportedProgram | None  # in evaluation mode; None: the same, dropout aside
+    evaluated: ExportedProgram | None  # in evaluation mode; None if only dropout differs
     leaves: tuple[Any, ...]  # the example, flattened
     in_spec: pytree.TreeSpec
     arg_names: tuple[str, ...]  # of the leaves
@@ -87,7 +87,7 @@ def _alike(recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, exporte
 
 
 def _longer(exported: ExportedProgram, times: int) -> Shapes:
-    """The traced sizes, those that the model leaves free so many times larger; different sizes stay different."""
+    """The traced shapes with every size that the model leaves free `times` as large. Different sizes stay different."""
     shapes: list[Any] = [val.shape for val in _inputs(exported)]
     free = [n.node for shape in shapes for n in shape if not _fixed(n) and n.node.expr.is_symbol]
     new = {node.expr: node.hint * times + (times > 1) for node in free}
@@ -108,7 +108,7 @@ def _in_mode(recorded: Recorded, training: bool, *how: Any) -> ExportedProgram:
 
 
 def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of an example: a tensor, a tuple, a dictionary, or (tuple, dictionary)."""
+    """The positional and keyword arguments of an example: a tensor, a tuple, a dictionary, or (tuple, dictionary)."""
     if isinstance(example, dict):
         return (), dict(example)
     if isinstance(example, Tensor):
@@ -194,7 +194,7 @@ def _export(
 
 
 def _stand_ins(leaves: list[Any], shapes: Shapes) -> list[Any]:
-    """The inputs on meta, each a tensor of its own: export merges two inputs that are one object."""
+    """The inputs on meta. Each is a tensor of its own, because export merges two inputs that are one object."""
     sizes = iter(shapes)
     return [
         torch.empty(next(sizes), dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
@@ -229,7 +229,7 @@ def _named_keywords(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
 
 
 def _fits(exported: ExportedProgram, shapes: Shapes) -> bool:
-    """Whether the sizes that the model turned out to fix are those of the example."""
+    """Whether the sizes that the model fixes are the example's."""
     return all(
         isinstance(n, torch.SymInt) or n == wanted
         for val, shape in zip(_inputs(exported), shapes, strict=True)
@@ -257,7 +257,7 @@ def _inputs(exported: ExportedProgram) -> list[Tensor]:
 
 
 def _files(model: nn.Module) -> frozenset[str]:
-    """The files where the model's own modules are written."""
+    """The files that define the model's own modules."""
     own = {type(m) for m in model.modules() if not type(m).__module__.startswith("torch.")}
     return frozenset(f for c in own for k in c.__mro__ if (f := _file_of(k)) is not None)
 

@@ -1,9 +1,9 @@
-"""Attention with dropout written out, so that its masks are counter-based like all others.
+"""Writes out attention with dropout, so that its masks are counter-based like all others.
 
-A fused kernel draws its own random numbers: masks then depend on how heads lie on ranks. With
-`attention_dropout: exact` in the spec, attention that drops is computed from its parts instead, and the run is the same
-at every degree. Attention that several ranks compute alike is always written out where it drops: their masks, and with
-them the gradients of the weights that they all hold, would differ otherwise.
+A fused kernel draws its own random numbers, so that masks depend on how heads lie on ranks. With
+`attention_dropout: exact` in the spec, attention with dropout is computed from its parts instead, and the run is the
+same at every degree. Attention with dropout that several ranks compute alike is always written out: otherwise their
+masks would differ, and with them the gradients of the weights that they all hold.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Writer:
         self.graph, self.like = graph, like
 
     def call(self, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> fx.Node:
-        """A node with the place of the attention, and its value worked out from its operands'."""
+        """A new node with the attention's origin, and a value inferred from its operands' values."""
         new = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
         new.meta = {k: v for k, v in self.like.meta.items() if k != "val"}
         mode = next(n for n in self.like.all_input_nodes).meta["val"].fake_mode
