@@ -1,4 +1,4 @@
-"""The Python API: the stages one after the other, each one's result at hand."""
+"""The Python API: runs the stages one after the other and keeps the result of each."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Sharded:
 
     @cached_property
     def check(self) -> CheckReport:
-        """The static checker's verdict on the program and on its source. No GPU, no weights, seconds."""
+        """The static checker's verdict on the program and its source. It takes seconds, without GPU or weights."""
         from tpcompiler.check import check
 
         return check(self.program, source=self.source)
 
     def proven(self) -> CheckReport:
-        """The verdict, when it is good. Raises `CheckError`, one line, when the program is refused."""
+        """The verdict, if the program passed. Raises `CheckError`, one line, if the program is refused."""
         if not self.check.passed:
             first, *others = self.check.refused
             more = f" (and {len(others)} more)" if others else ""
@@ -73,7 +73,10 @@ class Sharded:
 
     @cached_property
     def memory(self) -> dict[str, int]:
-        """Bytes on the rank that holds most: parameters, gradients like them, Adam's moments. No activations."""
+        """Bytes on the rank that holds most: parameters, as many gradients, Adam's moments, and the total of these.
+
+        Activations are not included.
+        """
         mesh = self.program.mesh
         worst = (0, 0, 0)
         for rank in range(mesh.size):
@@ -96,7 +99,7 @@ class Sharded:
         return split / max(1, sum(p.bytes for p in matrices))
 
     def report(self) -> dict[str, Any]:
-        """What `tpc shard --json` prints."""
+        """The report that `tpc shard --json` prints and that `cli/tables.py` draws."""
         return {
             "model": self.capture.model,
             "mesh": dict(self.program.mesh.dims),
@@ -181,7 +184,7 @@ def shard(
 def compile_capture(
     captured: Capture, spec: Spec, *, progress: Progress | None = None, seconds: dict[str, float] | None = None
 ) -> Sharded:
-    """The stages after capture: axes, plan, partition."""
+    """Runs the stages from a capture on: axes, plan, partition, passes."""
     seconds = {} if seconds is None else seconds
     tell = progress or (lambda stage: None)
     tell("inferring axes")
@@ -190,8 +193,8 @@ def compile_capture(
             captured = unfuse_dropping_attention(captured)
         captured, axes = infer_for(captured, spec)
     tell("planning")
-    while True:  # an op's missing form is known from its record; only a layout tells what has none in this graph:
-        # segments of which some are split in an op that is no product, and an axis folded into the batch
+    while True:  # most missing forms are known from an op's record, but two show only in a plan's layouts: an op that
+        # is no product on segments of which some are split, and an axis folded into the batch
         with _timed(seconds, "plan"):
             plan = make_plan(captured, axes, spec)
         if shared := _drops_apart(captured, axes, plan):
@@ -224,7 +227,7 @@ def _drops_apart(captured: Capture, axes: AxisMap, plan: Plan) -> frozenset[str]
 
 
 def _without(axes: AxisMap, refused: CannotSplit) -> AxisMap:
-    """The same axes, with those that have no form on one rank marked whole. That costs parallelism, not correctness."""
+    """The axes with those that have no form on one rank marked whole, which costs parallelism but not correctness."""
     assert refused.leaves, str(refused)
     mark = Mark(refused.node, refused.why)
     return replace(axes, marks=axes.marks | {leaf: (*axes.marks.get(leaf, ()), mark) for leaf in refused.leaves})
@@ -240,15 +243,16 @@ def parallelize(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """This rank's module, ready to train: call it on every rank.
+    """This rank's module, ready to train. Every rank calls this function.
 
-    `mesh` is a `DeviceMesh` whose dimension names are the spec's; left out, the processes that torchrun started.
-    Values come from `weights` (anything `tpcompiler.weights.open_source` takes), else from `model` itself when it is a
-    module, else they are those that its constructor draws, by the spec's seed and each parameter's name: the same on
-    any mesh. No rank ever makes or reads more than one whole parameter. Buffers keep their values.
+    `mesh` is a `DeviceMesh` whose dimension names are the spec's; by default, the mesh is the processes that torchrun
+    started. Values come from `weights` (anything that `tpcompiler.weights.open_source` takes), else from `model` if it
+    is a module, else they are what its constructor draws, by the spec's seed and each parameter's name: the same on any
+    mesh. No rank ever makes or reads more than one whole parameter at a time. Buffers keep their values.
 
-    `device`: the mesh's, or the processes' backend's, if not given. `dtype`: of real parameters and buffers. Dropout
-    draws anew when `module.rng.at(step, first_sample)` says so, on all ranks alike. Errors: `TpcError`, one line.
+    `device` is by default the mesh's, or the one of the processes' backend. `dtype` is for real parameters and buffers.
+    Call `module.rng.at(step, first_sample)` on all ranks before each step to draw new dropout masks. Raises `TpcError`,
+    one line.
     """
     from tpcompiler.emit import load_source
     from tpcompiler.runtime import Rng

@@ -1,4 +1,4 @@
-"""The one exception hierarchy: what a user did that cannot be, in one line.
+"""The one exception hierarchy: each error is one line for the user.
 
 A `TpcError` is for the user: it names the file, the key or the line of the model, the numbers, and what would work.
 Broken invariants of the compiler itself stay `AssertionError`s.

@@ -16,22 +16,22 @@ ORIGIN = ("module", "stack", "line")  # keys of `Node.meta`: see `program.Captur
 
 
 def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
-    """`graph.call_function`, for arguments that fx does not list: `LocalSize`, `LocalRuns`, `Training`."""
+    """`graph.call_function` for arguments whose types fx does not know: `LocalSize`, `LocalRuns`, `Training`."""
     return graph.call_function(target, args, None if kwargs is None else dict(kwargs))
 
 
 def set_arguments(node: fx.Node, *args: Any) -> None:
-    """New positional arguments, likewise."""
+    """Sets a node's positional arguments, which may have the same types."""
     node.args = args
 
 
 def set_argument(node: fx.Node, i: int, value: Any) -> None:
-    """A new positional argument, likewise."""
+    """Sets one positional argument, which may have one of the same types."""
     node.update_arg(i, value)
 
 
 def operand(node: fx.Node, i: int = 0) -> fx.Node:
-    """Positional argument `i`, where an op has a value there."""
+    """Positional argument `i` of a node, which must be a node."""
     found = node.args[i]
     assert isinstance(found, fx.Node), f"argument {i} of {node.format_node()} is no node"
     return found
@@ -44,7 +44,7 @@ def over(node: fx.Node) -> Over:
 
 
 def origin(node: fx.Node) -> dict[str, Any]:
-    """Metadata: where in the user's model a node stands."""
+    """The metadata that says where in the user's model a node stands."""
     return {key: node.meta[key] for key in ORIGIN if key in node.meta}
 
 
@@ -76,7 +76,7 @@ def cause_of(node: fx.Node) -> Cause | None:
 
 
 def place_node(node: fx.Node, about: Placed) -> None:
-    """Set the record of a node whose `val` is known."""
+    """Sets the record of a node whose `val` is known."""
     node.meta["placed"] = about
 
 
@@ -86,7 +86,7 @@ def partial_note(names: Over) -> str:
 
 
 def copy_value(new: fx.Node, like: fx.Node, note: str = "", cause: Cause | None = None) -> fx.Node:
-    """Give a new node all metadata of `like`, whose value and layout it shares, but a note and a cause of its own."""
+    """Gives a new node the metadata of `like`, whose value and layout it shares, with its own note and cause."""
     new.meta = dict(like.meta)
     place_node(new, replace(placed(like), note=note, cause=cause))
     return new
@@ -115,7 +115,7 @@ def example_size(size: int | torch.SymInt) -> int:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """The same nodes by the same names, metadata included: programs are values, and a rewrite works on a copy."""
+    """A copy with the same nodes, names and metadata. Programs are never changed: every rewrite works on a copy."""
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -126,7 +126,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def erase_dead(graph: fx.Graph) -> None:
-    """Remove what nobody uses; parameters and inputs stay."""
+    """Removes nodes that nothing uses. Parameters and inputs stay."""
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users:
             graph.erase_node(node)

@@ -1,6 +1,6 @@
 """How a tensor lies on the mesh: dimensions as products and concatenations of axes, some of them split.
 
-The stages after the plan, and weights, emit and check, describe values by it. Nothing here knows about graphs.
+All stages after the plan describe values by layouts. Nothing here knows about graphs.
 
 A dimension is one of
     Factor(n, name, split)    an axis that is not taken apart; `split` = the mesh dimensions it is split over
@@ -89,7 +89,7 @@ class Factor(Dim):
 
 @dataclass(frozen=True)
 class Compound(Dim):
-    """Made of other dimensions. Base of `Product` and `Concat`."""
+    """A dimension made of other dimensions. Base of `Product` and `Concat`."""
 
     parts: tuple[Dim, ...]
 
@@ -113,7 +113,7 @@ class Product(Compound):
         width = 1
         for p in reversed(self.parts):
             outer = p.runs(mesh, coords)
-            if inner == ((0, width),):  # everything below is whole: runs only grow longer
+            if inner == ((0, width),):  # every minor part is whole, so that runs only grow longer
                 inner = tuple((a * width, b * width) for a, b in outer)
             else:
                 inner = join(

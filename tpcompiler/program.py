@@ -80,11 +80,11 @@ class Capture:
 
     @cached_property
     def output_names(self) -> tuple[str, ...]:
-        """Under which keys the model returns each output: `logits`, `1`, `states.0`; "" when it returns one bare."""
+        """The key of each output in what the model returns: `logits`, `1`, `states.0`; "" for a single bare tensor."""
         places = pytree.tree_unflatten(list(range(self.out_spec.num_leaves)), self.out_spec)
         try:
             paths = [path for path, _ in pytree.tree_flatten_with_path(places)[0]]
-        except ValueError:  # a container whose library names no keys: places alone
+        except ValueError:  # a container without keys: outputs are numbered
             return tuple(map(str, range(self.out_spec.num_leaves)))
         return tuple(".".join(map(_key, path)) for path in paths)
 
@@ -100,7 +100,7 @@ def _key(key: Any) -> str:
 
 @dataclass(frozen=True)
 class InputLeaf:
-    """In `Capture.input_leaves`: this leaf is the tensor input with that placeholder."""
+    """Stands in `Capture.input_leaves` for the tensor input with this placeholder."""
 
     node: str
 

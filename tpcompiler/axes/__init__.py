@@ -1,1 +1,1 @@
-"""What every tensor dimension is made of: the notation of rules, their table, and unification over a graph."""
+"""The axes of a graph: what every tensor dimension is made of, found by unification."""

@@ -12,10 +12,10 @@ Pairs = frozenset[tuple[int, int]]
 
 
 def find_conflicts(terms: Terms, seen: Iterable[tuple[Dims, str]]) -> tuple[Pairs, Pairs]:
-    """Pairs of axes that stand in different factors of one tensor (smaller first), and (major, minor) neighbours in a
-    product. Marks an axis that stands twice in one tensor. Segments of one concatenation do not conflict.
+    """Finds pairs of axes that stand in different factors of one tensor (smaller first), and (major, minor) neighbours
+    in a product. Marks an axis that stands twice in one tensor. Segments of one concatenation do not conflict.
 
-    `seen` are the dimensions of every tensor, as it stands and as ops see it, each with a node that has it.
+    `seen` holds the dimensions of every tensor, as it is and as ops see it, each with a node that has such a tensor.
     """
     walk = _Walk(terms)
     for dims, name in sorted(set(seen), key=lambda x: x[1]):

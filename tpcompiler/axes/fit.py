@@ -1,4 +1,4 @@
-"""A rule's pattern fitted to one call: the term of every letter."""
+"""Fits a rule's pattern to one call: finds the term of every letter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from tpcompiler.ops.record import OpCall
 
 
 class Fit(Measured):
-    """Letters get their terms as operands and results are asked for. Raises `RuleError` as `Measured` does."""
+    """A pattern fitted to one call. A letter gets its term when an operand or result that contains it is asked for.
+
+    Raises `RuleError` as `Measured` does.
+    """
 
     def __init__(
         self,

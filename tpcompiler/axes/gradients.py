@@ -14,7 +14,7 @@ def carries(node: fx.Node) -> bool:
 
 
 def passes(node: fx.Node) -> bool:
-    """Whether a gradient of a node's value becomes one of its operands'."""
+    """Whether gradients flow back through a node to its operands."""
     if node.op != "call_function" or not carries(node):
         return False
     rule = find(node.target) or UNKNOWN
@@ -22,13 +22,13 @@ def passes(node: fx.Node) -> bool:
 
 
 def carriers(graph: fx.Graph, sources: frozenset[str]) -> frozenset[str]:
-    """Names of the nodes whose gradient goes back to a placeholder among `sources`."""
+    """Names of the nodes that gradients pass on their way back to a placeholder in `sources`."""
     out: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
             found = node.name in sources
         else:
-            unknown = node.op == "call_function" and node.meta.get("val") is None  # a piece that the partitioner made
+            unknown = node.op == "call_function" and node.meta.get("val") is None  # a node that the partitioner made
             found = (unknown or passes(node)) and not out.isdisjoint(node.all_input_nodes)
         if found:
             out.add(node)

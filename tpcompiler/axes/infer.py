@@ -29,7 +29,7 @@ __all__ = ["AxisMap", "Dims", "Operand", "Relation", "bind", "infer_axes", "op_n
 
 
 def infer_axes(capture: Capture, cut: frozenset[str] = frozenset()) -> AxisMap:
-    """Apply the rule of every live node. Pure: the capture is not changed.
+    """Applies the rule of every live node. The capture is not changed.
 
     `cut` names nodes that merge copies with what was copied (heads = kv heads · group). The axes of their results are
     then not tied to those of their operands: every rank runs the node whole and takes its slice of the result.
@@ -142,7 +142,8 @@ class _Inference:
         return Relation(UNKNOWN, "?", tuple(seen), results, (), ())
 
     def fitted(self, node: fx.Node, fit: Fit, given: list[fx.Node], rule: OpRule, call: OpCall) -> Relation:
-        """Unify what the pattern says is one axis. Live operands come first, so that letters become their axes."""
+        """Unifies dimensions that share a letter of the pattern. Live operands come first and give letters their axes.
+        """
         seen: dict[int, Operand] = {}
         for i in sorted(range(len(given)), key=lambda i: given[i].name not in self.live):
             name, side = given[i].name, fit.operands[i]
@@ -171,7 +172,7 @@ class _Inference:
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def note_copies(self, node: fx.Node, fit: Fit, results: tuple[Dims, ...]) -> None:
-        """Remember the axes along which an op copies, and where such an axis is merged with what was copied."""
+        """Notes the axes along which an op makes copies, and the nodes that merge such an axis with the copied one."""
         self.copies.update(fit.terms_of(fit.copies))
         roots = {self.terms.find(t) for t in self.copies}
         found: list[int] = []

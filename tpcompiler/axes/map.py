@@ -46,7 +46,7 @@ class AxisMap:
     conflicts: frozenset[tuple[int, int]]  # pairs that stand in different factors of one tensor, smaller first
     products: frozenset[tuple[int, int]]  # (major, minor) neighbours in a product
     copied: dict[str, tuple[int, ...]]  # node that merges copies into a dimension → its term
-    cut: frozenset[str]  # those of them whose value is a slice of what the node makes
+    cut: frozenset[str]  # the nodes of `copied` that every rank runs whole before it takes its slice of the result
 
     def leaves(self, term: int | None) -> tuple[int, ...]:
         return () if term is None else tuple(dict.fromkeys(self.terms.leaves(term)))

@@ -22,7 +22,7 @@ class Primes:
     """
 
     def __init__(self, apart: int = 1) -> None:
-        """`apart`: how far the primes are from each other at least, so that a size and a few more is no other size."""
+        """`apart` is the least distance between primes, so that no size plus a few elements equals another size."""
         # so large that a few thousandths of it (chunks of a sequence) are large too
         self._primes = _primes_above(2**36, apart)
         self._symbols: dict[Any, int] = {}
@@ -43,7 +43,7 @@ class Primes:
         number = int(settled.subs(values))
         if not values or all(int(settled.subs({s: n * k for s, n in values.items()})) == number for k in (2, 3, 5)):
             return number  # 256 · n // n does not depend on n
-        if number < _LARGE:  # a remainder is small at every prime and would fit by accident
+        if number < _LARGE:  # such as a remainder: a small number would fit other sizes by accident
             number = next(self._primes)
         self.dynamic[number] = str(expr)
         return number

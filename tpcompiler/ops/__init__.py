@@ -1,1 +1,1 @@
-"""What the compiler knows about each op: one record, whose line has a notation of its own."""
+"""What the compiler knows about each op: one record, with a rule in a notation of its own."""

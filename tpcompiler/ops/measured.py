@@ -1,4 +1,4 @@
-"""A pattern laid on the shapes of one call: which dimension each letter is, and of what size."""
+"""A pattern matched with the shapes of one call, which gives each letter its dimension and its size."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Measured:
         return list(zip(flat, shape, strict=True))
 
     def _part(self, dynamic: Container[int]) -> None:
-        """Takes a letter of two sizes, which are equal at run time only, apart into two letters, each needed whole."""
+        """Replaces a letter with two sizes, which are equal only at run time, by two letters that are needed whole."""
         sides = [x for x in self.operands if x is not None] + self.results
         found: dict[str, set[int]] = {}
         for item, n in (pair for side in sides for pair in side):

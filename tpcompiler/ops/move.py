@@ -19,7 +19,7 @@ def view(call: OpCall) -> Line:
 
 
 def view_as(call: OpCall) -> Line:
-    """The other's values do not matter, but its sizes do: they are the result's."""
+    """`view_as`: the second operand gives only its sizes, which become the result's."""
     said = view(call)
     if said is None:
         return None

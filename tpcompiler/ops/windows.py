@@ -1,4 +1,4 @@
-"""Lines of ops that read a neighbourhood (convolutions, pooling, unfolding): places stay whole, channels need not."""
+"""Lines of ops that read a neighbourhood (convolutions, pooling, unfolding): space stays whole, channels need not."""
 
 from __future__ import annotations
 

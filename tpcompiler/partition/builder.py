@@ -21,7 +21,7 @@ from tpcompiler.program import Capture, Cause, Placed
 
 
 class CannotSplit(PlanError):
-    """Axes that turn out, once a plan is made, to have no form on one rank. The plan is made again without them."""
+    """Raised for axes that have no form on one rank, which only a plan's layouts show. The next plan excludes them."""
 
     def __init__(self, node: str, why: str, leaves: tuple[int, ...]) -> None:
         super().__init__(f"{why} (at {node})")
@@ -100,7 +100,7 @@ class Builder:
         note: str = "",
         cause: Cause | None = None,
     ) -> fx.Node:
-        """Give a new node the metadata of the plain node that it stands for, and its layout (by default the plan's)."""
+        """Gives a new node the metadata of the plain node that it stands for, and a layout (by default the plan's)."""
         for key in ("val", *ORIGIN):
             if key in like.meta and key not in new.meta:
                 new.meta[key] = like.meta[key]
@@ -125,7 +125,7 @@ class Builder:
         dims: Sequence[Dim] | None = None,
         cause: Cause | None = None,
     ) -> fx.Node:
-        """Add a call of a runtime operator. `cause` says which op and axes need it, for the list of collectives."""
+        """Adds a call of a runtime operator. `cause` says which op and axes need it, for the list of collectives."""
         return self.describe(self.call(target, *args), like, dims, note, cause)
 
     def enter(self, value: fx.Node, source: fx.Node, over: Over, cause: Cause) -> fx.Node:

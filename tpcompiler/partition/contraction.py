@@ -44,7 +44,7 @@ def reduced(b: Builder, op: Applied, new: fx.Node, over: Over) -> fx.Node:
 
 
 def _add_bias(b: Builder, op: Applied, out: fx.Node, bias: fx.Node) -> fx.Node:
-    """Add the bias once, after the reduction. It may still lack an axis that the result has."""
+    """Adds the bias once, after the reduction. The bias may lack an axis that the result has, and then enters."""
     value = b.env[bias]
     (result,) = op.relation.results
     mine = next(o for o in op.relation.operands if o.node == bias.name)
@@ -56,7 +56,7 @@ def _add_bias(b: Builder, op: Applied, out: fx.Node, bias: fx.Node) -> fx.Node:
 
 
 def _average(b: Builder, op: Applied, partial: Over) -> fx.Node:
-    """The sum of this rank's part, all-reduced, divided by the whole count: ranks may hold parts of unequal length."""
+    """An average: the sum of this rank's part, all-reduced, over the whole count, since parts may differ in length."""
     args = op.args
     shape, given = b.axes.sizes[args["self"].name][0], args.get("dim")
     dims: list[int] = list(range(len(shape))) if given in (None, []) else _listed(given)

@@ -55,7 +55,7 @@ def _samples(b: Builder, node: fx.Node, moved: Sequence[int]) -> dict[str, Any]:
         place = i + sum(at <= i for at in moved)
         where = {"batch_dim": place} if place else {}
         if expr == symbol or (expr is not None and symbol in expr.free_symbols and i in [at - 1 for at in moved]):
-            return where  # as it is, or (b heads) seen as b, heads
+            return where  # the dimension itself, or (b heads) opened into b, heads
         if expr is not None and symbol in expr.free_symbols:
             size = b.call(aten.sym_size.int, b.env[first], 0)
             size.meta["val"] = batch

@@ -39,7 +39,7 @@ def local(b: Builder, op: Applied) -> fx.Node:
 
 
 def _set(new: fx.Node, name: str, value: Any) -> None:
-    """Replace an argument that the call gives, by its schema name."""
+    """Replaces an argument of the call by its schema name."""
     i = argument_place(new, name)
     if i < len(new.args):
         set_argument(new, i, value)
@@ -48,7 +48,7 @@ def _set(new: fx.Node, name: str, value: Any) -> None:
 
 
 def _sizes(b: Builder, op: Applied, new: fx.Node) -> None:
-    """Arguments that are the size of a letter."""
+    """Replaces arguments that are the size of a letter by this rank's size."""
     for name, place, term in op.relation.sizes:
         if not b.over([term]):
             continue
@@ -62,7 +62,7 @@ def _sizes(b: Builder, op: Applied, new: fx.Node) -> None:
 
 
 def _shape(b: Builder, op: Applied, new: fx.Node, name: str, dims: Sequence[Dim]) -> None:
-    """The argument that lists the result's sizes, or those of the dimensions that stand in the place of `dim`."""
+    """Replaces the argument that lists the sizes of the result, or of the dimensions that take the place of `dim`."""
     given, whole = op.args[name], op.node.meta["val"].shape
     sizes = given if isinstance(given, list | tuple) else [given]
     at = op.args["dim"] % op.args["self"].meta["val"].dim() if "dim" in op.args else 0
@@ -75,7 +75,7 @@ def _local_sizes(b: Builder, given: Sequence[Any], dims: Sequence[Dim], whole: S
     """A list of sizes with this rank's sizes for the split dimensions. `whole` lists the plain graph's."""
     sizes = [LocalSize(d) if d.over else n for n, d in zip(given, dims, strict=True)]
     dynamic = [i for i, d in enumerate(dims) if d.over and d.dynamic_size]
-    for i in dynamic:  # known at run time only: this is the one size that torch works out
+    for i in dynamic:  # known only at run time: the one size that torch computes
         open_ = [j for j, n in enumerate(given) if j != i and isinstance(n, int) and n == -1 and not dims[j].over]
         found = [_known(b, whole[j]) for j in open_]
         if len(dynamic) > 1 or None in found:
@@ -98,7 +98,7 @@ def _known(b: Builder, size: Any) -> fx.Node | int | None:
 
 
 def _segments(op: Applied, new: fx.Node, results: Results) -> None:
-    """Results that are segments of dimension `dim`: `split_with_sizes`, whichever op of its family the model calls."""
+    """Turns an op whose results are segments of dimension `dim` into `split_with_sizes` with this rank's sizes."""
     i = op.args["dim"] % op.args["self"].meta["val"].dim()
     if any(dims[i].over for dims in results):
         new.target = aten.split_with_sizes.default
@@ -107,7 +107,7 @@ def _segments(op: Applied, new: fx.Node, results: Results) -> None:
 
 
 def _span(b: Builder, op: Applied, new: fx.Node, results: Results) -> None:
-    """Positions along dimension `dim`: `start`, and `end`, which lies the length of the part after it."""
+    """Replaces the positions `start` and `end` along dimension `dim` by this rank's."""
     terms = op.relation.operands[0].dims
     assert terms is not None
     i, step = op.args["dim"] % len(terms), op.args.get("step") or 1

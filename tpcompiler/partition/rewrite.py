@@ -36,7 +36,7 @@ def partition(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec) -> Progra
             _output(b, node, left)
         else:
             b.env[node] = _rewrite(b, node)
-    erase_dead(b.graph)  # such as the enter of a bias that moved behind the reduction
+    erase_dead(b.graph)  # such as the enter of a bias that is added after the reduction
     dims = {
         p.name: tuple(Factor(n) for n in p.shape) if p.buffer else b.dims(axes.values[p.node][0])
         for p in capture.parameters
@@ -74,8 +74,11 @@ def _op(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
 
 
 def _operands(b: Builder, node: fx.Node, relation: Relation) -> dict[fx.Node, fx.Node]:
-    """The operands in the form that the op needs. A live operand enters if it lacks a split axis. Every rank holds a
-    constant whole and takes its part."""
+    """The operands in the form that the op needs.
+
+    A live operand enters if it lacks an axis that the op splits and needs a gradient. Every rank holds a constant whole
+    and takes its part.
+    """
     everywhere = [t for dims in relation.results for t in dims] + list(relation.contracted)
     present = b.over(everywhere)
     out = {}
@@ -116,7 +119,7 @@ def _sliced(b: Builder, node: fx.Node, value: fx.Node) -> fx.Node:
 
 
 def _left_sharded(capture: Capture, spec: Spec) -> frozenset[int]:
-    """Places of the outputs that the spec does not want gathered."""
+    """The indices of the outputs that the spec leaves sharded."""
     names = enumerate(capture.output_names)
     return frozenset(i for i, name in names if spec.output(str(i), name) == "shard")
 

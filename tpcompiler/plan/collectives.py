@@ -72,7 +72,7 @@ class _Reader:
 
     def enter(self, node: fx.Node) -> Iterator[Collective]:
         if operand(node).name not in self.carriers:
-            return  # of an input whose gradient the example does not ask for
+            return  # an input whose gradient the example does not ask for
         yield self.of_value(node, "all_reduce", BACKWARD, f"gradient of what enters {self.axis_names(node)}")
 
     def entered_linear(self, node: fx.Node) -> Iterator[Collective]:

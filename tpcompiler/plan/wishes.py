@@ -74,7 +74,7 @@ def _axis(wishes: Wishes, i: int, entry: AxisSpec, capture: Capture, axes: AxisM
 def _factor(
     i: int, entry: AxisSpec, p: Parameter, leaves: tuple[int, ...], facts: Facts, spec: Spec
 ) -> tuple[int, ...]:
-    """The factors of a dimension that an entry means: by place, by name, or else the first that can be split."""
+    """The factors of a dimension that an entry names, by index or by name, or else the first that can be split."""
     if isinstance(entry.factor, int):
         if not -len(leaves) <= entry.factor < len(leaves):
             what = f"dimension {entry.dimension} of {p.name} has {len(leaves)} factors"

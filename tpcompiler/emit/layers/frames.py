@@ -65,7 +65,7 @@ def frames(graph: fx.Graph, names: ParameterNames) -> Frame:
 
 
 def _group(nodes: list[fx.Node], stacks: Mapping[fx.Node, Stack], depth: int) -> list[fx.Node | Frame]:
-    """The nodes, those of one call at `depth` of their stacks as one frame."""
+    """The nodes, with those of each call at `depth` of their stacks gathered in one frame."""
     out: list[fx.Node | Frame] = []
     calls = [(s[depth][0], s[depth][2]) if len(s := stacks[n]) > depth else None for n in nodes]
     i = 0
@@ -86,7 +86,7 @@ def _group(nodes: list[fx.Node], stacks: Mapping[fx.Node, Stack], depth: int) ->
 
 
 def _apart(nodes: list[fx.Node], own: list[bool]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The foreign nodes among a call's that can be moved to before it, and the rest."""
+    """Divides the nodes between a call's first and last: foreign nodes that can move to before it, and the rest."""
     before: list[fx.Node] = []
     rest: dict[fx.Node, None] = {}
     for node, mine in zip(nodes, own, strict=True):

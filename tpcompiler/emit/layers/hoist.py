@@ -1,4 +1,4 @@
-"""Moves calls that a layer makes for other layers too, from nothing of its own, to before that layer.
+"""Moves calls out of a layer that other layers use too and that need nothing of the layer, to before the layer.
 
 The first of several layers that read an encoder's output also prepares that output (`enter`, the cast of a mask). The
 preparing call is part of the first layer according to its stack, which would make that layer unlike the others.
@@ -20,7 +20,7 @@ def hoist(nodes: list[fx.Node], stacks: dict[fx.Node, Stack], owns: Owns) -> tup
     """The nodes in their new order, and their stacks without the layers that they have left."""
     order, stacks = list(nodes), dict(stacks)
     for node in nodes:
-        # An operator that stands between a value and its readers belongs to the calls that they have in common.
+        # An operator between a value and its readers belongs to the calls that all its readers have in common.
         if runtime_name(node) in ("enter", "take"):
             stacks[node] = _shared([stacks[n] for n in (node, *node.users) if n in stacks])
     for node in nodes:

@@ -1,5 +1,5 @@
-"""Repeated statements as a loop: for models that keep their layers' parameters in lists, or tell them apart by number,
-and for calls of layers with other statements between them.
+"""Writes repeated statements as a loop, for models that keep their layers' parameters in lists or number them, and for
+calls of layers with other statements between them.
 
 A repeat is found by the period in which kinds of statements recur, and then proved (`loop_proof`).
 """
@@ -62,7 +62,7 @@ def _candidates(kinds: list[Hashable]) -> list[tuple[int, int, int]]:
 def _best(
     found: list[Statement], period: int, body: Frame, comparer: Comparer, outputs: list[NodeResult]
 ) -> tuple[int, Loop] | None:
-    """Where the loop begins that carries the fewest values, and the loop.
+    """The start of the loop that carries the fewest values, and the loop itself.
 
     The start is tried at every statement of the first two periods, for the first iteration may differ in what it reads.
     """

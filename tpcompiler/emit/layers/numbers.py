@@ -55,7 +55,7 @@ def differing_numbers(frames: list[Frame], comparer: Comparer) -> list[Number]:
 
 
 def _offset(number: Number, values: dict[Frame, Any]) -> int | float | None:
-    """By how much `values` exceed the number, None if that differs between the frames."""
+    """The constant by which `values` exceed the number; None if it differs between the frames."""
     pairs = [(v, number.values[f]) for f, v in values.items()]
     if not all(isinstance(v, int) and isinstance(n, int) for v, n in pairs):
         return 0 if all(repr(v) == repr(n) for v, n in pairs) else None
@@ -64,7 +64,7 @@ def _offset(number: Number, values: dict[Frame, Any]) -> int | float | None:
 
 
 def _argument(node: fx.Node, path: ArgumentPath) -> str:
-    """What the operator that takes the number calls it."""
+    """The name of the argument at `path` in the schema of the operator."""
     name = path[0]
     if isinstance(name, int):
         if isinstance(node.target, torch._ops.OpOverload):

@@ -1,4 +1,4 @@
-"""The arguments of a call: by position for rewriting them, by the schema's names for the tables of idioms."""
+"""The arguments of a call: by position, to rewrite them, and by the schema's names, for the tables of idioms."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _put(container: Any, path: ArgumentPath, new: Any) -> Any:
 
 
 class Speaker(Protocol):
-    """Writes the operands of a call, in the words of the function that is being written."""
+    """Writes the operands of a call as the function that is being written names them."""
 
     def expr(self, value: Any) -> Expr:
         """Any argument of a graph node."""

@@ -16,7 +16,7 @@ from tpcompiler.errors import TpcError
 
 
 def spell(node: fx.Node, arguments: Arguments, speaker: Speaker) -> Expr:
-    """The expression that computes `node` from `arguments`, which may be others than the node's own.
+    """The expression that computes `node` from `arguments`, which may differ from the node's own.
 
     Raises `TpcError` for a target that is neither an ATen operator nor arithmetic on sizes.
     """
@@ -36,7 +36,7 @@ def spell(node: fx.Node, arguments: Arguments, speaker: Speaker) -> Expr:
 
 
 def _exact(c: AtenCall) -> Expr:
-    """`torch.ops.aten.name.overload(…)`, for whatever has no idiom."""
+    """`torch.ops.aten.name.overload(…)`, for a call without an idiom."""
     takes_tensors = any("Tensor" in str(a.type) for a in c.schema)
     args, positional = [], True
     for a in c.schema:

@@ -30,7 +30,7 @@ Idiom = Callable[[AtenCall], Expr | None]
 
 
 def idiom(c: AtenCall) -> Expr | None:
-    """The hand-written form of a call, None if no form always means the same."""
+    """The hand-written form of a call; None if no form always has the same meaning."""
     if c.name in _RULES:
         return _RULES[c.name](c)
     if c.name in _OPERATORS and c.values.get("alpha", 1) == 1:

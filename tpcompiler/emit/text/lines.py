@@ -71,5 +71,5 @@ def _with_comment(code: list[str], line: CodeLine, column: int) -> list[str]:
 
 
 def shortened(line: str) -> str:
-    """A comment or docstring that is too long for a line, without its middle."""
+    """A comment or docstring shortened to one line by leaving out its middle."""
     return line if len(line) <= LIMIT else f"{line[: LIMIT // 2 - 1]}…{line[-(LIMIT // 2) :]}"

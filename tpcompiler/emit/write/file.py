@@ -29,7 +29,7 @@ from tpcompiler.program import Collective, Program
 
 
 def emit(program: Program) -> str:
-    """The program of every rank as one self-contained Python file with a class `Model`.
+    """Writes a program, for every rank, as one self-contained Python file with a class `Model`.
 
     `Model(ranks, rng=None)` is a module with the plain model's parameter names and forward signature. The file
     imports only torch and `tpcompiler.runtime`. The same program always gives the same text. Raises `TpcError` for a
@@ -101,7 +101,8 @@ class _Classes:
         return out
 
     def _name(self, layer: Layer, layers: list[Layer]) -> str:
-        """The user's class name; with what contains the layer, or a number, if several layers are of that class."""
+        """The name of a layer's class: the user's own. If several layers have it, the container's name is put before
+        it, as in `EncoderBlock`, or a number behind it."""
         name = layer.title if layer.title.isidentifier() else "Layer"
         if Counter(o.title for o in layers)[layer.title] > 1:
             name = _container(layer, [o for o in layers if o.title == layer.title]) + name

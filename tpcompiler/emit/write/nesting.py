@@ -1,4 +1,4 @@
-"""Which calls are written inside the call that uses them: those that one line of the user's source held together."""
+"""Decides which calls are written inside the call that uses them: those that share a line of the user's source."""
 
 from __future__ import annotations
 

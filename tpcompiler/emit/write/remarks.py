@@ -1,4 +1,4 @@
-"""The comments behind statements: shapes where they change, and what is communicated."""
+"""The comments at the ends of statements: shapes where they change, and what is communicated."""
 
 from __future__ import annotations
 

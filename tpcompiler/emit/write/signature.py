@@ -1,4 +1,4 @@
-"""The signature of the emitted model's forward and the structure that it returns, both the plain model's own."""
+"""The signature of the emitted model's forward and the structure that it returns, which are both the plain model's."""
 
 from __future__ import annotations
 
