@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tpcompiler.api import shard
 from tpcompiler.capture import capture
 from tpcompiler.errors import ModelError
 from tpcompiler.verification.verify import verify
@@ -134,3 +135,21 @@ class Averaging(nn.Module):
 def test_a_write_that_a_later_call_reads_is_refused() -> None:
     with pytest.raises(ModelError, match="writes into mean"):
         capture(Averaging, torch.randn(2, 6, WIDTH))
+
+
+class Variadic(nn.Module):
+    """A forward that takes any number of inputs, as wrappers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        x, y = inputs
+        return x + self.down(self.up(y).relu())
+
+
+def test_inputs_behind_a_star_have_names_of_their_own() -> None:
+    sharded = shard(Variadic, (torch.randn(2, 6, WIDTH), torch.randn(2, 6, WIDTH)), {"mesh": {"tensor": 2}})
+    assert sharded.check.passed, sharded.check
+    assert "inputs_0: Tensor, inputs_1: Tensor" in sharded.source

@@ -137,12 +137,13 @@ def arg_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], s
         ) from None
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [p.name for p in signature.parameters.values() if p.kind in kinds]
+    others = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL), "args")
     out = []
     for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
         parts: list[Any] = [getattr(k, "idx", getattr(k, "key", getattr(k, "name", ""))) for k in path]
         if parts[0] == 0:
             i = parts[1]
-            parts[1] = positional[i] if i < len(positional) else f"args.{i}"
+            parts[1] = positional[i] if i < len(positional) else f"{others}_{i - len(positional)}"
         out.append(".".join(map(str, parts[1:])))
     return tuple(out)
 
