@@ -52,6 +52,9 @@ compatibility: $(READY) ## modules of other people's packages, in an environment
 	$(BIN)/python -m benchmarks.compatibility
 	$(BIN)/python -m benchmarks.compatibility --table out/compatibility.json > docs/compatibility.md
 
+fuzz: $(READY) ## random modules, compiled, proven and compared; what fails is shrunk
+	$(BIN)/python -W ignore -m benchmarks.fuzz --count 500
+
 bench: $(READY) ## seconds and memory of compilations up to 405 B parameters
 	$(BIN)/python benchmarks/compile.py
 
@@ -69,4 +72,4 @@ docs: $(READY) ## the documentation's pages, in site/
 clean: ## what the other targets made, the virtual environment included
 	rm -rf .venv out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo test nightly mutants soak families compatibility bench pictures lint docs clean
+.PHONY: help setup demo test nightly mutants soak families compatibility fuzz bench pictures lint docs clean

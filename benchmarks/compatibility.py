@@ -27,6 +27,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.families import _layer, _reductions, _said, _write
+from benchmarks.families import _reductions, _said, _write
 
 ROOT = Path(__file__).parent.parent
 DEGREE = 2
@@ -148,7 +149,8 @@ def _split(sharded: Any) -> Result:
     used = {n.name for n in sharded.capture.graph.nodes if n.op == "placeholder" and n.users}
     whole = {r.name: r.reason for r in sharded.plan.replicated}
     matrices = [p for p in sharded.capture.parameters if not p.buffer and len(p.shape) > 1 and p.node in used]
-    layers = [p for p in matrices if _layer(p.name)] or matrices
+    alike = Counter((re.sub(r"\d+", "*", p.name), p.shape) for p in matrices)  # the same in several layers
+    layers = [p for p in matrices if alike[re.sub(r"\d+", "*", p.name), p.shape] > 1] or matrices
     size = sum(p.bytes for p in layers)
     split = sum(p.bytes for p in layers if p.name not in whole) / size if size else 1.0
     reasons = Counter(whole[p.name].split(";")[-1].strip() for p in layers if p.name in whole)

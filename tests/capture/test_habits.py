@@ -153,3 +153,21 @@ def test_inputs_behind_a_star_have_names_of_their_own() -> None:
     sharded = shard(Variadic, (torch.randn(2, 6, WIDTH), torch.randn(2, 6, WIDTH)), {"mesh": {"tensor": 2}})
     assert sharded.check.passed, sharded.check
     assert "inputs_0: Tensor, inputs_1: Tensor" in sharded.source
+
+
+class FixedSizes(nn.Module):
+    """A model that takes one batch and one sequence only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(2, 6, WIDTH)
+        return x + self.down(self.up(x).relu())
+
+
+def test_a_model_of_fixed_sizes_is_split_like_any_other() -> None:
+    sharded = shard(FixedSizes, torch.randn(2, 6, WIDTH), {"mesh": {"tensor": 2}})
+    assert sharded.check.passed, sharded.check
+    assert sharded.sharded_fraction == 1.0

@@ -1,5 +1,5 @@
-"""Random legal modules, as data: a fragment is a name, numbers and inner fragments, and builds a module `[b, s, D]` → the
-same. A fragment prints itself as the Python that makes it, so that a failure can be kept as it is printed."""
+"""Random legal modules, as data: a fragment is a name, numbers and inner fragments. It builds a module from `[b, s, D]`
+to the same, and prints itself as the Python that makes it, so that a failure can be kept as it is printed."""
 
 from __future__ import annotations
 

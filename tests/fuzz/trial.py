@@ -15,7 +15,7 @@ from tpcompiler.api import compile_capture
 from tpcompiler.capture import capture, float64
 from tpcompiler.errors import ModelError, PlanError, TpcError
 from tpcompiler.spec.schema import Spec
-from tpcompiler.verification.compare import Comparison
+from tpcompiler.verification.against_model import Comparison
 from tpcompiler.verification.source_model import same_as_module
 from tpcompiler.verification.verify import initial_state, inputs_of
 

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from math import prod, sqrt
 
-from torch import fx
+from torch import SymInt, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tpcompiler.axes.map import AxisMap, Operand, Relation
@@ -34,6 +34,7 @@ class Tally:
     ) -> None:
         self.axes, self.nodes, self.roles, self.largest_table = axes, nodes, roles, largest_table
         self.kinds: dict[int, set[str]] = defaultdict(set)
+        self.fed = _fed(nodes)
         self.products: Counter[int] = Counter()  # products of activations that have the axis in their result
         self.made: Counter[int] = Counter()  # weights whose product has the axis in its result
         self.used: Counter[int] = Counter()  # weights whose product contracts it
@@ -81,12 +82,12 @@ class Tally:
     # -- one relation -----------------------------------------------------------------------------------------------
 
     def _static(self, name: str) -> tuple[int, bool]:
-        """The elements of a value per token, and whether it has neither batch nor sequence. A third dynamic dimension
-        is a second sequence (as in scores), and counts as long."""
+        """The elements of a value per token, and whether it is the same for any input. A third dynamic dimension is a
+        second sequence (as in scores), and counts as long."""
         val = self.nodes[name].meta["val"]
         fixed = [n for n in val.shape if isinstance(n, int)]
         dynamic = len(val.shape) - len(fixed)
-        return prod(fixed) * _LONG ** max(0, dynamic - 2), dynamic == 0
+        return prod(fixed) * _LONG ** max(0, dynamic - 2), dynamic == 0 and name not in self.fed
 
     def _symbols(self, name: str) -> frozenset[object]:
         """The symbols in a value's shape, which stand for the batch and sequences."""
@@ -143,3 +144,15 @@ class Tally:
         for dims in relation.results:
             for leaf in self.axes.axes_of(dims[:-1] if fused else dims):
                 self.products[leaf] += 2 if fused else 1
+
+
+def _fed(nodes: Mapping[str, fx.Node]) -> frozenset[str]:
+    """Values that depend on an input's values. A model may fix its batch and sequence: then no symbol tells them from
+    weights."""
+    found: set[str] = set()
+    for name, node in nodes.items():
+        if node.op == "placeholder" and node.meta.get("kind") == "input":
+            found.add(name)
+        elif not isinstance(node.meta.get("val"), int | SymInt) and any(n.name in found for n in node.all_input_nodes):
+            found.add(name)
+    return frozenset(found)
