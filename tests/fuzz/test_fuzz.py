@@ -7,7 +7,21 @@ import pytest
 from tests.fuzz.fragments import Fragment
 from tests.fuzz.trial import GOOD, case, shrunk, tried
 
-KEPT: dict[str, tuple[Fragment, int]] = {}  # failures of the past, shrunk
+KEPT: dict[str, tuple[Fragment, int]] = {  # failures of the past, shrunk
+    "a norm of a part of an input without a gradient": (
+        Fragment(
+            "sequence",
+            (),
+            (
+                Fragment(
+                    "gated", (), (Fragment("added", (), (Fragment("norm", (0,)), Fragment("convolution", (12, 2)))),)
+                ),
+                Fragment("experts", (2, 6)),
+            ),
+        ),
+        2,
+    ),
+}
 
 
 @pytest.mark.parametrize("seed", range(4))

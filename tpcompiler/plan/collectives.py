@@ -88,8 +88,9 @@ class _Reader:
         names = self.axis_names(node)
         for what in ("mean", "variance") if node.target is runtime.layer_norm else ("mean square",):
             yield self.make(node, "all_reduce", FORWARD, over(node), shape, dtype, f"{what} over {names}")
-            reason = f"gradient of the {what} over {names}"
-            yield self.make(node, "all_reduce", BACKWARD, over(node), shape, dtype, reason)
+            if operand(node).name in self.carriers:  # else an input whose gradient the example does not ask for
+                reason = f"gradient of the {what} over {names}"
+                yield self.make(node, "all_reduce", BACKWARD, over(node), shape, dtype, reason)
 
     def cross_entropy(self, node: fx.Node) -> Iterator[Collective]:
         tokens = prod(example_size(n) for n in operand(node, 1).meta["val"].shape)

@@ -151,8 +151,8 @@ def _fed(nodes: Mapping[str, fx.Node]) -> frozenset[str]:
     weights."""
     found: set[str] = set()
     for name, node in nodes.items():
-        if node.op == "placeholder" and node.meta.get("kind") == "input":
-            found.add(name)
-        elif not isinstance(node.meta.get("val"), int | SymInt) and any(n.name in found for n in node.all_input_nodes):
+        given = node.op == "placeholder" and node.meta.get("kind") == "input"
+        size = isinstance(node.meta.get("val"), int | SymInt)
+        if given or not size and any(n.name in found for n in node.all_input_nodes):
             found.add(name)
     return frozenset(found)
