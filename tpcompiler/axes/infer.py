@@ -142,7 +142,7 @@ class _Inference:
         return Relation(UNKNOWN, "?", tuple(seen), results, (), ())
 
     def fitted(self, node: fx.Node, fit: Fit, given: list[fx.Node], rule: OpRule, call: OpCall) -> Relation:
-        """Unifies dimensions that share a letter of the pattern. Live operands come first and give letters their axes."""
+        """Unifies dimensions that share a letter of the pattern. Live operands come first: letters get their axes."""
         seen: dict[int, Operand] = {}
         for i in sorted(range(len(given)), key=lambda i: given[i].name not in self.live):
             name, side = given[i].name, fit.operands[i]

@@ -146,7 +146,7 @@ def _placeholders(graph: fx.Graph, exported: ExportedProgram, recorded: Recorded
 
 
 def _inputs(graph: fx.Graph, traced: Traced) -> tuple[list[fx.Node], tuple[Any, ...], tuple[str, ...]]:
-    """The placeholders of the tensor inputs, and the place of each in the flattened example. Constants leave the graph."""
+    """The tensor inputs' placeholders, and the place of each in the flattened example. Constants leave the graph."""
     nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     specs = [s for s in traced.exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
     inputs: list[fx.Node] = []
