@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _loaded(model: str, spec: Path, settings: list[str] | None, stages: Stages) -> Iterator[tuple[Loaded, Spec]]:
-    """The model and the spec of a command, while what the model imports can be imported."""
+    """Loads a command's model and spec. Within the block, the modules next to the model can be imported."""
     from tpcompiler.spec.schema import Spec
 
     read = Spec.load(spec)
@@ -90,7 +90,10 @@ def diff(
     model: Model,
     spec: SpecFile,
     context: Annotated[
-        int | None, typer.Option("--context", "-U", metavar="N", help="Equal lines around each change; all by default.")
+        int | None,
+        typer.Option(
+            "--context", "-U", metavar="N", help="How many equal lines to show around each change. Default: all."
+        ),
     ] = None,
     settings: Set = None,
     as_json: AsJson = False,
@@ -123,11 +126,13 @@ def verify(
         str, typer.Option("--dtype", help="The precision to compare in: float64, float32, bfloat16.")
     ] = "float64",
     micro_batches: Annotated[
-        int, typer.Option("--micro-batches", min=1, help="Gradients are accumulated over so many batches.")
+        int, typer.Option("--micro-batches", min=1, help="How many micro-batches to accumulate gradients over.")
     ] = 3,
     distributed: Annotated[
         bool,
-        typer.Option("--distributed", help="Also the emitted source and written weights, in real processes (gloo)."),
+        typer.Option(
+            "--distributed", help="Also run the emitted source with written weights, in real processes (gloo)."
+        ),
     ] = False,
     settings: Set = None,
     as_json: AsJson = False,
@@ -169,7 +174,7 @@ def explain(
 ) -> None:
     """Show why a parameter is split or not.
 
-    What its dimensions are made of, and which line of the model keeps an axis whole.
+    Prints what its dimensions are made of, and which line of the model keeps an axis whole.
     """
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:

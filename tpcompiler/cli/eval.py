@@ -1,4 +1,4 @@
-"""`tpc eval` and `tpc plot`: what has come of a run."""
+"""`tpc eval` and `tpc plot`: the results of runs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,18 @@ class EvalOptions(RankOptions):
     ]
     perplexity: Annotated[
         Path | None,
-        typer.Option("--perplexity", metavar="FILE", help="A text: its perplexity over overlapping windows."),
+        typer.Option("--perplexity", metavar="FILE", help="A text, for its perplexity over overlapping windows."),
     ] = None
     cloze: Annotated[
         Path | None,
-        typer.Option("--cloze", metavar="FILE", help="Texts, one a line or .jsonl: is each one's last word guessed?"),
+        typer.Option(
+            "--cloze",
+            metavar="FILE",
+            help="Texts, one a line or .jsonl, for cloze accuracy: is the last word predicted?",
+        ),
     ] = None
     stride: Annotated[int, typer.Option("--stride", min=1, help="Tokens from one window to the next.")] = 32
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows at once on a rank.")] = 8
+    batch: Annotated[int, typer.Option("--batch", min=1, help="How many windows a rank evaluates at once.")] = 8
     wikitext: Annotated[
         bool, typer.Option("--wikitext", help="The text has spaces around its punctuation, as WikiText's files do.")
     ] = False
@@ -41,7 +45,7 @@ class EvalOptions(RankOptions):
 def evaluate(options: EvalOptions) -> None:
     """Measure a causal language model.
 
-    Perplexity by the original words, and cloze accuracy, as the Megatron-LM paper does.
+    Measures perplexity by the original words, and cloze accuracy, as the Megatron-LM paper does.
     """
     if options.perplexity is None and options.cloze is None:
         raise TpcError("eval: nothing to measure; give --perplexity FILE, --cloze FILE, or both")
@@ -66,7 +70,7 @@ def plot(
     ] = Path("loss.png"),
     labels: Annotated[
         list[str] | None,
-        typer.Option("--label", "-l", metavar="TEXT", help="What to call a run; one for each, in order."),
+        typer.Option("--label", "-l", metavar="TEXT", help="A name for each run, in order."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -94,7 +94,7 @@ def _version(version: bool = typer.Option(False, "--version", help="Show the ver
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; gives the exit code. The user's mistakes are one line, without a traceback."""
+    """Runs a command and returns its exit code. A mistake of the user is reported in one line, without a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in arguments
     command = typer.main.get_command(app)
@@ -151,7 +151,7 @@ def _usage(error: Any, as_json: bool) -> int:
 
 
 def _bug(error: Exception, as_json: bool) -> int:
-    """Not the user's mistake but ours: still one line, with the place to report."""
+    """Reports a bug of tpcompiler in one line, with the place in the code."""
     if os.environ.get("TPC_TRACEBACK"):
         raise error
     if type(error).__name__ == "Abort":

@@ -38,9 +38,10 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if there are weights.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put the ranks' weights together again.
+    """Merge the ranks' weights.
 
-    Under the names they came with, bit for bit. `from_pretrained` reads the directory of an hf: model.
+    The tensors get the names that they came with, and are equal to the originals bit for bit. `from_pretrained` reads
+    the directory of an hf: model.
     """
     screen = Screen(as_json)
     _refuse_mistakes(directory, out, force)

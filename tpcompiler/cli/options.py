@@ -24,14 +24,16 @@ SpecFile = Annotated[Path, typer.Option("--spec", "-s", metavar="FILE", help="Th
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="An argument of the model's constructor, over the spec's model:. Repeatable."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Sets an argument of the model's constructor, instead of the spec's model:. Can be repeated.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 
 
 def command_with(record: type[Record]) -> Callable[[Callable[[Record], None]], Callable[..., None]]:
-    """Decorates a function of one record as a command: typer sees an option for each field of the dataclass."""
+    """Turns a function of one record into a command that has an option for each field of the dataclass."""
 
     def decorate(function: Callable[[Record], None]) -> Callable[..., None]:
         hints = get_type_hints(record, include_extras=True)

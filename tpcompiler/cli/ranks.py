@@ -56,7 +56,9 @@ class RankOptions:
         ),
     ] = None
     settings: Set = None
-    strip: Annotated[str, typer.Option("--strip", metavar="PREFIX", help="A prefix that the weights' names lose.")] = ""
+    strip: Annotated[
+        str, typer.Option("--strip", metavar="PREFIX", help="Removes this prefix from the weights' names.")
+    ] = ""
     rename: Annotated[
         Texts,
         typer.Option("--rename", metavar="OLD=NEW", help="Replaces OLD by NEW in the weights' names. Can be repeated."),
@@ -99,9 +101,9 @@ class RankOptions:
         return Renaming(self.strip, tuple(self.rename or ()), tuple(self.transpose or ()))
 
     def read_spec(self) -> Spec:
-        """The spec with the command's settings, its data degree such that all ranks have a place.
+        """The spec with the command's settings, and with a data degree that gives every rank a place.
 
-        What is wrong with it is said before anything is started; of ranks that run already, by the first.
+        Mistakes in it are reported before anything is started. Where ranks run already, only the first reports them.
         """
         with _first_rank_says():
             return self._fitted()
@@ -140,7 +142,7 @@ def train_section(spec: Spec) -> Train:
 
 
 def start_ranks(spec: Spec) -> None:
-    """Runs this command on the ranks of the spec and exits with their code; returns where this process is a rank."""
+    """Runs this command on the ranks of the spec and exits with their code. On a rank, it returns at once."""
     from tpcompiler.train.run.launch import launch, launched
 
     if spec.ranks.size > 1 and not launched():
@@ -149,7 +151,7 @@ def start_ranks(spec: Spec) -> None:
 
 @contextmanager
 def joined(screen: Screen, spec: Spec, options: RankOptions) -> Iterator[Place]:
-    """This process's place among the ranks. What the block says is shown at once: it may run for days."""
+    """This process's place among the ranks. Within the block, output appears at once, because a run may take days."""
     with redirect_stdout(screen.err), our_warnings():
         from tpcompiler.train.run.launch import join
         from tpcompiler.train.run.together import together
@@ -168,7 +170,7 @@ def _complain(screen: Screen, line: str) -> None:
 
 @contextmanager
 def _first_rank_says() -> Iterator[None]:
-    """Of ranks that all make the same mistake, such as `--device cuda` without a GPU, the first one reports it."""
+    """Lets only the first rank report a mistake that all ranks make, such as `--device cuda` without a GPU."""
     from tpcompiler.train.run.launch import launched
 
     try:

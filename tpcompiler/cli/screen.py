@@ -1,4 +1,4 @@
-"""What a command prints and where: results on stdout, progress and errors on stderr, one JSON object with `--json`."""
+"""A command's output: results on stdout, progress and errors on stderr, one JSON object with `--json`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Screen:
 
     @contextmanager
     def open(self) -> Iterator[Screen]:
-        """What libraries say on stderr is shown in the end, but not before an error: that is one line."""
+        """Opens the screen. What libraries print on stderr is shown at the end, unless the command ends with an error,
+        which is one line."""
         said = io.StringIO()
         with redirect_stdout(self.err), redirect_stderr(said), _quiet():
             try:
@@ -46,9 +47,9 @@ class Screen:
         self.err.write(said.getvalue())
 
     def show(self, *parts: RenderableType, width: int = _WIDTH) -> None:
-        """Prints something for people to read; nothing with `--json`.
+        """Prints something for people to read. With `--json`, it prints nothing.
 
-        It is as wide as the terminal, or as COLUMNS says; into a file or a pipe without COLUMNS, `width` columns.
+        The width is that of the terminal, or COLUMNS. For a file or a pipe without COLUMNS, it is `width`.
         """
         if self.as_json:
             return
@@ -58,14 +59,14 @@ class Screen:
             console.print(part)
 
     def result(self, value: Mapping[str, Any]) -> None:
-        """The command's result as the one JSON object of `--json`; nothing without."""
+        """Prints the command's result as one JSON object if there is `--json`."""
         if self.as_json:
             self.out.write(json.dumps(_finite(value), allow_nan=False, ensure_ascii=False) + "\n")
             self.out.flush()
 
     @contextmanager
     def progress(self) -> Iterator[Stages]:
-        """A line on stderr that says what is being done; only on a terminal."""
+        """Shows on a terminal's stderr, in one line, what is being done."""
         console = Console(file=self.err)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True, disable=not self.err.isatty()) as bar:
@@ -73,7 +74,7 @@ class Screen:
 
 
 class Stages:
-    """Called with a stage's name when it starts."""
+    """Shows the running stage. It is called with a stage's name when the stage starts."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
@@ -83,15 +84,15 @@ class Stages:
         self._bar.update(self._task, description=stage, total=None)
 
     def bytes(self, done: int, total: int) -> None:
-        """How far the running stage is, in bytes."""
+        """Shows how many bytes of the running stage are done."""
         self._bar.update(self._task, completed=done, total=total)
 
 
 @contextmanager
 def our_warnings() -> Iterator[None]:
-    """Shows our own warnings, one line each, and none of torch's or the model's unless they were asked for.
+    """Shows tpcompiler's warnings, one line each, and hides those of torch and the model unless they were asked for.
 
-    Of several ranks the first one shows them.
+    Where several ranks run, only the first shows them.
     """
 
     def show(
@@ -117,7 +118,7 @@ def our_warnings() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps warnings and log lines of torch and of the model away, unless they were asked for."""
+    """Hides warnings and log lines of torch and of the model, unless they were asked for."""
     before = logging.root.manager.disable
     with our_warnings():
         if "TORCH_LOGS" not in os.environ:
@@ -129,7 +130,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: numbers that are not finite are written as words."""
+    """Turns numbers that are not finite into words, because JSON has no infinity."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -138,7 +139,7 @@ def _finite(value: Any) -> Any:
 
 
 def complain(message: str, as_json: bool) -> None:
-    """The one line that an error is: red on stderr, or `{"error": …}` on stdout."""
+    """Prints an error in one line: in red on stderr, or as `{"error": …}` on stdout."""
     line = " ".join(message.split())
     if as_json:
         sys.stdout.write(json.dumps({"error": line}, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Compares the plain and the sharded program: side by side, or as one with the changes marked; equal layers once."""
+"""Shows the plain and the sharded program side by side, or as one with the changes marked. Equal layers appear once."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rich.text import Text
 
 Change = Literal["same", "changed", "inserted", "removed", "folded"]
 
-_FEW = 7  # repetitions of no more lines in all are not layers
-_TWO_PROGRAMS = 160  # columns from which two programs stand beside each other
+_FEW = 7  # lines; shorter repetitions are not layers
+_TWO_PROGRAMS = 160  # columns; from this width on, two programs are shown side by side
 _HANG = 4  # columns by which the rest of a long line is indented further
-_ALIKE = 0.55  # similarity above which two lines are one line, changed
+_ALIKE = 0.55  # similarity above which two lines count as one changed line
 # Calls of the runtime's operators, which a program imports by name; `F.cross_entropy` is torch's.
 _FORWARD = re.compile(r"(?<![.\w])(reduce|gather|gather_sequence|scatter_sequence|cross_entropy)\(")
 _BACKWARD = re.compile(r"(?<![.\w])enter\(")
-_ALIKE_LAYERS = re.compile(r"\((\d+) alike\)")  # what an emitted class says of itself
+_ALIKE_LAYERS = re.compile(r"\((\d+) alike\)")  # in the docstring of an emitted class
 _TOKEN = re.compile(r"\w+|\s+|[^\w\s]")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the picture; a side that has none is None. `times`: how many equal layers it stands for."""
+    """One line of the picture. A side without such a line is None. The line stands for `times` equal layers."""
 
     plain: str | None
     sharded: str | None
@@ -37,7 +37,7 @@ class Line:
 
     @property
     def collective(self) -> Literal["forward", "backward"] | None:
-        """Whether the sharded side communicates here, when the plain one does not, and in which direction."""
+        """The direction in which only the sharded side communicates here; None if it does not."""
         if self.sharded is None or self.change in ("same", "folded"):
             return None
         now, before = _code(self.sharded), _code(self.plain or "")
@@ -47,7 +47,7 @@ class Line:
 
 
 def align(plain: Sequence[str], sharded: Sequence[str]) -> list[Line]:
-    """The lines of both, matched: equal ones, changed ones, and those that one side alone has."""
+    """Matches the lines of both programs: equal lines, changed lines, and lines that only one side has."""
     a, b = [_code(x) for x in plain], [_code(x) for x in sharded]
     out: list[Line] = []
     for tag, i0, i1, j0, j1 in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
@@ -59,13 +59,13 @@ def align(plain: Sequence[str], sharded: Sequence[str]) -> list[Line]:
 
 
 def body(lines: Sequence[str]) -> list[str]:
-    """A program from its first class on: without the head that says how to run it."""
+    """A program from its first class on, without the head that says how to run it."""
     start = next((i for i, line in enumerate(lines) if line.startswith("class ")), 0)
     return list(lines[start:])
 
 
 def fold_layers(lines: Sequence[Line]) -> list[Line]:
-    """Repetitions of one stretch of lines that differ in numbers alone, shown once: "× 72"."""
+    """Folds repetitions of lines that differ only in numbers into one, marked as "× 72"."""
     shapes = [(_numberless(x.plain), _numberless(x.sharded), x.change) for x in lines]
     out: list[Line] = []
     i = 0
@@ -82,7 +82,7 @@ def fold_layers(lines: Sequence[Line]) -> list[Line]:
 
 
 def squeeze(lines: Sequence[Line], context: int | None = 3) -> list[Line]:
-    """Long stretches in which both sides are the same, cut to `context` lines around each change (None: all stay)."""
+    """Cuts long stretches of equal lines to `context` lines around each change; with None, all lines stay."""
     if context is None:
         return list(lines)
     near = [False] * len(lines)
@@ -111,9 +111,9 @@ def as_dict(line: Line) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Picture:
-    """Both programs side by side; one program with its changes marked where the width is too small for two.
+    """Draws both programs side by side, or one program with its changes marked where there is no room for two.
 
-    Red and green parts are what changed, a green line communicates forward, a yellow one backward.
+    Changed parts are red and green. A green line communicates forward, a yellow line backward.
     """
 
     lines: Sequence[Line]
@@ -129,7 +129,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Code:
-    """A line of code; what does not fit continues below it, indented further than its beginning."""
+    """A line of code. A rest that does not fit continues below, indented further."""
 
     text: Text
 
@@ -140,7 +140,7 @@ class _Code:
             return
         code = len(_code(self.text.plain))
         room = max(options.max_width - start - _HANG, _HANG)
-        whole = start < code <= options.max_width  # then the comment alone goes below
+        whole = start < code <= options.max_width  # then only the comment goes below
         first, *rest = [self.text[start:code]] if whole else self.text[start:].wrap(console, room, overflow="fold")
         rest += self.text[code + 2 :].wrap(console, room, overflow="fold") if whole else []
         yield Text(" " * start).append_text(first)
@@ -159,7 +159,7 @@ def _two(lines: Sequence[Line], titles: tuple[str, str]) -> Table:
 
 
 def _one(lines: Sequence[Line], titles: tuple[str, str]) -> Table:
-    """The sharded program; a line that the plain one alone has, or has otherwise, stands before it with a minus."""
+    """The sharded program, with the plain program's differing lines before its own, marked with a minus."""
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1, 0, 0))
     table.add_column(width=1)
     table.add_column()
@@ -176,7 +176,7 @@ def _one(lines: Sequence[Line], titles: tuple[str, str]) -> Table:
 
 
 def _counted(lines: Sequence[Line]) -> Iterator[tuple[Line, Text]]:
-    """Each line with what stands behind it: for a class, how many layers it is."""
+    """Each line with its suffix, which says for a class how many layers it stands for."""
     for line, following in zip(lines, [*lines[1:], None], strict=True):
         alike = _ALIKE_LAYERS.search(following.sharded or "") if following else None
         times = f"  × {alike[1]}" if alike and (line.sharded or "").startswith("class ") else ""
@@ -235,7 +235,7 @@ def _changes(plain: str, sharded: str) -> tuple[list[tuple[int, int]], list[tupl
 
 
 def _match(plain: Sequence[str], sharded: Sequence[str]) -> Iterator[Line]:
-    """Two stretches without an equal line: pairs that are alike, in order, with the greatest likeness in all."""
+    """Pairs the lines of two stretches that have no equal line, in order, such that the total similarity is largest."""
     if not plain or not sharded:
         yield from (Line(p, None, "removed") for p in plain)
         yield from (Line(None, s, "inserted") for s in sharded)
@@ -267,7 +267,7 @@ def _match(plain: Sequence[str], sharded: Sequence[str]) -> Iterator[Line]:
 
 
 def _repetition(shapes: Sequence[tuple[object, ...]], start: int, longest: int = 400) -> tuple[int, int]:
-    """The period and count of what repeats from `start` on: the one that covers most lines, the shorter of equals."""
+    """The period and the count of the repetition from `start` on that covers most lines; of equals, the shorter one."""
     found = (1, 1)
     for period in range(2, min(longest, (len(shapes) - start) // 2) + 1):
         if shapes[start] != shapes[start + period]:
@@ -281,7 +281,7 @@ def _repetition(shapes: Sequence[tuple[object, ...]], start: int, longest: int =
 
 
 def _code(line: str) -> str:
-    """A line without its comment: what the two programs are compared by."""
+    """A line without its comment, by which the two programs are compared."""
     return re.sub(r"\s+#.*$", "", line).rstrip()
 
 

@@ -1,4 +1,4 @@
-"""A report of `tpc shard` or `tpc verify`, the same that `--json` prints, drawn as tables."""
+"""Draws the reports of `tpc shard`, `tpc verify` and `tpc explain`, which `--json` prints, as tables."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 Row = Mapping[str, Any]
-Folded = Sequence[tuple[str, Sequence[Row]]]  # rows that are one line, under the name that they share
+Folded = Sequence[tuple[str, Sequence[Row]]]  # groups of rows that are drawn as one line, each with its common name
 
 _KIND = {"mlp": "green", "attention": "cyan", "embedding": "yellow", "head": "magenta", "other": "blue"}
 _COLLECTIVE = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter"}
 _DIRECTION = {"forward": "→ forward", "backward": "← backward"}
 _DIRECTION_STYLE = {"forward": "green", "backward": "yellow"}
-_WIDE = 110  # columns from which every fact about a collective has a column of its own
+_WIDE = 110  # columns; from this width on, every fact about a collective has a column of its own
 
 
 def shard_report(report: Mapping[str, Any], device_gib: float | None = None) -> RenderableType:
@@ -35,7 +35,7 @@ def shard_report(report: Mapping[str, Any], device_gib: float | None = None) -> 
 
 
 def blocks(rows: Sequence[Row]) -> RenderableType | None:
-    """One line for blocks that are equal but for their numbers: `h.*.mlp` × 72."""
+    """The table of blocks. Blocks that differ only in their layers' numbers share a line: `h.*.mlp` × 72."""
     if not rows:
         return None
     same = lambda r: (r["kind"], r["axis"], r["size"], tuple(r["local"]), tuple(r["over"]))  # noqa: E731
@@ -64,7 +64,7 @@ def _blocks(groups: Folded, wide: bool) -> Table:
 
 
 def collectives(rows: Sequence[Row]) -> RenderableType:
-    """One line for collectives that differ by their layer alone, with how often a step does them."""
+    """The table of collectives. Those that differ only in their layer share a line, with their number in a step."""
     same = lambda r: (r["kind"], r["direction"], tuple(r["over"]), r["bytes"], _alike(r["reason"]))  # noqa: E731
     groups = fold(rows, "block", same)
     tables = _Widths(_collectives_wide(groups), _collectives_narrow(groups))
@@ -72,7 +72,7 @@ def collectives(rows: Sequence[Row]) -> RenderableType:
 
 
 def _collectives_wide(groups: Folded) -> Table:
-    """A column for everything."""
+    """The wide table, with a column for every fact."""
     table = _table("where", "kind", "direction", "over", numbers=("bytes", "count", "in all"))
     table.add_column("reason", ratio=1, style="dim")
     for where, group in groups:
@@ -90,7 +90,7 @@ def _collectives_wide(groups: Folded) -> Table:
 
 
 def _collectives_narrow(groups: Folded) -> Table:
-    """The numbers in columns; below the place stand the reason, and the ranks where they are not always the same."""
+    """The narrow table, with columns for numbers only. The reason, and the mesh dimensions if they vary, go below."""
     table = _table("where", "kind", numbers=("bytes", "count", "in all"))
     several = len({tuple(group[0]["over"]) for _, group in groups}) > 1
     for where, group in groups:
@@ -121,7 +121,7 @@ def _times(group: Sequence[Row]) -> int:
 
 
 def _totals(groups: Folded) -> Iterator[tuple[str, int, int]]:
-    """Each direction that has any: how many collectives and how many bytes."""
+    """The number of collectives and of bytes, for each direction that has any."""
     for direction in _DIRECTION:
         members = [row for _, group in groups for row in group if row["direction"] == direction]
         if members:
@@ -129,7 +129,7 @@ def _totals(groups: Folded) -> Iterator[tuple[str, int, int]]:
 
 
 def memory(row: Row, device_gib: float | None = None) -> RenderableType:
-    """Bytes on the rank that holds most. Activations are not in it: they depend on batch and recomputation."""
+    """Bytes on the rank that holds most, without activations, which depend on batch and recomputation."""
     table = _table(numbers=("parameters", "gradients", "optimizer", "total"))
     table.columns[-1].style = "bold"
     cells = [size(row[key]) for key in ("parameters", "gradients", "optimizer", "total")]
@@ -142,7 +142,7 @@ def memory(row: Row, device_gib: float | None = None) -> RenderableType:
 
 
 def replicated(rows: Sequence[Row]) -> RenderableType | None:
-    """What every rank holds whole, and why: the largest first."""
+    """The parameters that every rank holds whole, with the reason, the largest first."""
     if not rows:
         return None
     table = _table("parameter", numbers=("count", "bytes each", "in all"))
@@ -157,7 +157,7 @@ def replicated(rows: Sequence[Row]) -> RenderableType | None:
 
 
 def verify_report(report: Mapping[str, Any]) -> RenderableType:
-    """A line a case, what it found besides, and the verdict."""
+    """One line for each case, the largest error, and the verdict."""
     table = _table()
     table.add_column("case", ratio=1)
     table.add_column("what is worst", ratio=1, overflow="fold")
@@ -220,9 +220,9 @@ def heading(name: str, source: str, ranks: str) -> Text:
 
 
 def fold(rows: Iterable[Row], key: str, same: Callable[[Row], Hashable]) -> list[tuple[str, list[Row]]]:
-    """Rows whose `key` differs in numbers alone and that are `same` otherwise, as one: `h.*` for `h.0` … `h.71`.
+    """Groups rows that are `same` and whose `key` differs only in numbers; the group of `h.0` … `h.71` is `h.*`.
 
-    A number that all of a group share stays. Groups keep the order of their first rows.
+    A number that all rows of a group share stays. Groups keep the order of their first rows.
     """
     groups: dict[Hashable, list[Row]] = {}
     for row in rows:
@@ -258,7 +258,7 @@ def error(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class _Widths:
-    """Two tables of the same rows, of which the width that there is chooses one."""
+    """A wide and a narrow table of the same rows. The available width decides which one is drawn."""
 
     wide: Table
     narrow: Table
@@ -268,7 +268,7 @@ class _Widths:
 
 
 def _table(*words: str, numbers: Sequence[str] = ()) -> Table:
-    """An empty table. Names that do not fit continue below; nothing is cut off."""
+    """An empty table, in which long names continue on the next line instead of being cut off."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for i, heading in enumerate(words):
         table.add_column(heading, overflow="fold", no_wrap=i > 0)
@@ -278,12 +278,12 @@ def _table(*words: str, numbers: Sequence[str] = ()) -> Table:
 
 
 def _below(name: str, detail: str) -> RenderableType:
-    """A name, and what is said of it in a line below, indented."""
+    """A name, with details in an indented line below it."""
     return Group(name, Padding(Text(detail, style="dim"), (0, 0, 0, 2)))
 
 
 def _titled(title: str, caption: str, table: RenderableType) -> RenderableType:
-    """A table under its title, which may be the longer of the two."""
+    """A table under its title, which may be wider than the table."""
     return Group(Text(title, style="bold").append(f"  {caption}", style="not bold dim"), table)
 
 
@@ -296,7 +296,7 @@ def _pattern(name: str) -> str:
 
 
 def _alike(reason: str) -> str:
-    """A reason without the numbers of layers and of graph nodes (`layer_norm_3`, of which the first has none)."""
+    """A reason without the numbers of layers and graph nodes, such as `layer_norm_3` (a first node has no number)."""
     return _pattern(re.sub(r"_\d+\b", "", reason))
 
 
@@ -305,6 +305,6 @@ def _one_of(reasons: Sequence[str]) -> str:
 
 
 def common(names: Sequence[str]) -> str:
-    """One name for names of one pattern: the numbers that differ are `*`."""
+    """One name for several names that differ only in numbers, which become `*`."""
     split = [re.split(r"(\d+)", name) for name in names]
     return "".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*split, strict=True))

@@ -59,7 +59,7 @@ class TrainOptions(RankOptions):
 
     @property
     def changes(self) -> list[Change]:
-        """Options that have a name of their own win over `--train`."""
+        """The settings that the options change. An option with a name of its own wins over `--train`."""
         out = super().changes
         if self.data:
             out.append((("train", "data", "path"), list(self.data), "--data"))
@@ -104,7 +104,7 @@ def train(options: TrainOptions) -> None:
 
 
 def _show_names(options: TrainOptions) -> None:
-    """`--dry-run`: where each parameter is in the weights. Nothing is compiled, and no value is read."""
+    """`--dry-run`: shows where each parameter is in the weights. Nothing is compiled, and no value is read."""
     from tpcompiler.train.run.saving import names_in
 
     screen = Screen(options.as_json)
@@ -125,7 +125,10 @@ def reshard(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", metavar="MODEL", help="The plain model, for layouts that DIR's own cannot be turned into."
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="The plain model. It is needed where DIR's layouts cannot be turned into the spec's.",
         ),
     ] = None,
     force: Annotated[
@@ -136,7 +139,7 @@ def reshard(
 ) -> None:
     """Move weights to another degree or mesh.
 
-    Slice by slice, bit for bit; optimizer state goes with its parameters.
+    Values stay equal bit for bit, and optimizer state moves with its parameters.
     """
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
