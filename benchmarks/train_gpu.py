@@ -44,6 +44,8 @@ from tpcompiler.train.run.training_run import TrainingRun, set_up
 from tpcompiler.train.settings import Train
 from tpcompiler.train.step.flops import flops_per_token, peak_tflops
 
+OVERLAP: dict[str, bool | str] = {"false": False, "true": True, "halves": "halves"}
+
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,7 +54,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--alone", type=int, default=None, metavar="N", help="the first of N ranks, without the others")
     p.add_argument("--wire", type=wire_times, nargs="+", default=[], metavar="ALPHA,BETA", help="with --alone")
     p.add_argument("--occupy", type=int, default=0, metavar="N", help="multiprocessors that a collective takes")
-    p.add_argument("--overlap", nargs="+", default=["false"], choices=["false", "true"], help="the spec's overlap")
+    p.add_argument("--overlap", nargs="+", default=["false"], choices=list(OVERLAP), help="the spec's overlap")
     p.add_argument("--spec", default="specs/gpt2-1.2b.yaml")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the model's constructor")
     p.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
@@ -85,10 +87,15 @@ def alone(size: int, device: str | None, wired: bool) -> tuple[Place, Wire | Non
     wire = Wire.install(size) if wired else None
     if wire is None:
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    name = dist.group.WORLD.group_name
+    world = dist.group.WORLD.group_name
+    beside = world if wire is None else wire.another("beside").group_name
 
     def from_env(mesh: Mesh, *_: Any, **__: Any) -> Ranks:
+        asked: set[tuple[str, ...]] = set()
+
         def connect(over: tuple[str, ...]) -> ProcessGroup:
+            name = beside if over in asked else world  # `Ranks.beside` asks again
+            asked.add(over)
             return ProcessGroup(name, mesh.degree(over), 0, over, tuple(range(mesh.degree(over))))
 
         return Ranks(mesh, 0, connect)
@@ -97,7 +104,7 @@ def alone(size: int, device: str | None, wired: bool) -> tuple[Place, Wire | Non
     return Place(0, size, 0, torch.device("cuda", 0) if cuda else torch.device("cpu"), Board()), wire
 
 
-def build(a: argparse.Namespace, place: Place, dropout: float, compile: str, overlap: bool) -> TrainingRun:
+def build(a: argparse.Namespace, place: Place, dropout: float, compile: str, overlap: bool | str) -> TrainingRun:
     spec = Spec.load(a.spec).with_(overlap=overlap)
     if a.tensor is not None:
         spec = spec.with_(mesh={"tensor": a.tensor})
@@ -133,7 +140,7 @@ def build(a: argparse.Namespace, place: Place, dropout: float, compile: str, ove
 
 
 def measure(
-    a: argparse.Namespace, place: Place, dropout: float, compile: str, overlap: bool, wire: Wire | None
+    a: argparse.Namespace, place: Place, dropout: float, compile: str, overlap: bool | str, wire: Wire | None
 ) -> dict[str, Any]:
     start = time.perf_counter()
     run = build(a, place, dropout, compile, overlap)
@@ -149,7 +156,7 @@ def measure(
     losses, times, host, first, on_wire = [], [], [], 0.0, 0.0
     for step in range(a.warm_up + a.steps):
         wait()
-        before = wire.seconds if wire else 0.0
+        before = wire.total if wire else 0.0
         begin = time.perf_counter()
         outcome = engine.step(step, batches[step % len(batches)])
         issued = time.perf_counter() - begin
@@ -157,7 +164,7 @@ def measure(
         seconds = time.perf_counter() - begin
         losses.append(float(outcome.loss))
         if step == 0:
-            first, on_wire = seconds, (wire.seconds if wire else 0.0) - before
+            first, on_wire = seconds, (wire.total if wire else 0.0) - before
         if step >= a.warm_up:
             times.append(seconds)
             host.append(issued)
@@ -237,13 +244,13 @@ def main() -> None:
     for compile in a.compile:
         for dropout in a.dropout:
             for overlap in a.overlap:
-                variant(a, place, wire, dropout, compile, overlap == "true")
+                variant(a, place, wire, dropout, compile, OVERLAP[overlap])
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def variant(
-    a: argparse.Namespace, place: Place, wire: Wire | None, dropout: float, compile: str, overlap: bool
+    a: argparse.Namespace, place: Place, wire: Wire | None, dropout: float, compile: str, overlap: bool | str
 ) -> None:
     """Prints a variant's lines: without a wire, then with each."""
     free = 0.0

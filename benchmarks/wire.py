@@ -6,7 +6,8 @@ device shows what overlap with computation hides. Values are not exchanged: a ra
     wire = Wire.install(size=2)
     wire.set(alpha_us=50, beta_gbs=300, multiprocessors=16)  # or wire.set() for one that takes no time
 
-With `multiprocessors`, so many blocks of 512 threads spin meanwhile, as NCCL's do; without, a single thread does.
+With `multiprocessors`, so many blocks of 512 threads spin meanwhile, as NCCL's do; without, a single warp does. Groups
+made by `another` share the wire: what one of them sends, the others wait for, in the order in which it is started.
 """
 
 from __future__ import annotations
@@ -16,24 +17,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._distributed_c10d import _create_work_from_future, _register_process_group
 from torch.futures import Future
-
-_CYCLES = 20_000_000  # of the calibration
 
 
 class Wire(dist.ProcessGroup):
     """One rank, the first, of `size`. `calls` and `seconds` add up what was issued, replays of recordings left out."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, like: Wire | None = None) -> None:
         super().__init__(rank, size)
+        self._all: list[Wire] = [] if like is None else like._all
+        self._all.append(self)
         self.calls, self.seconds = 0, 0.0
-        self.set()
+        self._alpha, self._beta, self._multiprocessors = 0.0, float("inf"), 0
+        self._name = ""
         self._cuda = torch.cuda.is_available()
         if self._cuda:
             self._device = torch.device("cuda", torch.cuda.current_device())
             self._stream = torch.cuda.Stream(priority=-1)
-            self._rate = _cycles_a_second()
+            self._until = torch.zeros(1, dtype=torch.int64, device=self._device)
+            self._free = torch.zeros_like(self._until) if like is None else like._free
 
     @staticmethod
     def install(size: int) -> Wire:
@@ -48,10 +51,24 @@ class Wire(dist.ProcessGroup):
         dist.init_process_group("wire", store=dist.HashStore(), rank=0, world_size=size)
         return made[0]
 
+    def another(self, name: str) -> Wire:
+        """A second group of the same ranks on the same wire, whose collectives have a stream of their own."""
+        made = Wire(0, self.size(), self)
+        made._name = name
+        made._alpha, made._beta, made._multiprocessors = self._alpha, self._beta, self._multiprocessors
+        _register_process_group(name, made)
+        return made
+
     def set(self, alpha_us: float = 0.0, beta_gbs: float = float("inf"), multiprocessors: int = 0) -> None:
         """What a collective takes from now on: α in microseconds, β in 10⁹ bytes a second."""
-        self._alpha, self._beta, self._multiprocessors = alpha_us * 1e-6, beta_gbs * 1e9, multiprocessors
-        self.calls, self.seconds = 0, 0.0
+        for wire in self._all:
+            wire._alpha, wire._beta, wire._multiprocessors = alpha_us * 1e-6, beta_gbs * 1e9, multiprocessors
+            wire.calls, wire.seconds = 0, 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds of all groups on this wire."""
+        return sum(wire.seconds for wire in self._all)
 
     def _carry(self, result: Any, size: int) -> Any:
         """A work that gives `result` once `size` bytes would have crossed."""
@@ -64,10 +81,10 @@ class Wire(dist.ProcessGroup):
             return _create_work_from_future(future)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            if self._multiprocessors:
-                _spin(seconds, self._multiprocessors)
-            else:
-                torch.cuda._sleep(int(seconds * self._rate))
+            from benchmarks.spin import reserve, spin
+
+            reserve[(1,)](int(seconds * 1e9), self._free, self._until, num_warps=1)
+            spin[(max(1, self._multiprocessors),)](self._until, num_warps=16 if self._multiprocessors else 1)
             future.set_result(result)
         return _create_work_from_future(future)
 
@@ -98,34 +115,8 @@ class Wire(dist.ProcessGroup):
 
     @property
     def pg_name(self) -> str:
-        return str(dist.distributed_c10d._world.pg_names[self])
+        return self._name or str(dist.distributed_c10d._world.pg_names[self])
 
     @property
     def group_name(self) -> str:
         return self.pg_name
-
-
-def _cycles_a_second() -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for _ in range(2):  # the first wakes the clocks up
-        begin.record()
-        torch.cuda._sleep(_CYCLES)
-        end.record()
-        torch.cuda.synchronize()
-    return _CYCLES / (begin.elapsed_time(end) * 1e-3)
-
-
-def _spin(seconds: float, blocks: int) -> None:
-    kernel = _kernel()
-    kernel[(blocks,)](int(seconds * 1e9), num_warps=16)
-
-
-_KERNELS: list[Any] = []
-
-
-def _kernel() -> Any:
-    if not _KERNELS:
-        from benchmarks.spin import spin
-
-        _KERNELS.append(spin)
-    return _KERNELS[0]

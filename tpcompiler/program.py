@@ -127,6 +127,7 @@ class Collective:
     reason: str
     bytes: int = 0  # a rank, at the example's batch and sequence
     count: int = 1  # of equal layers, when they are listed as one
+    halved: bool = False  # for each half of an even batch by itself
 
 
 @dataclass(frozen=True)

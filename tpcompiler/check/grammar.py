@@ -29,7 +29,7 @@ _IMPORTS = {
 }
 _BUILDERS = {"group", "local", "part", "empty", "register_buffer", "register_parameter", "to", "requires_grad_"}
 _BUILDERS |= {"Parameters", "ModuleList", "ParameterList", "Parameter", "Rng", "range", "super", "__init__", "getattr"}
-_BUILDERS |= {"setattr", "add_module", "Module", "extend"}
+_BUILDERS |= {"setattr", "add_module", "Module", "extend", "Halves"}
 _PYTHON = {"range", "zip", "enumerate", "slice", "tuple", "getattr", "reversed"}
 _METHODS = {"float", "long", "bool", "half", "double", "int", "bfloat16", "size", "dim", "to", "type", "new_tensor"}
 _METHODS |= {"new_zeros", "new_ones", "new_full", "new_empty", "items", "finfo", "iinfo", "type_as", "reshape_as"}

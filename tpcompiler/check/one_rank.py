@@ -22,6 +22,11 @@ from tpcompiler.program import Program, Training
 from tpcompiler.runtime import Group
 from tpcompiler.runtime.runs import length
 
+_ALIKE = (  # of the shape and dtype of their operand
+    *(runtime.enter, runtime.reduce, runtime.dropout, runtime.rms_norm, runtime.layer_norm),
+    *(runtime.cut_batch, runtime.join_batch),
+)
+
 
 class RankRows(tuple[Any, ...]):
     """The rows that one rank holds, with the rows of all ranks of its class in `of_class`."""
@@ -129,7 +134,7 @@ class OneRank(Translator):
                 place = self.geometry.mesh.index(over, self.geometry.coords[self.ranks.first])
                 n = Group(degree, place, over).sizes(n)[place]
             return (*x.shape[:d], n, *x.shape[d + 1 :]), x.dtype
-        if target in (runtime.enter, runtime.reduce, runtime.dropout, runtime.rms_norm, runtime.layer_norm):
+        if target in _ALIKE:
             return x.shape, x.dtype
         described = self.infer(target, (), a)
         assert not isinstance(described, list)

@@ -24,6 +24,7 @@ from tpcompiler.check.decompose import Decomposer, Place
 from tpcompiler.check.fields import Fields, fields_of
 from tpcompiler.check.forward import Refused
 from tpcompiler.check.grammar import Guarded, read_source
+from tpcompiler.check.halves import in_halves
 from tpcompiler.check.normal_form import OPEN, Forms
 from tpcompiler.check.one_rank import OneGraph, OneRank, RankClass, RankRows, rank_classes
 from tpcompiler.check.report import Refusal
@@ -130,12 +131,13 @@ class _Run:
 
     def compare(self) -> None:
         translator = self.translator
+        recorder = _Recorder(translator)
+        self.names["Halves"] = in_halves(recorder.operator)
         with torch.device("meta"):
             model: nn.Module = self.names["Model"](_alone(translator.geometry, translator.ranks.first))
         model.train(self.graph.training)
         parameters = compare_state(self.program, translator.geometry, translator.ranks.first, model)
         self._rows(model)
-        recorder = _Recorder(translator)
         for t, node in parameters:
             recorder.learn(t, self.graph.leaves[node])
         args, kwargs = self._arguments(recorder)

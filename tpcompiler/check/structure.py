@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from tpcompiler.check.forward import Refused, line_of, live_nodes
+from tpcompiler.check.halves import refuse_mixing
 from tpcompiler.check.normal_form import Forms
 from tpcompiler.check.report import Refusal
 from tpcompiler.check.sizes import Sizes
@@ -105,6 +106,7 @@ def compare_structure(program: Program, model: Model) -> None:
                 env[node] = model.translator.call(node.target, args, kwargs)
             except Exception as e:
                 _refuse(node, "an operation on the model's values", f"{_one_line(e)}")
+    refuse_mixing(program, env, model.sizes)
 
 
 def _outputs(node: fx.Node, model: Model, env: Mapping[fx.Node, Any]) -> None:

@@ -22,6 +22,9 @@ from tpcompiler.program import Training
 aten = torch.ops.aten
 
 
+_SAME = (runtime.enter, runtime.cut_batch, runtime.join_batch)  # the value as it is
+
+
 class Translator:
     """Turns calls into terms. The runtime's operators mean what they do on a single rank, which holds all rows."""
 
@@ -101,7 +104,7 @@ class Translator:
     def runtime(self, target: Any, a: dict[str, Any], known: Any) -> Any:
         """The meaning of one of the runtime's operators on whole values."""
         f = self.forms
-        if target in (runtime.enter, runtime.reduce, runtime.scatter_sequence):
+        if target in (*_SAME, runtime.reduce, runtime.scatter_sequence):
             return a["x"]
         if target is runtime.gather_sequence:
             self._long(a.get("size"), a["x"].shape[a["dim"]])

@@ -49,6 +49,7 @@ class _Reader:
         self.program, self.plan = program, plan
         self.coords = program.mesh.coords(0)
         self.carriers = carriers(program.graph, program.capture.asked)
+        self.halved = _halved(program.graph)
         self.rules: dict[Any, Callable[[fx.Node], Iterator[Collective]]] = {
             runtime.reduce: self.reduce,
             runtime.enter: self.enter,
@@ -119,8 +120,11 @@ class _Reader:
         dtype: torch.dtype,
         reason: str,
     ) -> Collective:
-        size = dtype.itemsize * prod(shape)
-        return Collective(kind, direction, tuple(names), shape, dtype, node.name, self.block(node), reason, size)
+        size, halved = dtype.itemsize * prod(shape), node in self.halved
+        reason += ", in two halves" if halved else ""
+        return Collective(
+            kind, direction, tuple(names), shape, dtype, node.name, self.block(node), reason, size, halved=halved
+        )
 
     def cause(self, node: fx.Node) -> Cause:
         """The op and the split axes that need the collective."""
@@ -154,6 +158,18 @@ class _Reader:
             else:
                 shape[i] = dim.local_size(mesh, self.coords)
         return tuple(shape)
+
+
+def _halved(graph: fx.Graph) -> set[fx.Node]:
+    """What the layers between the marks of a batch that is computed in halves do."""
+    found: set[fx.Node] = set()
+    around: int | None = None
+    for node in graph.nodes:
+        if node.target in (runtime.cut_batch, runtime.join_batch):
+            around = len(node.meta["stack"]) if node.target is runtime.cut_batch else None
+        elif around is not None and len(node.meta.get("stack", ())) > around:
+            found.add(node)
+    return found
 
 
 def _accumulated(dtype: torch.dtype) -> torch.dtype:

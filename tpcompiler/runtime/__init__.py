@@ -2,6 +2,7 @@
 
 from tpcompiler.runtime.expert_products import grouped_mm
 from tpcompiler.runtime.groups import Group, Ranks
+from tpcompiler.runtime.halves import Halves, cut_batch, join_batch
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.module import Parameters
 from tpcompiler.runtime.norms import layer_norm, rms_norm
@@ -13,17 +14,20 @@ from tpcompiler.runtime.weights import load
 
 __all__ = [
     "Group",
+    "Halves",
     "Mesh",
     "Parameters",
     "Ranks",
     "Rng",
     "cross_entropy",
+    "cut_batch",
     "dropout",
     "enter",
     "entered_linear",
     "gather",
     "gather_sequence",
     "grouped_mm",
+    "join_batch",
     "layer_norm",
     "load",
     "lookup",

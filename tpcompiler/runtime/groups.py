@@ -180,6 +180,10 @@ class Ranks:
                 self._groups[names] = self._connect(names)
         return self._groups[names]
 
+    def beside(self) -> Ranks:
+        """The same place with groups of its own: what is sent in them does not wait for what is sent in these."""
+        return Ranks(self.mesh, self.rank, self._connect, self.timeout)
+
     @classmethod
     def single(cls) -> Ranks:
         """The only rank."""
@@ -223,10 +227,12 @@ class Ranks:
         rank = coarse.rank(dict(zip(names, coordinate, strict=True)))
         world = device_mesh.mesh.flatten().tolist()
         general = _connector(fine, rank, world)
+        asked: set[tuple[str, ...]] = set()
 
         def connect(over: tuple[str, ...]) -> Group:
-            if over not in whole:
+            if over not in whole or over in asked:  # `Ranks.beside` asks again
                 return general(over)
+            asked.add(over)
             return _wrap(device_mesh.get_group(whole[over]), fine, rank, over, world)
 
         return cls(fine, rank, connect)

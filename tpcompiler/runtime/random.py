@@ -45,6 +45,11 @@ class Rng:
         self.state[2:] = torch.tensor([step, first_sample], dtype=torch.int64)
         return self
 
+    def follow(self, other: Rng, samples: int) -> None:
+        """Moves to where `other` stands, and so many samples on."""
+        self.state = other.state.clone()
+        self.state[3] += samples
+
     def to(self, device: torch.device | str) -> Rng:
         """Moves the numbers to where they will be used."""
         self.state = self.state.to(device)

@@ -165,9 +165,10 @@ class Spec(Section):
         description="Dropout inside attention. fused: the kernel's own random numbers, fast, a different draw at every "
         "degree. exact: attention written out, the same masks at every degree, slower.",
     )
-    overlap: bool = Field(
+    overlap: bool | Literal["halves"] = Field(
         default=False,
-        description="Whether the all-reduce of a product's input gradient runs while its weight's is computed.",
+        description="What runs beside communication. true: the all-reduce of a product's input gradient runs while its "
+        "weight's is computed. halves: layers compute the two halves of a batch in turn as well, forward and backward.",
     )
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="Seed of the initial weights and of dropout.", examples=[0]

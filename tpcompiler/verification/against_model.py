@@ -257,9 +257,11 @@ def count_executed(log: Sequence[Any]) -> dict[str, int]:
     return dict(sorted(out.items()))
 
 
-def count_listed(program: Program, runs: int, backward: bool) -> dict[str, int]:
+def count_listed(program: Program, runs: int, backward: bool, halves: int = 0) -> dict[str, int]:
+    """The collectives of so many runs, `halves` of which compute an even batch as the emitted source does."""
     out: dict[str, int] = {}
     for c in program.collectives:
         if c.direction == "forward" or backward:
-            out[f"{c.kind} {c.direction}"] = out.get(f"{c.kind} {c.direction}", 0) + runs * c.count
+            name = f"{c.kind} {c.direction}"
+            out[name] = out.get(name, 0) + (runs + halves * c.halved) * c.count
     return dict(sorted(out.items()))

@@ -24,6 +24,7 @@ class Fields:
         self._made: dict[Any, str] = {}
         self._groups: list[str] = []
         self._rest: list[str] = []
+        self.later: list[str] = []  # statements that need the module's layers
 
     def lines(self, rng: str = "rng") -> list[str]:
         """The constructor's statements that set the attributes. Random numbers come from the expression `rng`."""
@@ -55,6 +56,14 @@ class Fields:
     def rng(self) -> str:
         """`self.rng`: what counter-based dropout draws from."""
         return self._made["rng"] if self.draws else self._new("rng", "rng")
+
+    def halves(self, layers: str, cut: tuple[int, ...]) -> str:
+        """`self.halves`: what runs the layers of a list on two halves of a batch; `cut` as in `runtime.Halves`."""
+        key = ("halves", layers, cut)
+        if key not in self._made:
+            more = "" if cut == (0,) else f", cut={constant(cut)}"
+            self.later.append(f"{self._new(key, 'halves')} = Halves({layers}, ranks{more})")
+        return self._made[key]
 
     def argument(self, name: str) -> str:
         """`self.site`: an argument of the constructor."""

@@ -15,7 +15,7 @@ from tpcompiler.emit.ops.nodes import NodeResult, aten_name, count, runtime_name
 from tpcompiler.emit.text.expr import Expr, constant
 from tpcompiler.emit.text.lines import CodeLine
 from tpcompiler.emit.write import remarks
-from tpcompiler.emit.write.layer_calls import call_numbers, callee, loop_head, sizes
+from tpcompiler.emit.write.layer_calls import call_numbers, callee, cannot_halve, halves, is_cut, loop_head, sizes
 from tpcompiler.emit.write.nesting import nested_calls, reads
 from tpcompiler.emit.write.scope import Scope
 
@@ -107,6 +107,8 @@ class _Body:
     def _operation(self, part: Operation, dead: list[NodeResult]) -> Iterator[CodeLine]:
         """`y = f(x)`"""
         node = part.node
+        if self._cut(self.scope.reads(node)):
+            raise cannot_halve(node.name, "it is not written as a call of a layer")
         text = self.scope.spell(node)
         if node in self.nested:
             self.texts[node] = text
@@ -123,9 +125,13 @@ class _Body:
             names = [self.namer.fresh((node, k)) if (node, k) in self.last else "_" for k in range(several)]
             target = f"({names[0]},)" if len(names) == 1 else ", ".join(names)
         if text.text != target:
-            note = ", ".join(n for m in self._together(node) if (n := remarks.notes(self.file, m)))
+            note = ", ".join(n for m in self._together(node) if not is_cut(m) and (n := remarks.notes(self.file, m)))
             shape = remarks.new_shape(self.file, node, leaves[0] if leaves else None)
             yield CodeLine(f"{target} = {text}", shape, note, part.section)
+
+    def _cut(self, read: Iterable[NodeResult]) -> tuple[int, ...]:
+        """The places of the values that are marked here, not outside, as computed in halves."""
+        return tuple(i for i, v in enumerate(read) if is_cut(v) and v not in self.arguments)
 
     def _reused(self, node: fx.Node, leaves: list[NodeResult], dead: list[NodeResult]) -> str | None:
         """The name of the value that the statement replaces, where a person would write `y = f(y)`."""
@@ -152,6 +158,8 @@ class _Body:
 
     def _call(self, step: LayerCalls, dead: list[NodeResult]) -> Iterator[CodeLine]:
         """`x = self.layer(x, mask)`"""
+        if self._cut(step.inputs):
+            raise cannot_halve(step.frames[0].name, "it is a call of its own")
         inputs, outputs, hinted = step.inputs, step.results, self.file.hints
         given = [self.scope.value(v).text for v in inputs] + sizes(step, self.scope)
         given += [f"{n.name}={constant(n.values[step.frames[0]])}" for n in step.layer.numbers if n.by_call]
@@ -172,6 +180,7 @@ class _Body:
         """`for block in self.h:` with a call that takes what the call before it returned."""
         inputs, outputs = step.inputs, step.results
         names = [self.scope.value(v).text for v in inputs]
+        names_given = list(names)
         results: dict[NodeResult, str] = {}
         for i, o in step.carried.items():
             out = outputs[o]
@@ -189,6 +198,11 @@ class _Body:
         self.namer.release(dead)
         self.namer.release(v for v in outputs if v not in self.last)
         section = (step.made.name, "")
+        if cut := self._cut(inputs):
+            in_turn = halves(step, self.scope, cut)
+            note = f"{step.made.name} {len(step.frames)} times, halves of the batch in turn"
+            yield CodeLine(f"{results[outputs[0]]} = {in_turn}({', '.join(names_given)})", "", note, section)
+            return
         called, head = loop_head(step, self.scope, self.namer.free)
         given = names + sizes(step, self.scope) + [f"{n}={n}" for n in call_numbers(step)]
         yield CodeLine(f"for {head}:", section=section)

@@ -57,7 +57,7 @@ class ClassWriter:
         opening, sizes = self._sizes(body)
         made = constructor(frame, inner, self.file.names, self.comparer.dims, fields)
         given = ["ranks: Ranks"] + (["rng: Rng"] if fields.draws else [])
-        code = _init(given + [_typed(n) for n in layer.numbers if not n.by_call], fields.lines() + made)
+        code = _init(given + [_typed(n) for n in layer.numbers if not n.by_call], fields.lines() + made + fields.later)
         declared = [f"{name}: Tensor" for name in body.arguments.values()]
         declared += [f"{self.file.letters[s]}: int" for s in sizes] + [_typed(n) for n in by_call]
         returns = "tuple[Tensor, ...]" if len(outputs) > 1 else "Tensor"
@@ -84,7 +84,8 @@ class ClassWriter:
         mesh = self.file.mesh
         on = "on one rank" if mesh.size == 1 else f"on each rank of {mesh}"
         code = [f"class Model(nn.{self._base(root)}):", f'    """{capture.model}, {on}."""', ""]
-        code += _init(["ranks: Ranks", "rng: Rng | None = None"], fields.lines("rng or Rng(seed=0)") + made)
+        made = fields.lines("rng or Rng(seed=0)") + made + fields.later
+        code += _init(["ranks: Ranks", "rng: Rng | None = None"], made)
         code += wrap(f"def forward({', '.join(['self', *self.signature.parameters])}):", 4)
         code += block([*map(CodeLine, self.signature.lines), *opening, *returning(body.lines, structure.text)], 8)
         return "\n".join(code), structure.definitions

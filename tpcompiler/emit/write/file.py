@@ -58,7 +58,7 @@ def emit(program: Program) -> str:
 
 def _imports(code: str, graph: fx.Graph) -> list[str]:
     operators = {name for n in graph.nodes if (name := runtime_name(n))}
-    used = [n for n in ("Parameters", "Ranks", "Rng", *sorted(operators)) if re.search(rf"\b{n}\b", code)]
+    used = [n for n in ("Halves", "Parameters", "Ranks", "Rng", *sorted(operators)) if re.search(rf"\b{n}\b", code)]
     return [
         "from __future__ import annotations",
         "",
@@ -78,7 +78,7 @@ class _Classes:
         self.writer, self.comparer = writer, comparer
         self._names: dict[tuple[str, ...], str] = {}  # what a class does → its name
         self._found: dict[str, tuple[ClassText, list[Layer]]] = {}  # name → its text, the layers that it is
-        self._taken: set[str] = {"Model", "Parameters", "Ranks", "Rng", "NamedTuple", "Any"}
+        self._taken: set[str] = {"Model", "Halves", "Parameters", "Ranks", "Rng", "NamedTuple", "Any"}
 
     @property
     def texts(self) -> list[str]:

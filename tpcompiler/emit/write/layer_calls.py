@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import fx
+
 from tpcompiler.emit.layers.statements import LayerCalls
+from tpcompiler.emit.ops.values import NodeResult, runtime_name
 from tpcompiler.emit.text.expr import constant
 from tpcompiler.emit.write.scope import Scope
+from tpcompiler.errors import TpcError
 
 
 def callee(step: LayerCalls, scope: Scope) -> str:
@@ -43,6 +47,29 @@ def loop_head(step: LayerCalls, scope: Scope, free: Callable[[str], bool]) -> tu
     if not names:
         return variable, f"{variable} in {over}"
     return variable, f"{variable}, {f'({head})' if len(names) > 1 else head} in zip({over}, {listed})"
+
+
+def halves(step: LayerCalls, scope: Scope, cut: tuple[int, ...]) -> str:
+    """`self.halves`: what makes calls on two halves of a batch. `cut` are the places of the inputs to be halved.
+
+    Raises `TpcError` for calls that the runtime's `Halves` cannot make.
+    """
+    last = step.results[-1]
+    whole = isinstance(last, fx.Node) and all(runtime_name(u) == "join_batch" for u in last.users)
+    if len(step.results) != 1 or dict(step.carried) != {0: 0} or 0 not in cut or not whole:
+        raise cannot_halve(step.frames[0].name, "its calls are not one loop that hands one value on")
+    if step.made.sizes or call_numbers(step):
+        raise cannot_halve(step.frames[0].name, "it is given sizes or numbers")
+    return scope.fields.halves(_members(step, scope), cut)
+
+
+def is_cut(v: NodeResult) -> bool:
+    """Whether a value is marked: from here on, halves are computed in turn."""
+    return isinstance(v, fx.Node) and runtime_name(v) == "cut_batch"
+
+
+def cannot_halve(what: str, why: str) -> TpcError:
+    return TpcError(f"overlap: halves is not possible: {what}: {why}; overlap: true would work")
 
 
 def _loop_variable(step: LayerCalls, free: Callable[[str], bool]) -> str:

@@ -160,6 +160,8 @@ class Scope:
 
     def spell(self, node: fx.Node) -> Expr:
         """The call as source."""
+        if runtime_name(node) in ("cut_batch", "join_batch"):  # The call between them says it.
+            return self.expr(node.args[0])
         if is_neutral(node) and node not in self.replaced:  # No loop has put its counter in place of the number.
             return self.expr(node.args[0])
         arguments = self._arguments(node)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tpcompiler.ops.table import UNKNOWN, find
+from tpcompiler.runtime.halves import twins_of
 from tpcompiler.train.hold.layers import layers_of
 from tpcompiler.train.settings import Train
 
@@ -23,15 +24,16 @@ def prepare(module: nn.Module, train: Train, hooked: bool) -> None:
     Each distinct layer is compiled once, and all layers that are equal share the result. Or the program is compiled as
     one graph; with `hooked` layers (FSDP2's hooks run between them) there is none, and layers are compiled instead.
     """
+    layers = [*layers_of(module), *twins_of(module)]
     if train.activation_checkpointing != "none":
-        for layer in layers_of(module):
+        for layer in layers:
             _replace(layer, partial(_recomputing, train.activation_checkpointing == "attention"))
     if train.compile == "none":
         return
     if train.compile == "whole" and not hooked:
         _replace(module, torch.compile)
     else:
-        for layer in layers_of(module):
+        for layer in layers:
             _replace(layer, torch.compile)
 
 
