@@ -62,6 +62,8 @@ def trained(
         with torch.no_grad():
             for p in module.parameters():
                 p.normal_(std=0.3, generator=generator)
+            for b in module.buffers():
+                b.normal_(generator=generator)
         change(module)
         args, kwargs = inputs if isinstance(inputs, tuple) and isinstance(inputs[-1], dict) else ((), inputs)
         out = module(*args, **kwargs)
@@ -79,8 +81,15 @@ def same(mine: list[list[Tensor]], others: list[list[Tensor]]) -> None:
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("degree", "samples"), [(1, 2), (2, 4), (2, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("name", "degree", "samples"),
+    [
+        *(("gpt2", *case) for case in ((1, 2), (2, 4), (2, 3))),
+        ("llama", 2, 2),
+        *(pytest.param(name, 3, 4, marks=pytest.mark.nightly) for name in MODELS),
+        *(pytest.param(name, 2, 6, marks=pytest.mark.nightly) for name in MODELS),
+    ],
+)
 def test_loss_and_gradients_stay_with_dropout(name: str, degree: int, samples: int) -> None:
     """An odd batch stays whole."""
     inputs = batch_of(name, samples)
@@ -137,8 +146,12 @@ def test_the_checker_proves_it(name: str) -> None:
     sharded = compiled(name, 2, "halves")
     assert "Halves(" in sharded.source
     assert sharded.check.passed, sharded.check.refused
-    with pytest.raises(TpcError, match="overlap: halves"):
-        compile_capture(float64(capture(*Unlisted.small())), Spec.load({"mesh": {"tensor": 2}, "overlap": "halves"}))
+
+
+def test_without_a_list_of_layers_there_is_a_reason() -> None:
+    spec = Spec.load({"mesh": {"tensor": 2}, "overlap": "halves"})
+    with pytest.raises(TpcError, match=r"overlap: halves is not possible: .*overlap: true would work"):
+        compile_capture(capture(*Unlisted.small()), spec)
 
 
 class Unlisted(nn.Module):
@@ -173,10 +186,13 @@ class Mixing(nn.Module):
 class MixingLayer(nn.Module):
     def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.mix, self.up, self.down = mix, nn.Linear(8, 16), nn.Linear(16, 8)
+        self.mix, self.norm = mix, nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.wide, self.narrow = nn.Linear(8, 24), nn.Linear(24, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.mix(self.down(self.up(x).relu()))
+        x = x + self.mix(self.down(self.up(self.norm(x)).relu()))
+        return x + self.narrow(self.wide(self.norm(x)).sigmoid().square() * 2).tanh()
 
 
 @pytest.mark.parametrize(
@@ -187,6 +203,7 @@ class MixingLayer(nn.Module):
         (lambda y: y.transpose(0, 1).cumsum(0).transpose(0, 1), True),
         (lambda y: y - y.mean(1, keepdim=True), True),
         (lambda y: y @ y.transpose(1, 2) @ y, True),
+        (lambda y: y.transpose(0, 1).flatten(0, 1).unflatten(0, (3, -1)).transpose(0, 1), True),
         (lambda y: y.softmax(0), False),
         (lambda y: y.cumsum(0), False),
         (lambda y: y.flip(0), False),
@@ -202,7 +219,7 @@ class MixingLayer(nn.Module):
 )
 def test_samples_that_meet_are_refused(mix: Callable[[Tensor], Tensor], fine: bool) -> None:
     spec = Spec.load({"mesh": {"tensor": 2}, "overlap": "halves"})
-    found = compile_capture(float64(capture(lambda: Mixing(mix), (torch.randn(4, 3, 8),))), spec).check
+    found = check(compile_capture(capture(lambda: Mixing(mix), (torch.randn(4, 3, 8),)), spec).program)
     assert found.passed is fine, found.refused
     if not fine:
         assert "samples of a batch that are computed apart" in str(found.refused[0])

@@ -24,10 +24,10 @@ from tpcompiler.check.decompose import Decomposer, Place
 from tpcompiler.check.fields import Fields, fields_of
 from tpcompiler.check.forward import Refused
 from tpcompiler.check.grammar import Guarded, read_source
-from tpcompiler.check.halves import in_halves
 from tpcompiler.check.normal_form import OPEN, Forms
 from tpcompiler.check.one_rank import OneGraph, OneRank, RankClass, RankRows, rank_classes
 from tpcompiler.check.report import Refusal
+from tpcompiler.check.samples_apart import in_halves
 from tpcompiler.check.sizes import Sizes, choices, made_of
 from tpcompiler.check.source_state import compare_state
 from tpcompiler.check.terms import Term, children, described
@@ -207,7 +207,7 @@ class _Run:
 
 
 def _operands(t: Term) -> str:
-    return ", ".join(str(v) for _, v in t.args if isinstance(v, Term))
+    return ", ".join(str(v) for v in children(t.args))
 
 
 class _Recorder(TorchFunctionMode):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from tpcompiler.check.forward import Refused, line_of, live_nodes
-from tpcompiler.check.halves import refuse_mixing
 from tpcompiler.check.normal_form import Forms
 from tpcompiler.check.report import Refusal
+from tpcompiler.check.samples_apart import refuse_mixing
 from tpcompiler.check.sizes import Sizes
 from tpcompiler.check.terms import Term, children
 from tpcompiler.check.translate import Translator, mode_of, whole_argument

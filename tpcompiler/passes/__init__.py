@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from tpcompiler.passes.halves import halve_batches
+from tpcompiler.passes.halve_batches import halve_batches
 from tpcompiler.passes.hoist_enters import hoist_enters
 from tpcompiler.passes.merge_reductions import merge_reductions
 from tpcompiler.passes.overlap_enters import overlap_enters

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import fx
 
 from tpcompiler.emit.layers.statements import LayerCalls
-from tpcompiler.emit.ops.values import NodeResult, runtime_name
+from tpcompiler.emit.ops.nodes import NodeResult, runtime_name
 from tpcompiler.emit.text.expr import constant
 from tpcompiler.emit.write.scope import Scope
 from tpcompiler.errors import TpcError

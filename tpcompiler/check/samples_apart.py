@@ -1,15 +1,15 @@
-"""Halves of a batch: cat(f(x[:n]), f(x[n:])) is f(x) where every operation of f treats the samples apart.
+"""Samples kept apart: where no operation of f lets two samples meet, cat(f(x[:n]), f(x[n:])) is f(x).
 
 Between `cut_batch` and `join_batch` a program may be computed in halves. Each value there has one dimension that counts
-samples, or rows of them one after the other, sample by sample. What is known of an operation, from a closed list, must
-say that a row of its result depends on the same sample's rows alone.
+samples: n · batch · m rows, of which each sample has those with its number in the middle. What is known of an
+operation, from a closed list, must say that a row of its result depends on the same sample's rows alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -46,10 +46,10 @@ def refuse_mixing(program: Program, env: Mapping[fx.Node, Any], sizes: Sizes) ->
     batch = env[cuts[0]].shape[0]
     if sizes.of_example or batch not in sizes.numbers.values():
         _refuse(cuts[0], "the first dimension is not a batch of any size")
-    apart: set[fx.Node] = set()  # values between the marks
+    apart: dict[fx.Node, int] = {}  # values between the marks, with the n of their rows
     counted: set[fx.Node] = set()  # values elsewhere that depend on the number of samples
     for node in live_nodes(program.graph):
-        halved = {o for o in node.all_input_nodes if o in apart and isinstance(env[o], (Term, tuple))}
+        halved = {o: apart[o] for o in node.all_input_nodes if o in apart}
         if node.op == "output" and halved:
             _refuse(node, "an output that is not joined")
         if node.op != "call_function":
@@ -57,15 +57,15 @@ def refuse_mixing(program: Program, env: Mapping[fx.Node, Any], sizes: Sizes) ->
         if node.target is runtime.cut_batch:
             if halved or env[node].shape[0] != batch:
                 _refuse(node, f"a value of shape {list(env[node].shape)} whose first dimension is not the batch")
-            apart.add(node)
+            apart[node] = 1
         elif node.target is runtime.join_batch:
-            if not halved or env[node].shape[0] != batch:
+            if list(halved.values()) != [1] or env[node].shape[0] != batch:
                 _refuse(node, "a value that is not halves of a batch")
         elif halved and isinstance(env[node], (Term, tuple)):
-            why = _Operation(node, env, halved, counted, batch).mixes()
-            if why:
-                _refuse(node, why)
-            apart.add(node)
+            try:
+                apart[node] = _Operation(node, env, halved, counted, batch).major()
+            except _MixesError as e:
+                _refuse(node, str(e))
         elif any(o in counted for o in node.all_input_nodes) or _is_count(env[node], batch):
             counted.add(node)
 
@@ -78,31 +78,46 @@ class _Operation:
     """One operation between the marks."""
 
     def __init__(
-        self, node: fx.Node, env: Mapping[fx.Node, Any], halved: set[fx.Node], counted: set[fx.Node], batch: int
+        self, node: fx.Node, env: Mapping[fx.Node, Any], halved: dict[fx.Node, int], counted: set[fx.Node], batch: int
     ) -> None:
         self.node, self.env, self.halved, self.counted, self.batch = node, env, halved, counted, batch
 
-    def mixes(self) -> str:
-        """Why its result for a sample may depend on another sample, "" if it does not."""
-        try:
-            made = self.env[self.node]
-            for term in made if isinstance(made, tuple) else (made,):
-                self.place(term)
-            for o in self.node.all_input_nodes:
-                if o not in self.halved and isinstance(self.env[o], Term) and self.counts(self.env[o].shape):
-                    raise _MixesError(f"{o.name} counts samples and is not cut")
-                shaped = not isinstance(self.env[o], Term) and self.shapes()
-                if o in self.counted and not shaped:
-                    raise _MixesError("it computes with the number of samples")
-            self.apart(made)
-        except _MixesError as e:
-            return str(e)
-        return ""
+    def major(self) -> int:
+        """The n of its result's n · batch · m rows. Raises `_MixesError` if a sample may depend on another."""
+        made = self.env[self.node]
+        for term in made if isinstance(made, tuple) else (made,):
+            self.place(term)
+        for o in self.node.all_input_nodes:
+            if o not in self.halved and isinstance(self.env[o], Term) and self.counts(self.env[o].shape):
+                raise _MixesError(f"{o.name} counts samples and is not cut")
+            shaped = not isinstance(self.env[o], Term) and (self.shapes() or self.expands())
+            if o in self.counted and not shaped:
+                raise _MixesError("it computes with the number of samples")
+        n = self.one(self.halved.values())
+        self.apart(made, n)
+        if self.shapes():  # the rows before a sample's are as many as they were
+            t = self.env[self.node.all_input_nodes[0]]
+            before, place = prod(t.shape[: self.place(t)]) * n, self.place(made)
+            n, rest = divmod(before, prod(made.shape[:place]))
+            if rest or made.shape[place] % (n * self.batch):
+                raise _MixesError("it takes rows of several samples together")
+        return n
+
+    def one(self, found: Iterable[int]) -> int:
+        """The one number among those found."""
+        numbers = set(found)
+        if len(numbers) != 1:
+            raise _MixesError("samples of its operands stand in different orders")
+        return numbers.pop()
 
     def shapes(self) -> bool:
-        """Whether its numbers are the sizes of its result."""
+        """Whether it gives the same elements in the same order another shape."""
         target = self.node.target
-        return isinstance(target, torch._ops.OpOverload) and packet(target) in _RESHAPES | _MOVES
+        return isinstance(target, torch._ops.OpOverload) and packet(target) in _RESHAPES
+
+    def expands(self) -> bool:
+        target = self.node.target
+        return isinstance(target, torch._ops.OpOverload) and packet(target) == "expand"
 
     def counts(self, shape: Sequence[int]) -> list[int]:
         """The dimensions that count samples."""
@@ -118,19 +133,20 @@ class _Operation:
     def from_right(self, term: Term) -> int:
         return len(term.shape) - self.place(term)
 
-    def apart(self, made: Any) -> None:
+    def apart(self, made: Any, n: int) -> None:
+        """Raises `_MixesError` if samples are not kept apart."""
         target = self.node.target
         if getattr(target, "__name__", "") == "getitem" and not isinstance(target, torch._ops.OpOverload):
             return
         if isinstance(target, torch._ops.OpOverload):
             given = {k: self.read(v) for k, v in bound(target, self.node.args, dict(self.node.kwargs)).items()}
-            self.aten(packet(target), target, given, made)
+            self.aten(packet(target), target, given, made, n)
             return
         signature = runtime_signature(target)
         if signature is None:
             raise _MixesError("it is no known operation")
         given = dict(signature.bind(*self.node.args, **self.node.kwargs).arguments)
-        self.runtime(target, {k: self.read(v) for k, v in given.items()})
+        self.runtime(target, {k: self.read(v) for k, v in given.items()}, n)
 
     def read(self, a: Any) -> Any:
         if isinstance(a, fx.Node):
@@ -138,7 +154,7 @@ class _Operation:
         return tuple(map(self.read, a)) if isinstance(a, (tuple, list)) else a
 
     def operands(self) -> list[Term]:
-        """The halved ones."""
+        """Those that are halved."""
         found = [self.env[o] for o in self.halved]
         if not all(isinstance(t, Term) for t in found):
             raise _MixesError("it takes several results at once")
@@ -146,15 +162,13 @@ class _Operation:
 
     # -- ATen's operations ------------------------------------------------------------------------------------------
 
-    def aten(self, name: str, target: Any, given: dict[str, Any], made: Any) -> None:
+    def aten(self, name: str, target: Any, given: dict[str, Any], made: Any, n: int) -> None:
         if torch.Tag.nondeterministic_seeded in target.tags and name != "scaled_dot_product_attention":
             raise _MixesError("it draws from torch's generator")
         if torch.Tag.pointwise in target.tags or name in _ALIKE:
             self.aligned(made)
         elif name in _RESHAPES:
-            before = {prod(t.shape[: self.place(t)]) for t in (*self.operands(), made)}
-            if len(before) != 1:  # an element's sample is told by what stands before it in memory
-                raise _MixesError("it takes rows of several samples together")
+            return  # see `major`
         elif name in _MOVES:
             self.operands()
             if name.startswith("expand"):
@@ -166,7 +180,7 @@ class _Operation:
         elif name in ("layer_norm", "rms_norm", "native_layer_norm"):
             self.whole_rows(given["input"], len(given["normalized_shape"]))
         elif name in _SAMPLES_FIRST:
-            if any(self.place(t) != 0 for t in self.operands()):
+            if n != 1 or any(self.place(t) != 0 for t in self.operands()):
                 raise _MixesError("its first dimension is not that of samples")
             if name.startswith("conv") and not all(t is given["input"] for t in self.operands()):
                 raise _MixesError("its weight depends on samples")
@@ -224,7 +238,7 @@ class _Operation:
 
     # -- the runtime's operators ------------------------------------------------------------------------------------
 
-    def runtime(self, target: Any, given: dict[str, Any]) -> None:
+    def runtime(self, target: Any, given: dict[str, Any], n: int) -> None:
         x = given.get("x")
         halved = self.operands()
         if target in (runtime.enter, runtime.reduce):
@@ -242,7 +256,7 @@ class _Operation:
                 raise _MixesError("it looks up in what depends on samples")
         elif target is runtime.dropout:
             dim = given.get("batch_dim", 0)
-            if dim is None or dim % len(halved[0].shape) != self.place(halved[0]):
+            if n != 1 or dim is None or dim % len(halved[0].shape) != self.place(halved[0]):
                 raise _MixesError("its mask is not counted by samples")
         else:
             raise _MixesError(f"{target.__name__} is not known to treat samples apart")
@@ -283,7 +297,7 @@ def in_halves(operator: Callable[[Any], Callable[..., Any]]) -> Callable[..., An
     return halves
 
 
-def _refuse(node: fx.Node, true: str) -> None:
+def _refuse(node: fx.Node, true: str) -> NoReturn:
     raise Refused(Refusal(node.name, line_of(node), _CLAIM, true))
 
 
