@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -35,11 +37,37 @@ def prepare(module: nn.Module, train: Train, hooked: bool) -> None:
     else:
         for layer in layers:
             _replace(layer, torch.compile)
+        _compile_loss(module)
 
 
 def _replace(module: nn.Module, wrap: Callable[[Forward], Forward]) -> None:
     """Only the forward: hooks, among them FSDP2's, stay outside."""
     module.forward = wrap(module.forward)
+
+
+def _compile_loss(module: nn.Module) -> None:
+    """Compiles the loss outside of layers too: issued call by call, it reads and writes float32 logits many times.
+
+    The program's own forward finds the compiled loss where the plain one was; the layers keep what they have.
+    """
+    plain: Any = module.forward
+    own = plain.__func__
+    names = own.__globals__ | {"F": _Functional()}
+    if "cross_entropy" in names:
+        names["cross_entropy"] = torch.compile(names["cross_entropy"])
+    changed = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    changed.__kwdefaults__ = own.__kwdefaults__
+    module.forward = MethodType(changed, module)
+
+
+class _Functional:
+    """`torch.nn.functional` with a compiled loss."""
+
+    def __init__(self) -> None:
+        self.cross_entropy = torch.compile(F.cross_entropy)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
 
 
 def _recomputing(selective: bool, forward: Forward) -> Forward:
