@@ -36,10 +36,12 @@ def inputs(family: Family, config: object | None = None) -> dict[str, Tensor]:
         return torch.randint(4, vocabulary, (BATCH, SEQUENCE), generator=generator)  # past the special tokens
 
     out = {"input_ids": ids()}
+    if family.kind == "git":  # its loss is of what follows the image
+        out["pixel_values"] = torch.randn(BATCH, 3, 16, 16, generator=generator)
     if family.task != "causal-lm" and "attention_mask" in takes:
         out["attention_mask"] = torch.ones(BATCH, SEQUENCE, dtype=torch.long)
     if "labels" in takes:
-        out["labels"] = ids()
+        out["labels"] = ids().unsqueeze(-1) if hasattr(config, "num_codebooks") else ids()
     elif "decoder_input_ids" in takes:
         out["decoder_input_ids"] = ids()
     return out

@@ -34,6 +34,9 @@ _SIZES: dict[str, int] = {
         ).split(),
         56,
     ),
+    "hidden_size_global": HIDDEN,
+    "shared_experts_intermediate_size": 56,
+    "encoder_hash_byte_group_vocab": 50,
     **dict.fromkeys("dense_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size ffn_hidden_size".split(), FF),
     **dict.fromkeys(
         "vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input decoder_vocab_size".split(), VOCAB
@@ -69,9 +72,19 @@ _SIZES: dict[str, int] = {
 }
 
 
-def shrunk(family: str, changes: Mapping[str, Any] | None = None) -> Any:
-    """The configuration of a model type, small. `changes` come last; a dictionary among them changes a part."""
-    cls = transformers.CONFIG_MAPPING[family]
+# Numbers that every rank would draw anew: a model that draws them is refused, and says to set them to 0.
+_DRAWN = (
+    "layerdrop encoder_layerdrop decoder_layerdrop router_jitter_noise input_jitter_noise drop_path_rate "
+    "jitter_noise router_jitter stochastic_depth_rate"
+).split()
+
+
+def shrunk(family: str, changes: Mapping[str, Any] | None = None, cls: Any = None) -> Any:
+    """The configuration of a model type, small. `changes` come last; a dictionary among them changes a part.
+
+    `cls`: the configuration's class, where it is not the model type's own but that of its text model.
+    """
+    cls = cls or transformers.CONFIG_MAPPING[family]
     values = _small(cls, cls().to_dict())
     return cls(**_merged(values, changes or {}))
 
@@ -85,6 +98,10 @@ def _small(cls: Any, default: Mapping[str, Any]) -> dict[str, Any]:
             kind = value.get("model_type")
             known = transformers.CONFIG_MAPPING[kind] if kind in transformers.CONFIG_MAPPING else part  # noqa: SIM401
             out[key] = ({"model_type": kind} if kind else {}) | _small(known, value)
+        elif key == "per_layer_config" and isinstance(value, dict):
+            out[key] = {layer: _small(cls, own) for layer, own in value.items() if int(layer) < LAYERS}
+        elif key in _DRAWN and value:
+            out[key] = 0.0
         elif key in _SIZES and isinstance(value, int) and not isinstance(value, bool):
             out[key] = _SIZES[key] if value else 0
         elif value is None and key in ("head_dim", "num_key_value_heads", "vocab_size"):

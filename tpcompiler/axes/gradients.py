@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from tpcompiler.graphs import tensors
+from tpcompiler.ops.operands import tensor_operands
 from tpcompiler.ops.table import UNKNOWN, find
 
 
@@ -21,6 +22,14 @@ def passes(node: fx.Node) -> bool:
     return rule.gradient and not rule.constant
 
 
+def _read(node: fx.Node) -> list[fx.Node]:
+    """The operands whose values matter: a gradient goes to no other."""
+    unread = (find(node.target) or UNKNOWN).unread if node.op == "call_function" else frozenset()
+    if not unread:
+        return node.all_input_nodes
+    return [n for i, n in enumerate(tensor_operands(node)) if n is not None and i not in unread]
+
+
 def carriers(graph: fx.Graph, sources: frozenset[str]) -> frozenset[str]:
     """Names of the nodes that gradients pass on their way back to a placeholder in `sources`."""
     out: set[fx.Node] = set()
@@ -29,7 +38,7 @@ def carriers(graph: fx.Graph, sources: frozenset[str]) -> frozenset[str]:
             found = node.name in sources
         else:
             unknown = node.op == "call_function" and node.meta.get("val") is None  # a node that the partitioner made
-            found = (unknown or passes(node)) and not out.isdisjoint(node.all_input_nodes)
+            found = (unknown or passes(node)) and not out.isdisjoint(_read(node))
         if found:
             out.add(node)
     return frozenset(n.name for n in out)
@@ -41,5 +50,5 @@ def reached(graph: fx.Graph) -> frozenset[str]:
     out: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or (node in out and passes(node)):
-            out.update(n for n in node.all_input_nodes if carries(n))
+            out.update(n for n in _read(node) if carries(n))
     return frozenset(n.name for n in out)

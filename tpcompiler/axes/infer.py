@@ -90,8 +90,8 @@ class _Inference:
             self.getitem(node)
             return
         operands = tensor_operands(node)
-        given = [n for n in operands if n is not None]
         rule = find(node.target) or UNKNOWN
+        given = [n for i, n in enumerate(operands) if n is not None and i not in rule.unread]
         if not any(n.name in self.live for n in given) or not self.sizes[node.name] or rule.constant:
             return
         self.live.add(node.name)

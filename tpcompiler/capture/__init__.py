@@ -20,6 +20,7 @@ from tpcompiler.capture.masks import recover_causal
 from tpcompiler.capture.modes import same_in_evaluation
 from tpcompiler.capture.normalise import inline, normalise
 from tpcompiler.capture.origins import at, draws_apart
+from tpcompiler.capture.own_dtype import follow, follows
 from tpcompiler.capture.promote import float64
 from tpcompiler.capture.trace import Traced, split_example, trace
 from tpcompiler.errors import ModelError
@@ -38,10 +39,13 @@ def capture(build: Callable[[], nn.Module] | nn.Module, example_inputs: Any, *, 
     return capture_recorded(record(build, source=source), example_inputs, source=source)
 
 
-def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "") -> Capture:
-    """`capture` for a model that `record` has built, so that a caller who also needs initial values builds it once."""
+def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "", own: bool = True) -> Capture:
+    """`capture` for a model that `record` has built, so that a caller who also needs initial values builds it once.
+
+    `own`: casts and limits follow the dtype that the model runs in; otherwise float32 is baked in.
+    """
     model = recorded.model
-    traced = trace(recorded, example_inputs, source)
+    traced = trace(recorded, example_inputs, source, own)
     exported = traced.exported
     graph = exported.graph_module.graph
     inline(graph, exported.graph_module)
@@ -60,6 +64,10 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
     recover_causal(graph, constants)
     slice_constant_runs(graph, constants)
     portable_experts(graph)
+    if traced.low:
+        if not follows(graph):
+            return capture_recorded(recorded, example_inputs, source=source, own=False)
+        follow(graph)
     return Capture(
         graph=graph,
         parameters=parameters,

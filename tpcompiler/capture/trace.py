@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -21,10 +21,11 @@ from tpcompiler.capture.init import Recorded
 from tpcompiler.capture.kept import as_it_was
 from tpcompiler.capture.lean import lean_tracing, whole_operators
 from tpcompiler.capture.own_backward import own_backwards
+from tpcompiler.capture.own_dtype import OWN, SHOWN, can_follow, lowered
 from tpcompiler.capture.recording import Literals
 from tpcompiler.capture.refusals import CannotTrace, chain, explain
 from tpcompiler.capture.stand_ins import answers
-from tpcompiler.capture.two_runs import alike
+from tpcompiler.capture.two_runs import alike, alike_but_casts
 from tpcompiler.errors import ModelError
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -41,13 +42,15 @@ class Traced:
     leaves: tuple[Any, ...]  # the example, flattened
     in_spec: pytree.TreeSpec
     arg_names: tuple[str, ...]  # of the leaves
+    low: bool  # traced in bfloat16, in float32's place
 
 
-def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
+def trace(recorded: Recorded, example: Any, source: str = "", own: bool = True) -> Traced:
     """Export a model in training mode, and in evaluation mode unless that is known to give the same.
 
     Sizes of 1, and batch and sequence of one size, would be taken for constants or for each other; so the example is
-    traced at other sizes first where it has such, and as it is when the model refuses those.
+    traced at other sizes first where it has such, and as it is when the model refuses those. `own`: a float32 model is
+    traced in bfloat16 where that shows which casts are its own (`own_dtype.py`).
     """
     model = without_caches(recorded.model)
     args, kwargs = split_example(example)
@@ -56,34 +59,56 @@ def trace(recorded: Recorded, example: Any, source: str = "") -> Traced:
     example_shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, Tensor))
     error: Exception | None = None
     for shapes in candidate_shapes(example_shapes):
-        fixed: Places = frozenset()
-        try:
-            with _named_keywords(model, kwargs):
-                exported = _in_mode(recorded, True, leaves, in_spec, shapes, fixed)
-                if fixed := _fixed_elsewhere(exported):
-                    exported = _in_mode(recorded, True, leaves, in_spec, shapes, fixed)
+        ways = (True, False) if own and _follows(recorded, leaves, in_spec, shapes) else (False,)
+        for way in ways:
+            try:
+                with _named_keywords(model, kwargs), lowered(model) if way else nullcontext():
+                    exported, evaluated = _both(recorded, leaves, in_spec, shapes, way)
                 if _fits(exported, example_shapes):
-                    same = _alike(recorded, leaves, in_spec, exported)
-                    evaluated = None if same else _in_mode(recorded, False, leaves, in_spec, shapes, fixed)
-                    return Traced(exported, evaluated, tuple(leaves), in_spec, names)
-        except Exception as e:  # whatever the model's own code raises
-            error = e
-            if any(isinstance(cause, CannotTrace) for cause in chain(e)):
+                    return Traced(exported, evaluated, tuple(leaves), in_spec, names, way)
                 break
+            except Exception as e:  # whatever the model's own code raises
+                error = e
+        if error is not None and any(isinstance(cause, CannotTrace) for cause in chain(error)):
+            break
     assert error is not None
     raise explain(error, source, "cannot be traced", _files(model)) from error
 
 
-def _alike(recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, exported: ExportedProgram) -> bool:
-    def at(sizes: Shapes) -> Callable[[], Any]:
-        def run() -> Any:
-            args, kwargs = pytree.tree_unflatten(_stand_ins(leaves, sizes), spec)
-            return recorded.model(*args, **kwargs)
+def _both(
+    recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes, low: bool
+) -> tuple[ExportedProgram, ExportedProgram | None]:
+    """The model in training, and in evaluation where that may differ."""
+    fixed: Places = frozenset()
+    exported = _in_mode(recorded, True, leaves, spec, shapes, fixed, low)
+    if fixed := _fixed_elsewhere(exported):
+        exported = _in_mode(recorded, True, leaves, spec, shapes, fixed, low)
+    with _written_down(recorded, spec) as run:
 
-        return run
+        def at(sizes: Shapes) -> Callable[[], Any]:
+            return lambda: run(_stand_ins(leaves, sizes, low))
+
+        same = alike(recorded.model, recorded.tape, [at(_longer(exported, times)) for times in LONGER])
+    return exported, None if same else _in_mode(recorded, False, leaves, spec, shapes, fixed, low)
+
+
+def _follows(recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes) -> bool:
+    """Whether a trace in bfloat16 says what the model does in float32 as well."""
+    if not can_follow(recorded.model):
+        return False
+    plain, low = (_stand_ins(leaves, shapes, way) for way in (False, True))
+    with _written_down(recorded, spec) as run:
+        return alike_but_casts(recorded.model, recorded.tape, run, plain, low)
+
+
+@contextmanager
+def _written_down(recorded: Recorded, spec: pytree.TreeSpec) -> Iterator[Callable[[list[Any]], Any]]:
+    def run(inputs: list[Any]) -> Any:
+        args, kwargs = pytree.tree_unflatten(inputs, spec)
+        return recorded.model(*args, **kwargs)
 
     with Literals(recorded.tape), Draws(), torch.device("meta"), own_backwards(), answers():
-        return alike(recorded.model, recorded.tape, [at(_longer(exported, times)) for times in LONGER])
+        yield run
 
 
 def _longer(exported: ExportedProgram, times: int) -> Shapes:
@@ -176,10 +201,10 @@ def candidate_shapes(shapes: Shapes) -> Iterator[Shapes]:
 
 
 def _export(
-    model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes, fixed: Places
+    model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes, fixed: Places, low: bool
 ) -> ExportedProgram:
     dynamic = ShapesCollection()
-    inputs = _stand_ins(leaves, shapes)
+    inputs = _stand_ins(leaves, shapes, low)
     for k, x in enumerate(x for x in inputs if isinstance(x, Tensor)):
         dynamic[x] = {i: Dim.STATIC if (k, i) in fixed else Dim.AUTO for i in range(x.ndim)}
     args, kwargs = pytree.tree_unflatten(inputs, spec)
@@ -194,15 +219,17 @@ def _export(
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def _stand_ins(leaves: list[Any], shapes: Shapes) -> list[Any]:
+def _stand_ins(leaves: list[Any], shapes: Shapes, low: bool) -> list[Any]:
     """The inputs on meta. Each is a tensor of its own, because export merges two inputs that are one object."""
     sizes = iter(shapes)
-    return [
-        torch.empty(next(sizes), dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
-        if isinstance(x, Tensor)
-        else x
-        for x in leaves
-    ]
+
+    def stand_in(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        dtype = OWN if low and x.dtype == SHOWN else x.dtype
+        return torch.empty(next(sizes), dtype=dtype, device="meta", requires_grad=x.requires_grad)
+
+    return list(map(stand_in, leaves))
 
 
 @contextmanager

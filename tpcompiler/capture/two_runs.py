@@ -1,13 +1,14 @@
-"""Whether a model does the same in training and in evaluation, dropout aside: both are run on meta and written down.
+"""Whether a model does the same in two runs, on meta and written down: in training and in evaluation, dropout aside, or
+in float32 and in bfloat16, casts aside.
 
 A run without values and without symbols costs a fraction of an export. Where both runs call the same operations with
-the same arguments, the export of evaluation adds nothing to that of training. Where they do not, nothing is concluded.
+the same arguments, one export says both. Where they do not, nothing is concluded.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcompiler.capture.kept import as_it_was
+from tpcompiler.capture.own_dtype import LIMITS, OWN, SHOWN, lowered
 from tpcompiler.capture.tape import Tape
 
 LITERAL = 2**16  # bytes of a constant that are compared
@@ -47,6 +49,28 @@ def alike(model: nn.Module, tape: Tape, runs: Sequence[Callable[[], Any]]) -> bo
         if not asked or (i > 0 and found[0][1] is not None):
             return True
     return True
+
+
+def alike_but_casts(
+    model: nn.Module, tape: Tape, run: Callable[[list[Any]], Any], plain: list[Any], low: list[Any]
+) -> bool:
+    """Whether `run` does the same in float32, with inputs `plain`, and in bfloat16, with `low`: casts and the dtypes'
+    limits aside."""
+    given = {id(t): id(t) for t in (*model.parameters(), *model.buffers(), *plain)}
+    try:
+        shown = _log(model, _WithoutCasts(tape, given, OWN), lambda: run(plain))
+        with lowered(model) as parameters:
+            stands_for = {**given, **parameters, **{id(b): id(a) for a, b in zip(plain, low, strict=True)}}
+            return bool(shown == _log(model, _WithoutCasts(tape, stands_for, None), lambda: run(low)))
+    except Exception:
+        return False
+
+
+def _log(model: nn.Module, log: _Writes, run: Callable[[], Any]) -> Any:
+    model.train()
+    with as_it_was(model), _exporting(), log:
+        out = run()
+    return log.lines, log.key(out)
 
 
 def _written(
@@ -142,7 +166,11 @@ class _Writes(TorchDispatchMode):
     def key(self, tree: Any) -> Any:
         """A tree with its tensors as the place where each was made."""
         leaves, spec = pytree.tree_flatten(tree)
-        return [self._tensor(x) if isinstance(x, Tensor) else (type(x), str(x)) for x in leaves], spec
+        return [self._tensor(x) if isinstance(x, Tensor) else self.leaf(x) for x in leaves], spec
+
+    def leaf(self, x: Any) -> Any:
+        """What is compared of an argument that is no tensor."""
+        return type(x), str(x)
 
     def _tensor(self, t: Tensor) -> Any:
         if id(t) not in self.made:
@@ -153,6 +181,32 @@ class _Writes(TorchDispatchMode):
             else:
                 self.made[id(t)] = ("literal", _laid_out(t), t.storage_offset(), bytes(content.tolist()))
         return self.made[id(t)]
+
+
+class _WithoutCasts(_Writes):
+    """Passes over casts between the model's dtype and float32, of which one run has none."""
+
+    def __init__(self, tape: Tape, given: Mapping[int, int], foreign: torch.dtype | None) -> None:
+        super().__init__(tape, {}, True)
+        self.made = {key: ("given", place) for key, place in given.items()}
+        self.foreign = foreign  # a dtype that only the model's own words can bring in
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is torch.ops.aten._to_copy.default and {args[0].dtype, out.dtype} <= {SHOWN, OWN}:
+            self.lines.pop()
+            self.made[id(out)] = self.made[id(args[0])]
+            self.functions.storages |= {t.untyped_storage()._cdata for t in (args[0], out)}
+        if any(isinstance(t, Tensor) and t.dtype == self.foreign for t in pytree.tree_leaves(out)):
+            raise NotAlike
+        return out
+
+    def leaf(self, x: Any) -> Any:
+        if x is OWN:
+            x = SHOWN
+        elif type(x) is float:
+            x = dict(LIMITS).get(x, x)
+        return super().leaf(x)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ _BUILDERS |= {"setattr", "add_module", "Module", "extend", "Halves"}
 _PYTHON = {"range", "zip", "enumerate", "slice", "tuple", "getattr", "reversed"}
 _METHODS = {"float", "long", "bool", "half", "double", "int", "bfloat16", "size", "dim", "to", "type", "new_tensor"}
 _METHODS |= {"new_zeros", "new_ones", "new_full", "new_empty", "items", "finfo", "iinfo", "type_as", "reshape_as"}
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128", "int64", "int32", "bool")
 _HIDDEN = {"data", "grad", "grad_fn", "requires_grad", "index", "rank", "coords", "mesh", "names", "apply", "storage"}
 _EXPRESSIONS = (
     ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.Call, ast.Constant, ast.Tuple, ast.List, ast.BinOp,
@@ -197,7 +198,7 @@ class _Reader:
                 return
             if not own and not functional and not self.operation(name):
                 self.refuse(n, f"a call of {name}")
-            if own and (name.endswith("_") or name in dir(torch.nn.Module)):
+            if own and (name.endswith("_") or name in dir(torch.nn.Module)) and not _is_cast(n):
                 self.refuse(n, f"a call of {name}")
         elif not isinstance(n.func, ast.Subscript):
             self.refuse(n, f"a call of {ast.unparse(n.func)}")
@@ -207,6 +208,12 @@ class _Reader:
             name in _METHODS
             or any(hasattr(torch.ops.aten, f"{prefix}{name}") for prefix in ("", "linalg_", "special_"))
         )
+
+
+def _is_cast(n: ast.Call) -> bool:
+    """`x.to(torch.float32)`. Of a module, what it gives is no tensor, and the run ends there."""
+    plain = isinstance(n.func, ast.Attribute) and n.func.attr == "to" and len(n.args) == 1 and not n.keywords
+    return plain and ast.unparse(n.args[0]) in {f"torch.{d}" for d in _DTYPES}
 
 
 def _text(n: ast.stmt) -> bool:

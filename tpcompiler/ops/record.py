@@ -110,6 +110,12 @@ class OpRule:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known: use one of {', '.join(known[1:])}")
 
+    @property
+    def unread(self) -> frozenset[int]:
+        """The operands whose values do not matter (`_` in the line)."""
+        sides = self.line.split("->")[0].split(",") if isinstance(self.line, str) else ()
+        return frozenset(i for i, side in enumerate(sides) if side.strip() == "_")
+
     def adds_up(self, args: Mapping[str, Any]) -> bool:
         """Whether the ranks' partial results of a call with these arguments add up."""
         return self.sums and all(args[name] == 1 for name in self.scales)
