@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tpcompiler.errors import RuleError
 from tpcompiler.ops.measured import Measured
-from tpcompiler.ops.notation import Group, check_line, parse
+from tpcompiler.ops.notation import LetterGroup, check_line, parse
 from tpcompiler.ops.record import OpCall
 from tpcompiler.ops.table import RULES, find, rule
 from tpcompiler.ops.views import view_pattern
@@ -62,7 +62,7 @@ def test_a_view_is_written_in_common_factors_of_the_right_sizes(before: tuple[in
     for items, shape in ((pattern.operands[0], before), (pattern.results[0], tuple(after))):
         assert items is not None and len(items) == len(shape)
         for item, n in zip(items, shape, strict=True):
-            if isinstance(item, Group):
+            if isinstance(item, LetterGroup):
                 assert prod(sizes[x.name] for x in item.letters()) == n
             elif not isinstance(item, str) and not item.whole:
                 assert sizes[item.name] == n
@@ -71,7 +71,7 @@ def test_a_view_is_written_in_common_factors_of_the_right_sizes(before: tuple[in
             [
                 x.name
                 for i in side
-                for x in (i.letters() if isinstance(i, Group) else () if isinstance(i, str) else (i,))
+                for x in (i.letters() if isinstance(i, LetterGroup) else () if isinstance(i, str) else (i,))
             ]
             for side in (pattern.operands[0] or (), pattern.results[0])
         ]

@@ -192,7 +192,7 @@ def test_text_is_tokenised_once_and_again_when_it_changes(tmp_path: Path, monkey
     calls = 0
     pack = parts.pack_part
 
-    def counted(part: parts.Part, tokenizer: Tokenizer) -> parts.Packed:
+    def counted(part: parts.TextPart, tokenizer: Tokenizer) -> parts.Packed:
         nonlocal calls
         calls += 1
         return pack(part, tokenizer)
@@ -248,7 +248,7 @@ def test_what_was_tokenised_before_a_crash_is_kept(tmp_path: Path, monkeypatch: 
     os.truncate(folder / whole[1].name, 10)
     made: list[str] = []
 
-    def noted(part: parts.Part, tokenizer: Tokenizer) -> parts.Packed:
+    def noted(part: parts.TextPart, tokenizer: Tokenizer) -> parts.Packed:
         made.append(part.out)
         return parts.pack(parts.pieces(part), tokenizer, Path(part.out), part.stop - part.start)
 

@@ -20,7 +20,7 @@ from models.gpt2 import example_inputs as gpt2_inputs
 from models.llama import Llama
 from tpcompiler.errors import TpcError
 from tpcompiler.train.show.display import Display, Meter, facts, line, sparkline
-from tpcompiler.train.show.log import NAME, Board, RunLog, StepRecord, read_log
+from tpcompiler.train.show.log import NAME, RunLog, StepRecord, TensorBoardLog, read_log
 from tpcompiler.train.show.plot import plot
 from tpcompiler.train.step.flops import flops_per_token, forward_flops, peak_tflops
 
@@ -91,7 +91,7 @@ def test_a_full_disk_costs_records_and_is_said_once(tmp_path: Path) -> None:
 
     lost: list[str] = []
     with RunLog(tmp_path, tensorboard=False, lost=lost.append) as log:
-        log._writers.append(Board(Full()))
+        log._writers.append(TensorBoardLog(Full()))
         for step in (1, 2, 3):
             log.write(StepRecord(step=step, loss=1.0))
     assert len(lost) == 1

@@ -9,7 +9,7 @@ from torch import fx
 from tpcompiler.axes.algebra import Terms
 from tpcompiler.axes.map import Dims
 from tpcompiler.ops.measured import Measured, Side
-from tpcompiler.ops.notation import Group, Letter, Pattern
+from tpcompiler.ops.notation import Letter, LetterGroup, Pattern
 from tpcompiler.ops.operands import op_name
 from tpcompiler.ops.record import OpCall
 
@@ -33,7 +33,7 @@ class Fit(Measured):
         self.terms, self.node = terms, node
         self.atoms: dict[str, int] = {}  # letter → its term
 
-    def term(self, item: Letter | Group) -> int:
+    def term(self, item: Letter | LetterGroup) -> int:
         if isinstance(item, Letter):
             if item.name not in self.atoms:
                 self.atoms[item.name] = self.terms.new(self.sizes.get(item.name, 1))

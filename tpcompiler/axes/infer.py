@@ -18,7 +18,7 @@ from tpcompiler.axes.map import AxisMap, Dims, Operand, Relation
 from tpcompiler.axes.primes import Primes
 from tpcompiler.errors import RuleError
 from tpcompiler.graphs import tensors
-from tpcompiler.ops.notation import Group, parse
+from tpcompiler.ops.notation import LetterGroup, parse
 from tpcompiler.ops.operands import bind, op_name, tensor_operands
 from tpcompiler.ops.record import OpCall, OpRule
 from tpcompiler.ops.table import UNKNOWN, find
@@ -177,7 +177,7 @@ class _Inference:
         found: list[int] = []
         for side, dims in zip(fit.results, results, strict=True):
             for (item, _), term in zip(side, dims, strict=True):
-                product = item.parts if isinstance(item, Group) and item.kind == "product" else ()
+                product = item.parts if isinstance(item, LetterGroup) and item.kind == "product" else ()
                 parts = [p for p in product if fit.size(p) != 1]
                 if term is not None and len(parts) > 1 and any(self.terms.find(fit.term(p)) in roots for p in parts):
                     found.append(term)

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from tpcompiler.capture.tape import Entry, Tape, seed_from
+from tpcompiler.capture.tape import Tape, TapeEntry, seed_from
 
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
@@ -82,7 +82,7 @@ class Recording(TorchDispatchMode):
         if writes:  # a view needs no entry
             recorded, by_name = pytree.tree_map_only(Tensor, self.tape.view, (args, on_cpu))
             random = torch.Tag.nondeterministic_seeded in func.tags
-            self.tape.append(Entry(func, recorded, by_name, views, reads, frozenset(writes), random))
+            self.tape.append(TapeEntry(func, recorded, by_name, views, reads, frozenset(writes), random))
         return out
 
     def _by_value(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -30,7 +30,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TapeEntry:
     """One recorded operation. `args` and `kwargs` hold `View`s where tensors stood."""
 
     op: Any
@@ -46,13 +46,13 @@ class Entry:
 class Tape:
     """The operations in order, and the entries that write each storage."""
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[TapeEntry] = field(default_factory=list)
     writers: dict[int, list[int]] = field(default_factory=dict)
     constants: dict[int, Tensor] = field(default_factory=dict)  # storages with real values from elsewhere, as bytes
     drawn: set[int] = field(default_factory=set)  # random entries whose numbers the constructor itself has seen
     alive: dict[int, Any] = field(default_factory=dict)  # keeps the storages, whose addresses are the keys
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: TapeEntry) -> None:
         for storage in entry.writes:
             self.writers.setdefault(storage, []).append(len(self.entries))
         self.entries.append(entry)

@@ -22,7 +22,7 @@ from tpcompiler.check.sizes import Sizes, beyond, choices, example
 from tpcompiler.check.source import compare_source
 from tpcompiler.check.steps import Steps
 from tpcompiler.check.structure import Model, compare_structure
-from tpcompiler.check.values import Table
+from tpcompiler.check.values import ModelValues
 from tpcompiler.program import Program
 from tpcompiler.runtime import dropout
 
@@ -72,7 +72,7 @@ def _first_that_runs(program: Program, geometry: Geometry, steps: Steps, taken: 
 
 def _sweeps(program: Program, geometry: Geometry, steps: Steps, sizes: Sizes) -> tuple[Refusal, ...]:
     try:
-        forward = sweep_forward(program, Table(program.capture, sizes), geometry, steps)
+        forward = sweep_forward(program, ModelValues(program.capture, sizes), geometry, steps)
         sweep_backward(program, geometry, steps, forward)
     except Refused as e:
         return (e.refusal,)

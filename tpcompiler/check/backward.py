@@ -11,13 +11,13 @@ from tpcompiler.check.steps import Steps, Wrong
 from tpcompiler.check.trial import Kind
 from tpcompiler.program import Program
 
-Place = tuple[fx.Node, int]  # a node, and which of its results
+NodeResult = tuple[fx.Node, int]  # a node, and which of its results
 
 
 def sweep_backward(program: Program, geometry: Geometry, steps: Steps, forward: Sweep) -> None:
     """Raises `Refused` where gradients of two kinds meet, where a step's gradient is of no kind, and where a parameter
     ends with a partial gradient."""
-    kinds: dict[Place, tuple[Kind, str]] = {}  # a result's kind, and the name of the node that gave it
+    kinds: dict[NodeResult, tuple[Kind, str]] = {}  # a result's kind, and the name of the node that gave it
 
     def give(node: fx.Node, i: int, kind: Kind, by: str) -> None:
         place = _source(node, i)
@@ -49,7 +49,7 @@ def sweep_backward(program: Program, geometry: Geometry, steps: Steps, forward: 
     _parameters(program, forward, kinds)
 
 
-def _parameters(program: Program, forward: Sweep, kinds: dict[Place, tuple[Kind, str]]) -> None:
+def _parameters(program: Program, forward: Sweep, kinds: dict[NodeResult, tuple[Kind, str]]) -> None:
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     for p in program.capture.parameters:
         node = nodes.get(p.node)
@@ -63,7 +63,7 @@ def _parameters(program: Program, forward: Sweep, kinds: dict[Place, tuple[Kind,
             )
 
 
-def _source(node: fx.Node, i: int) -> Place:
+def _source(node: fx.Node, i: int) -> NodeResult:
     """The node and the result that a value is. An item taken from a list is a result of the node that made the list."""
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
         return node.args[0], node.args[1]  # type: ignore[return-value]

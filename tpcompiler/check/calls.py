@@ -36,13 +36,13 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Over:
+class GroupOver:
     """Stands for the communication group over mesh dimensions."""
 
     names: tuple[str, ...]
 
 
-class Draws:
+class RngSlot:
     """Stands for the random number generator."""
 
 
@@ -72,7 +72,7 @@ class Call:
 def make_call(target: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Call:
     found = _leaves(args, kwargs)
     by_rank = any(isinstance(a, (LocalSize, LocalRuns)) for a in found)
-    over = next((a.names for a in found if isinstance(a, Over)), None)
+    over = next((a.names for a in found if isinstance(a, GroupOver)), None)
     return Call(target, args, kwargs, (target, _key(args), _key(kwargs)), by_rank, over)
 
 
@@ -100,9 +100,9 @@ def read_call(node: fx.Node, env: Mapping[fx.Node, Any]) -> tuple[Call, tuple[fx
     else:
         kwargs = by_name(node.target, node.args, node.kwargs)
         if "group" in kwargs:
-            kwargs["group"] = Over(tuple(kwargs["group"]))
+            kwargs["group"] = GroupOver(tuple(kwargs["group"]))
         if "rng" in signature.parameters:
-            kwargs["rng"] = Draws
+            kwargs["rng"] = RngSlot
     pairs = tuple((k, read(v)) for k, v in sorted(kwargs.items()) if not (k == "device" and v is None))
     return make_call(node.target, args, pairs), tuple(operands)
 
@@ -117,8 +117,8 @@ def globalise(call: Call) -> Call:
             return a.dim.size
         if isinstance(a, LocalRuns):
             return ((0, a.dim.size),)
-        if isinstance(a, Over):
-            return Over(())
+        if isinstance(a, GroupOver):
+            return GroupOver(())
         return tuple(map(whole, a)) if isinstance(a, tuple) else a
 
     pairs = tuple((k, whole(v)) for k, v in call.kwargs)
@@ -156,9 +156,9 @@ def run(
             return WIDE.get(a, a) if wide else a
         if isinstance(a, Training):
             return fill(a.on if training else a.off)
-        if a is Draws:
+        if a is RngSlot:
             return Rng(SEED)
-        if isinstance(a, (LocalSize, LocalRuns, Over)):
+        if isinstance(a, (LocalSize, LocalRuns, GroupOver)):
             return resolve(a)
         if isinstance(a, slice):
             return slice(fill(a.start), fill(a.stop), fill(a.step))
@@ -172,7 +172,7 @@ def run(
 
 def alone(a: Any) -> Any:
     """The `resolve` of `run` for a single rank, which holds everything whole."""
-    if isinstance(a, Over):
+    if isinstance(a, GroupOver):
         return Group()
     if isinstance(a, LocalSize):
         return a.dim.size

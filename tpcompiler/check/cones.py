@@ -16,7 +16,7 @@ _SMALL = 1 << 18  # elements up to which computing is faster than shape inferenc
 
 
 @dataclass(frozen=True)
-class Operand:
+class TensorInfo:
     """What matters of a tensor that a cone is given."""
 
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class Cone:
             values.append(run(call, taken, alone, training and not call.random, wide=wide, device=device))
         return tensors[self.result] if isinstance(self.result, int) else values[self.result.i]
 
-    def outline(self, operands: Sequence[Operand]) -> Any:
+    def outline(self, operands: Sequence[TensorInfo]) -> Any:
         """A result of the right shapes and dtypes with meaningless values. Raises the operations' errors for shapes
         that do not fit."""
         device = "cpu" if sum(prod(o.shape) for o in operands) <= _SMALL else "meta"

@@ -13,7 +13,7 @@ from tpcompiler.check.terms import Term, keyed
 from tpcompiler.check.translate import Translator
 
 
-class Place:
+class TensorSlot:
     """Stands for the i-th tensor of a call."""
 
     __slots__ = ("i",)
@@ -29,7 +29,7 @@ class Decomposer:
         self.translator = translator
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], terms: Sequence[Term]) -> Any:
-        """The terms of a call's result. In the arguments, `Place(i)` stands for the tensor whose term is `terms[i]`."""
+        """The terms of a call's result. Among the arguments, `TensorSlot(i)` stands for `terms[i]`."""
         outline = tuple((t.shape, t.dtype) for t in terms)
         graph = _recorded(func, args, kwargs, outline)
         env: dict[fx.Node, Any] = {}
@@ -70,7 +70,7 @@ def _record(func: Any, args: Any, kwargs: Any, outline: Any) -> fx.Graph:
 
     def run(*tensors: Tensor) -> Any:
         def fill(a: Any) -> Any:
-            if isinstance(a, Place):
+            if isinstance(a, TensorSlot):
                 return tensors[a.i]
             if isinstance(a, list):
                 return list(map(fill, a))
@@ -85,7 +85,7 @@ def _record(func: Any, args: Any, kwargs: Any, outline: Any) -> fx.Graph:
 
 
 def _key(a: Any) -> Any:
-    if isinstance(a, Place):
+    if isinstance(a, TensorSlot):
         return ("place", a.i)
     if isinstance(a, (tuple, list)):
         return (type(a).__name__, tuple(map(_key, a)))

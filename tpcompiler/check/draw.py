@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from tpcompiler.check.calls import outputs
-from tpcompiler.check.cones import Operand
+from tpcompiler.check.cones import TensorInfo
 
 SCALES = (1.0, 0.1, 0.01)  # small numbers show a constant like a norm's epsilon; large ones saturate a tanh
 
 
 def draw(
-    given: Sequence[Operand],
+    given: Sequence[TensorInfo],
     probe: Callable[[list[Tensor]], Any],
     special: set[int],
     seed: int,
@@ -57,7 +57,7 @@ def draw(
     raise error
 
 
-def maskable(o: Operand) -> bool:
+def maskable(o: TensorInfo) -> bool:
     """Whether an operand may be a mask that is added to scores."""
     return o.dtype.is_floating_point and not o.grad
 
@@ -67,7 +67,7 @@ def _integer(dtype: torch.dtype) -> bool:
 
 
 def _tensor(
-    o: Operand, bound: int, special: set[int], scale: float, positive: bool, generator: torch.Generator
+    o: TensorInfo, bound: int, special: set[int], scale: float, positive: bool, generator: torch.Generator
 ) -> Tensor:
     if o.dtype == torch.bool:
         return torch.rand(o.shape, generator=generator) < 0.7

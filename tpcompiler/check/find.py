@@ -24,7 +24,7 @@ _TRIES = 24
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ShrunkShape:
     """A value's dimensions as they are in the model (`old`) and in the smaller run (`new`)."""
 
     old: tuple[int, ...]
@@ -39,7 +39,7 @@ class Sizes:
         return runs if self.old[d] == self.new[d] else self.shrink.cuts[self.old[d]].grow(runs)
 
 
-def held(whole: Tensor, claim: Claim, rank: int, sizes: Sizes) -> Tensor:
+def held(whole: Tensor, claim: Claim, rank: int, sizes: ShrunkShape) -> Tensor:
     """The part of a value that a rank holds according to a claim."""
     for d, rows in enumerate(claim.rows):
         if rows is not None:
@@ -56,7 +56,7 @@ class Draw:
 
 
 def find_claim(
-    geometry: Geometry, draws: Sequence[Draw], sizes: Sizes, hints: Sequence[Iterable[Rows]], sums: Iterable[Over]
+    geometry: Geometry, draws: Sequence[Draw], sizes: ShrunkShape, hints: Sequence[Iterable[Rows]], sums: Iterable[Over]
 ) -> Claim | None:
     """The first claim that holds in all runs; None if none does. `hints[d]` are the rows to try for dimension `d`."""
     first = draws[0]
@@ -71,7 +71,7 @@ def find_claim(
     return None
 
 
-def _holds(geometry: Geometry, claim: Claim, draw: Draw, sizes: Sizes) -> bool:
+def _holds(geometry: Geometry, claim: Claim, draw: Draw, sizes: ShrunkShape) -> bool:
     """Whether a claim is true of the ranks' values in one run."""
     summed = draw.local if not claim.partial else _sums(geometry, draw.local, claim.partial)
     if summed is None:
@@ -99,7 +99,7 @@ def _sums(geometry: Geometry, local: Sequence[Tensor], over: Over) -> list[Tenso
 
 
 def _candidates(
-    geometry: Geometry, whole: Tensor, local: Sequence[Tensor], sizes: Sizes, hints: Sequence[Iterable[Rows]]
+    geometry: Geometry, whole: Tensor, local: Sequence[Tensor], sizes: ShrunkShape, hints: Sequence[Iterable[Rows]]
 ) -> Iterator[tuple[Rows | None, ...]]:
     if any(t.dim() != whole.dim() for t in local):
         return
@@ -116,7 +116,9 @@ def _candidates(
         yield found
 
 
-def _of_lengths(geometry: Geometry, d: int, lengths: list[int], sizes: Sizes, hints: Iterable[Rows]) -> Iterator[Rows]:
+def _of_lengths(
+    geometry: Geometry, d: int, lengths: list[int], sizes: ShrunkShape, hints: Iterable[Rows]
+) -> Iterator[Rows]:
     """Possible rows of a dimension such that each rank holds the given number of them."""
     seen: set[Rows] = set()
     for rows in (*hints, *_in_order(geometry, d, lengths, sizes)):
@@ -130,7 +132,7 @@ def _of_lengths(geometry: Geometry, d: int, lengths: list[int], sizes: Sizes, hi
                 yield rows
 
 
-def _in_order(geometry: Geometry, d: int, lengths: list[int], sizes: Sizes) -> Iterator[Rows]:
+def _in_order(geometry: Geometry, d: int, lengths: list[int], sizes: ShrunkShape) -> Iterator[Rows]:
     """Rows that the ranks along some mesh dimensions hold one part after the other, in their order."""
     for over in geometry.subsets[1:]:
         runs: list[Runs | None] = [None] * geometry.size
@@ -151,7 +153,7 @@ def _in_order(geometry: Geometry, d: int, lengths: list[int], sizes: Sizes) -> I
 
 
 def _read_off(
-    geometry: Geometry, whole: Tensor, local: Sequence[Tensor], sizes: Sizes
+    geometry: Geometry, whole: Tensor, local: Sequence[Tensor], sizes: ShrunkShape
 ) -> tuple[Rows | None, ...] | None:
     """Finds rows by looking up each rank's elements among those of the whole value."""
     if not whole.is_floating_point() or whole.dim() == 0 or whole.numel() == 0:

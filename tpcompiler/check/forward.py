@@ -12,12 +12,12 @@ from torch import fx
 
 from tpcompiler.check.calls import Call, globalise, read_call, replaced
 from tpcompiler.check.claims import Claim, Geometry, Rows
-from tpcompiler.check.cones import Operand
+from tpcompiler.check.cones import TensorInfo
 from tpcompiler.check.facts import draws, not_linear
 from tpcompiler.check.report import Refusal
 from tpcompiler.check.steps import Step, Steps, Wrong
 from tpcompiler.check.trial import Given
-from tpcompiler.check.values import Table
+from tpcompiler.check.values import ModelValues
 from tpcompiler.layout import Dim
 from tpcompiler.program import Program
 from tpcompiler.runtime import dropout
@@ -31,7 +31,7 @@ class Held:
     """How the ranks hold a node's value."""
 
     claim: Claim
-    operand: Operand  # shape and dtype of the model's value, and whether the program's needs a gradient
+    operand: TensorInfo  # shape and dtype of the model's value, and whether the program's needs a gradient
 
     @property
     def given(self) -> Given:
@@ -54,13 +54,13 @@ class Refused(Exception):
         self.refusal = refusal
 
 
-def sweep_forward(program: Program, table: Table, geometry: Geometry, steps: Steps) -> Sweep:
+def sweep_forward(program: Program, table: ModelValues, geometry: Geometry, steps: Steps) -> Sweep:
     """Claims for every node that the outputs need. Raises `Refused` at the first step that does not hold."""
     return _Forward(program, table, geometry, steps).run()
 
 
 class _Forward:
-    def __init__(self, program: Program, table: Table, geometry: Geometry, steps: Steps) -> None:
+    def __init__(self, program: Program, table: ModelValues, geometry: Geometry, steps: Steps) -> None:
         self.program = program
         self.table = table
         self.geometry = geometry

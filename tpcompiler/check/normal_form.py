@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tpcompiler.check.terms import Shape, Term, Terms
+from tpcompiler.check.terms import Shape, Term, TermStore
 
 Addends = tuple[tuple[Any, Term], ...]  # coefficient and value
 OPEN = 1 << 31  # from here on, the end of a slice means the end of the dimension
@@ -30,7 +30,7 @@ class OpenDtype(Exception):
     """Raised for a sum without a normal form, because its addends' dtypes alone do not determine its dtype."""
 
 
-class Forms(Terms):
+class Forms(TermStore):
     """Builds terms in normal form."""
 
     known: Shape | None = None  # the shape of the value that is being read, where the model gives it

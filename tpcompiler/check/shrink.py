@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tpcompiler.check.calls import outputs
 from tpcompiler.check.claims import Rows, Runs
-from tpcompiler.check.cones import Cone, Operand
+from tpcompiler.check.cones import Cone, TensorInfo
 
 LARGE = 1 << 16  # elements; an operand with more is made smaller
 HUGE = 1 << 26  # elements; a step whose operands have more in all is not run
@@ -58,15 +58,15 @@ class Shrink:
     def shape(self, i: int, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(self.cuts[n].size if (i, d) in self.places else n for d, n in enumerate(shape))
 
-    def operands(self, given: Sequence[Operand]) -> list[Operand]:
-        return [Operand(self.shape(i, o.shape), o.dtype, o.grad) for i, o in enumerate(given)]
+    def operands(self, given: Sequence[TensorInfo]) -> list[TensorInfo]:
+        return [TensorInfo(self.shape(i, o.shape), o.dtype, o.grad) for i, o in enumerate(given)]
 
     @property
     def arguments(self) -> dict[int, int]:
         return {n: cut.size for n, cut in self.cuts.items()} if self.in_arguments else {}
 
 
-def shrinks(cones: Sequence[Cone], given: Sequence[Operand], rows: Iterable[Rows]) -> Iterator[Shrink]:
+def shrinks(cones: Sequence[Cone], given: Sequence[TensorInfo], rows: Iterable[Rows]) -> Iterator[Shrink]:
     """Ways to shrink operands that all cones accept, smallest first. The last leaves the operands as they are."""
     none = Shrink()
     if max((prod(o.shape) for o in given), default=0) > LARGE:
@@ -82,13 +82,13 @@ def shrinks(cones: Sequence[Cone], given: Sequence[Operand], rows: Iterable[Rows
         yield none
 
 
-def _shapes(cone: Cone, given: Sequence[Operand]) -> list[tuple[int, ...]]:
+def _shapes(cone: Cone, given: Sequence[TensorInfo]) -> list[tuple[int, ...]]:
     return [tuple(t.shape) for t in outputs(cone.outline(given)) if isinstance(t, Tensor)]
 
 
 def _search(
     cones: Sequence[Cone],
-    given: Sequence[Operand],
+    given: Sequence[TensorInfo],
     before: list[list[tuple[int, ...]]],
     marks: dict[int, set[int]],
     in_arguments: bool,
@@ -128,7 +128,9 @@ def _cut(n: int, marks: set[int], width: int) -> Cut:
     return Cut(tuple(old), tuple(new))
 
 
-def _fits(cones: Sequence[Cone], given: Sequence[Operand], before: list[list[tuple[int, ...]]], tried: Shrink) -> bool:
+def _fits(
+    cones: Sequence[Cone], given: Sequence[TensorInfo], before: list[list[tuple[int, ...]]], tried: Shrink
+) -> bool:
     operands = tried.operands(given)
     for cone, old in zip(cones, before, strict=True):
         try:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from tpcompiler.check.calls import runtime_signature
 from tpcompiler.check.claims import Geometry
-from tpcompiler.check.decompose import Decomposer, Place
+from tpcompiler.check.decompose import Decomposer, TensorSlot
 from tpcompiler.check.fields import Fields, fields_of
 from tpcompiler.check.forward import Refused
 from tpcompiler.check.grammar import Guarded, read_source
@@ -245,7 +245,7 @@ class _Recorder(TorchFunctionMode):
         def read(a: Any) -> Any:
             if isinstance(a, Tensor):
                 terms.append(self.term(a))
-                return Place(len(terms) - 1)
+                return TensorSlot(len(terms) - 1)
             if isinstance(a, list):
                 return list(map(read, a))
             if isinstance(a, tuple):

@@ -21,8 +21,8 @@ from torch import Tensor
 from tpcompiler.check.calls import Call, dims_of, moves, outputs
 from tpcompiler.check.claims import Claim, Geometry, Over, Rows
 from tpcompiler.check.compare import close, difference, factor
-from tpcompiler.check.cones import Cone, Operand
-from tpcompiler.check.find import Draw, Sizes, find_claim, held
+from tpcompiler.check.cones import Cone, TensorInfo
+from tpcompiler.check.find import Draw, ShrunkShape, find_claim, held
 from tpcompiler.check.shrink import Shrink, shrinks
 from tpcompiler.check.trial import Given, Kind, Out, Trial
 
@@ -87,14 +87,14 @@ class Steps:
                 return failure
         return failure or Wrong(f"its operands are too large to be run: {[list(o.shape) for o in operands]}")
 
-    def describe(self, cone: Cone, operands: Sequence[Operand]) -> tuple[tuple[Operand | None, ...], bool]:
+    def describe(self, cone: Cone, operands: Sequence[TensorInfo]) -> tuple[tuple[TensorInfo | None, ...], bool]:
         """The model's results as operands (shape, dtype, need of a gradient), and whether they are a list."""
         key = (tuple((c.key, gs) for c, gs in cone.steps), tuple(operands))
         if key not in self.shapes:
             result = cone.outline(operands)
             many = not isinstance(result, Tensor)
             made = tuple(
-                Operand(tuple(t.shape), t.dtype, t.requires_grad) if isinstance(t, Tensor) else None
+                TensorInfo(tuple(t.shape), t.dtype, t.requires_grad) if isinstance(t, Tensor) else None
                 for t in outputs(result)
             )
             self.shapes[key] = made, many
@@ -105,7 +105,7 @@ class Steps:
         found += [self.geometry.of_dim(d) for d in dims_of(call)]
         return list(dict.fromkeys(r for r in found if r is not None))
 
-    def _run(self, trial: Trial, made: tuple[Operand | None, ...], many: bool, hints: Hints) -> Step | Wrong:
+    def _run(self, trial: Trial, made: tuple[TensorInfo | None, ...], many: bool, hints: Hints) -> Step | Wrong:
         identity = len(trial.given) == 1 and not many and moves(trial.call)
         draws: list[list[Draw]] = [[] for _ in made]
         for seed in range(trial.draws):
@@ -120,14 +120,14 @@ class Steps:
                 outs.append(None)
                 continue
             hint = hints[i] if i < len(hints) else None
-            sizes = Sizes(m.shape, tuple(draws[i][0].whole.shape), trial.shrink)
+            sizes = ShrunkShape(m.shape, tuple(draws[i][0].whole.shape), trial.shrink)
             claim = find_claim(self.geometry, draws[i], sizes, self._tries(trial, m, hint), self._sums(trial))
             if claim is None:
                 return self._explain(trial, m, draws[i], sizes, hint)
             outs.append(Out(m, claim))
         return Step(trial.call, trial.whole, trial.given, tuple(outs), many, identity, trial.shrink)
 
-    def _tries(self, trial: Trial, m: Operand, hint: tuple[Rows | None, ...] | None) -> list[list[Rows]]:
+    def _tries(self, trial: Trial, m: TensorInfo, hint: tuple[Rows | None, ...] | None) -> list[list[Rows]]:
         """Rows to try for each dimension: the program's own claim, the operands' rows, and rows among the arguments."""
         dims = [self.geometry.of_dim(d) for d in dims_of(trial.call)]
         everywhere = [*(r for g in trial.given for r in g.claim.rows), *dims]
@@ -146,7 +146,7 @@ class Steps:
         return [s for s in self.geometry.subsets if set(s) <= names]
 
     def _explain(
-        self, trial: Trial, m: Operand, draws: list[Draw], sizes: Sizes, hint: tuple[Rows | None, ...] | None
+        self, trial: Trial, m: TensorInfo, draws: list[Draw], sizes: ShrunkShape, hint: tuple[Rows | None, ...] | None
     ) -> Wrong:
         """Shows the first difference between the ranks' results and the program's claim."""
         claim = Claim(hint if hint is not None and len(hint) == len(m.shape) else (None,) * len(m.shape))

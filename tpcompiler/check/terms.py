@@ -35,7 +35,7 @@ class Term:
         return len(self.shape)
 
 
-class Terms:
+class TermStore:
     """All terms made so far, each once."""
 
     def __init__(self) -> None:

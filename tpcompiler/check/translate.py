@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental import _config
 
 from tpcompiler import runtime
-from tpcompiler.check.calls import Over, by_name, runtime_signature
+from tpcompiler.check.calls import GroupOver, by_name, runtime_signature
 from tpcompiler.check.meanings import MEANINGS, added, bound, packet
 from tpcompiler.check.normal_form import Forms, OpenDtype
 from tpcompiler.check.terms import Term, keyed
@@ -187,4 +187,4 @@ def _outline(a: Any) -> Any:
     return a
 
 
-__all__ = ["Over", "Translator", "described_value", "mode_of", "whole_argument"]
+__all__ = ["GroupOver", "Translator", "described_value", "mode_of", "whole_argument"]

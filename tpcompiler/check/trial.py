@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpcompiler.check.calls import Call, numbers, outputs, run, substitute
-from tpcompiler.check.calls import Over as GroupOf
+from tpcompiler.check.calls import Call, GroupOver, numbers, outputs, run, substitute
 from tpcompiler.check.claims import Claim, Geometry, Over, Rows
 from tpcompiler.check.compare import close
-from tpcompiler.check.cones import Cone, Operand
+from tpcompiler.check.cones import Cone, TensorInfo
 from tpcompiler.check.draw import draw
-from tpcompiler.check.find import Sizes, held
+from tpcompiler.check.find import ShrunkShape, held
 from tpcompiler.check.shrink import Shrink
 from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.layout import LocalRuns, LocalSize
@@ -32,7 +31,7 @@ _MOST = 16
 class Given:
     """An operand of a step: the model's value, and how the ranks hold it."""
 
-    operand: Operand
+    operand: TensorInfo
     claim: Claim
 
 
@@ -40,7 +39,7 @@ class Given:
 class Out:
     """A result of a step: the model's value, and how the ranks hold it."""
 
-    operand: Operand
+    operand: TensorInfo
     claim: Claim
 
 
@@ -72,8 +71,8 @@ class Trial:
         """Whether a run is in training: always for dropout, in every other run for all else."""
         return self.call.target is dropout or (bool(seed % 2) and not self.call.random)
 
-    def _sizes(self, i: int) -> Sizes:
-        return Sizes(self.given[i].operand.shape, self.operands[i].shape, self.shrink)
+    def _sizes(self, i: int) -> ShrunkShape:
+        return ShrunkShape(self.given[i].operand.shape, self.operands[i].shape, self.shrink)
 
     def take(self, i: int, whole: Tensor, r: int) -> Tensor:
         """Rank `r`'s rows of `whole`, a tensor of the shape of operand `i`."""
@@ -164,7 +163,7 @@ class Trial:
     def _share(self, gradient: Tensor, out: Out | None, over: Over, generator: torch.Generator) -> list[Tensor]:
         """Splits a result's gradient into parts, one for each rank, that sum to it over the given mesh dimensions."""
         assert out is not None
-        sizes = Sizes(out.operand.shape, tuple(gradient.shape), self.shrink)
+        sizes = ShrunkShape(out.operand.shape, tuple(gradient.shape), self.shrink)
         claim = Claim(out.claim.rows)
         mine = [held(gradient, claim, r, sizes) for r in range(self.geometry.size)]
         if not over:
@@ -204,7 +203,7 @@ class Trial:
             return self.shrink.cuts[dim.size].shrink(runs) if dim.size in self.shrink.cuts else runs
 
         def resolve(a: Any) -> Any:
-            if isinstance(a, GroupOf):
+            if isinstance(a, GroupOver):
                 return Group(over=a.names) if ranks is None else ranks.group(a.names)
             if isinstance(a, LocalSize):
                 if a.dim.size in self.shrink.cuts:
@@ -220,7 +219,7 @@ class Trial:
         return resolve
 
 
-def _add_rows(total_: Tensor, claim: Claim, r: int, sizes: Sizes, part: Tensor) -> None:
+def _add_rows(total_: Tensor, claim: Claim, r: int, sizes: ShrunkShape, part: Tensor) -> None:
     """Adds a rank's part to its rows of the total, in place."""
     split = [d for d, rows in enumerate(claim.rows) if rows is not None]
     if not split:
@@ -241,7 +240,7 @@ def _add_rows(total_: Tensor, claim: Claim, r: int, sizes: Sizes, part: Tensor) 
     total_.index_put_(tuple(grid), part, accumulate=True)
 
 
-def _positions(rows: Rows | None, r: int, d: int, sizes: Sizes) -> Tensor:
+def _positions(rows: Rows | None, r: int, d: int, sizes: ShrunkShape) -> Tensor:
     assert rows is not None
     pieces = [torch.arange(a, b) for a, b in sizes.cut(d, rows.runs[r])]
     return torch.cat([torch.arange(0), *pieces])

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpcompiler.check.cones import Operand
+from tpcompiler.check.cones import TensorInfo
 from tpcompiler.check.sizes import Sizes
 from tpcompiler.program import Capture
 
 
-class Table:
+class ModelValues:
     """What the sweeps need of a capture, at given sizes."""
 
     def __init__(self, capture: Capture, sizes: Sizes) -> None:
         self.sizes = sizes
-        self.operands: dict[str, Operand] = {}  # placeholders by name
+        self.operands: dict[str, TensorInfo] = {}  # placeholders by name
         self.batched: dict[int, bool] = {}  # whether a dropout's masks differ between samples, by its site
         batch = _batch(capture)
         self.samples = None if batch is None else sizes(batch)
@@ -29,7 +29,7 @@ class Table:
                 p = stored.get(node.name)
                 real = val.is_floating_point() or val.is_complex()
                 grad = p is not None and not p.buffer and p.trainable and real
-                self.operands[node.name] = Operand(sizes.shape(val.shape), val.dtype, grad)
+                self.operands[node.name] = TensorInfo(sizes.shape(val.shape), val.dtype, grad)
             elif node.target is torch.ops.aten.dropout.default:
                 self.batched[len(self.batched)] = _has(node.meta["val"].shape, batch)
 

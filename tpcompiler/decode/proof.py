@@ -13,7 +13,7 @@ from tpcompiler.decode.future import Future
 from tpcompiler.decode.positional import LOW, Positional
 from tpcompiler.decode.relate import Related
 from tpcompiler.errors import DecodeError
-from tpcompiler.ops.notation import Group, Item
+from tpcompiler.ops.notation import Item, LetterGroup
 from tpcompiler.ops.notation import letters_of as names
 
 NEARLY = 1 << 20  # a dimension may be the sequence and a few more: a sink beside the scores
@@ -64,7 +64,7 @@ class Proof:
 
     def check_segments(self, node: fx.Node, related: Related, item: Item, extents: dict[str, str]) -> None:
         """Of a dimension in segments, the sequence may be the first one where all its positions are asked for."""
-        if not isinstance(item, Group):
+        if not isinstance(item, LetterGroup):
             return
         long = [
             i for i, p in enumerate(item.parts) if any(self.is_long(related.sizes.get(x.name, 1)) for x in names(p))

@@ -6,7 +6,7 @@ from collections.abc import Container, Sequence
 from math import prod
 
 from tpcompiler.errors import RuleError
-from tpcompiler.ops.notation import ELLIPSIS, WHOLE_ELLIPSIS, Group, Item, Letter, Pattern, letters_of
+from tpcompiler.ops.notation import ELLIPSIS, WHOLE_ELLIPSIS, Item, Letter, LetterGroup, Pattern, letters_of
 from tpcompiler.ops.record import OpCall, OpRule
 from tpcompiler.ops.views import Shape
 
@@ -49,7 +49,7 @@ class Measured:
         """Letters along which the op copies: results have them, operands do not."""
         return _names(self.results) - _names(self.operands) - self.whole
 
-    def size(self, item: Letter | Group) -> int:
+    def size(self, item: Letter | LetterGroup) -> int:
         if isinstance(item, Letter):
             return self.sizes.get(item.name, 1)
         sizes = [self.size(p) for p in item.parts]
@@ -92,7 +92,7 @@ class Measured:
             if isinstance(item, Letter) and n != 1:
                 found.setdefault(item.name, set()).add(n)
         apart = {name for name, sizes in found.items() if len(sizes) > 1 and any(n in dynamic for n in sizes)}
-        apart -= {x.name for side in sides for item, _ in side if isinstance(item, Group) for x in item.letters()}
+        apart -= {x.name for side in sides for item, _ in side if isinstance(item, LetterGroup) for x in item.letters()}
         for side in sides:
             for k, (item, n) in enumerate(side):
                 if isinstance(item, Letter) and item.name in apart:
@@ -106,10 +106,10 @@ class Measured:
                     raise self.misfit(f"{item.name} is {self.sizes[item.name]} and {n}")
         for side in sides:
             for item, n in side:
-                if isinstance(item, Group) and n != 1:
+                if isinstance(item, LetterGroup) and n != 1:
                     self._solve(item, n)
 
-    def _solve(self, group: Group, n: int) -> None:
+    def _solve(self, group: LetterGroup, n: int) -> None:
         """Deduces the one size that a group of known size leaves open, and checks the rest."""
         unknown = list(dict.fromkeys(x.name for x in group.letters() if x.name not in self.sizes))
         if len(unknown) > 1:

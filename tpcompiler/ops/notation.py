@@ -32,17 +32,17 @@ class Letter:
 
 
 @dataclass(frozen=True)
-class Group:
+class LetterGroup:
     """`(a b)` or `(a | b)`."""
 
     kind: str  # "product" | "concat"
-    parts: tuple[Letter | Group, ...]
+    parts: tuple[Letter | LetterGroup, ...]
 
     def letters(self) -> tuple[Letter, ...]:
         return tuple(x for p in self.parts for x in ((p,) if isinstance(p, Letter) else p.letters()))
 
 
-Item = Letter | Group | str  # str: "...", "...!" or "1"
+Item = Letter | LetterGroup | str  # str: "...", "...!" or "1"
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ def letters_of(item: Item) -> tuple[Letter, ...]:
     """The letters of one dimension, in order."""
     if isinstance(item, Letter):
         return (item,)
-    return item.letters() if isinstance(item, Group) else ()
+    return item.letters() if isinstance(item, LetterGroup) else ()
 
 
 def _segments(item: Item) -> tuple[Letter, ...]:
-    return item.letters() if isinstance(item, Group) and item.kind == "concat" else ()
+    return item.letters() if isinstance(item, LetterGroup) and item.kind == "concat" else ()
 
 
 @lru_cache(maxsize=4096)
@@ -105,8 +105,8 @@ def _tensor(part: str, text: str) -> tuple[Item, ...]:
     return tuple(items)
 
 
-def _group(tokens: list[str], text: str) -> Group:
-    segments: list[list[Letter | Group]] = [[]]
+def _group(tokens: list[str], text: str) -> LetterGroup:
+    segments: list[list[Letter | LetterGroup]] = [[]]
     while True:
         if not tokens:
             raise RuleError(f"rule {text!r}: a parenthesis is not closed")
@@ -120,8 +120,8 @@ def _group(tokens: list[str], text: str) -> Group:
         else:
             segments[-1].append(_letter(token))
     if len(segments) == 1:
-        return Group("product", tuple(segments[0]))
-    return Group("concat", tuple(s[0] if len(s) == 1 else Group("product", tuple(s)) for s in segments))
+        return LetterGroup("product", tuple(segments[0]))
+    return LetterGroup("concat", tuple(s[0] if len(s) == 1 else LetterGroup("product", tuple(s)) for s in segments))
 
 
 def _letter(token: str) -> Letter:

@@ -28,7 +28,7 @@ _ALONE = 4 << 20  # bytes: less than this is done in this process
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """Bytes start … stop − 1 of a text, and the file that their ids go to."""
 
     text: str  # path
@@ -91,7 +91,7 @@ def cores() -> int:
 
 
 def _spread(
-    parts: list[Part], todo: list[int], tokenizer: str, count: int, finished: Callable[[int, Packed], None]
+    parts: list[TextPart], todo: list[int], tokenizer: str, count: int, finished: Callable[[int, Packed], None]
 ) -> None:
     """Parts to processes of their own. One that cannot be read ends all; those under way are waited for."""
     with ProcessPoolExecutor(count, get_context("spawn"), initializer=_start, initargs=(tokenizer,)) as pool:
@@ -115,12 +115,12 @@ def _start(tokenizer: str) -> None:
     _tokenizer = load_tokenizer(tokenizer)
 
 
-def _pack(part: Part) -> Packed:
+def _pack(part: TextPart) -> Packed:
     assert _tokenizer is not None
     return pack_part(part, _tokenizer)
 
 
-def cut(text: Path, format: str, field: str, folder: Path) -> Iterator[Part]:
+def cut(text: Path, format: str, field: str, folder: Path) -> Iterator[TextPart]:
     """The parts of a text. They end where pieces may: see `_break_after`."""
     start, number = 0, 0
     try:
@@ -129,7 +129,7 @@ def cut(text: Path, format: str, field: str, folder: Path) -> Iterator[Part]:
             while start < size:
                 stop = size if size - start <= PART else _break_after(file, start + PART, size, format)
                 out = folder / f"part-{number:05d}.bin"
-                yield Part(str(text), format, field, start, stop, stop == size, str(out))
+                yield TextPart(str(text), format, field, start, stop, stop == size, str(out))
                 start, number = stop, number + 1
     except OSError as e:
         raise TpcError(f"data {text}: {(e.strerror or str(e)).lower()}") from None
@@ -148,7 +148,7 @@ def _break_after(file: BinaryIO, at: int, size: int, format: str) -> int:
     return at
 
 
-def pack_part(part: Part, tokenizer: Tokenizer) -> Packed:
+def pack_part(part: TextPart, tokenizer: Tokenizer) -> Packed:
     """Writes the ids of a part, whole or not at all. Raises `TpcError`."""
     return pack(pieces(part), tokenizer, Path(part.out), part.stop - part.start)
 
@@ -208,7 +208,7 @@ def known(out: Path, size: int) -> Packed | None:
     return packed if whole and packed.bytes == size else None
 
 
-def pieces(part: Part) -> Iterator[tuple[str, bool]]:
+def pieces(part: TextPart) -> Iterator[tuple[str, bool]]:
     """The text of a part in pieces of about a megabyte, each with whether its document ends there.
 
     A document is a file of plain text, or a line of a .jsonl.
@@ -216,7 +216,7 @@ def pieces(part: Part) -> Iterator[tuple[str, bool]]:
     return _documents(part) if part.format == "jsonl" else _plain(part)
 
 
-def _blocks(part: Part) -> Iterator[tuple[int, bytes]]:
+def _blocks(part: TextPart) -> Iterator[tuple[int, bytes]]:
     """Where each block begins, and its bytes: whole lines, and in plain text none after which white space follows."""
     at, held = part.start, b""
     try:
@@ -247,14 +247,14 @@ def _last_break(data: bytes, format: str) -> int:
     return at + 1
 
 
-def _plain(part: Part) -> Iterator[tuple[str, bool]]:
+def _plain(part: TextPart) -> Iterator[tuple[str, bool]]:
     seen = part.start
     for at, block in _blocks(part):
         seen = at + len(block)
         yield _decoded(part, at, block), part.last and seen == part.stop
 
 
-def _documents(part: Part) -> Iterator[tuple[str, bool]]:
+def _documents(part: TextPart) -> Iterator[tuple[str, bool]]:
     for at, block in _blocks(part):
         for line in block.split(b"\n"):
             if line.strip():
@@ -262,7 +262,7 @@ def _documents(part: Part) -> Iterator[tuple[str, bool]]:
             at += len(line) + 1
 
 
-def _text_of(part: Part, at: int, line: str) -> str:
+def _text_of(part: TextPart, at: int, line: str) -> str:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as e:
@@ -275,7 +275,7 @@ def _text_of(part: Part, at: int, line: str) -> str:
     return text
 
 
-def _decoded(part: Part, at: int, data: bytes) -> str:
+def _decoded(part: TextPart, at: int, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
@@ -285,7 +285,7 @@ def _decoded(part: Part, at: int, data: bytes) -> str:
         ) from None
 
 
-def _line(part: Part, at: int) -> int:
+def _line(part: TextPart, at: int) -> int:
     """The number of the line that byte `at` of the text is in."""
     number = 1
     with open(part.text, "rb") as file:

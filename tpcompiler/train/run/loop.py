@@ -14,7 +14,7 @@ from tpcompiler.spec.schema import Spec
 from tpcompiler.train.data.batches import Batch
 from tpcompiler.train.run.checkpoint import State, leave, sweep
 from tpcompiler.train.run.launch import Place
-from tpcompiler.train.run.reporter import BadStep, Report, Reporter
+from tpcompiler.train.run.reporter import BadStep, Reporter, RunReport
 from tpcompiler.train.run.saving import Start, newest_whole, restore, resume, save
 from tpcompiler.train.run.stop import REASONS, StopRequest
 from tpcompiler.train.run.training_run import CHECKPOINTS, Tell, TrainingRun, check_shared, locked, set_up
@@ -34,7 +34,7 @@ def run(
     start: Start | None = None,
     stop_after: float | None = None,
     tell: Tell = lambda line: None,
-) -> Report:
+) -> RunReport:
     """Trains `loaded` on the ranks of `spec`; collective over them. `directory` keeps checkpoints and the log.
 
     Continues from the newest whole checkpoint in `directory`; without one, `start` or the model's own constructor
@@ -54,7 +54,7 @@ def run(
         return loop(state, stop, tell)
 
 
-def loop(run: TrainingRun, stop: StopRequest, tell: Tell) -> Report:
+def loop(run: TrainingRun, stop: StopRequest, tell: Tell) -> RunReport:
     """All steps. A bad batch may put the run back to a checkpoint, from where it leaves out the batches up to it."""
     if run.first >= run.train.steps:
         done = f"{run.first} of {run.train.steps} steps are done"
@@ -87,7 +87,7 @@ def _rewind(run: TrainingRun, bad: BadStep, count: int, tell: Tell) -> None:
     tell(f"step {stopped_at} had a bad batch: goes back to {found} and continues with the data behind that batch")
 
 
-def _steps(run: TrainingRun, stop: StopRequest) -> Report:
+def _steps(run: TrainingRun, stop: StopRequest) -> RunReport:
     train, engine, place = run.train, run.engine, run.place
     reporter = Reporter(run)
     reason = 0

@@ -35,7 +35,7 @@ class BadStep(TpcError):
 
 
 @dataclass(frozen=True)
-class Report:
+class RunReport:
     """How a run ended."""
 
     steps: int
@@ -180,9 +180,9 @@ class Reporter:
         if self._display is not None:
             self._display.message(text)
 
-    def report(self, stopped: str | None = None) -> Report:
+    def report(self, stopped: str | None = None) -> RunReport:
         r = self._last
-        return Report(
+        return RunReport(
             r.step, self._run.first, r.loss, self._evaluation, r.tokens_per_second, r.tflops, r.memory,
             None if self._checkpoint is None else str(self._checkpoint), stopped,
         )  # fmt: skip

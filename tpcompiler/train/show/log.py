@@ -42,7 +42,7 @@ class StepRecord:
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
-class Writer(Protocol):
+class LogSink(Protocol):
     """Something that records are written to. `OSError` means that this one was lost, not the run."""
 
     def write(self, record: StepRecord) -> None: ...
@@ -68,14 +68,14 @@ class Lines:
         self._file.close()
 
 
-class Board:
+class TensorBoardLog:
     """A TensorBoard log."""
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer
 
     @classmethod
-    def of(cls, directory: Path, resumed: int) -> Board:
+    def of(cls, directory: Path, resumed: int) -> TensorBoardLog:
         from torch.utils.tensorboard import SummaryWriter
 
         return cls(SummaryWriter(str(directory / "tensorboard"), purge_step=resumed + 1 if resumed else None))
@@ -123,12 +123,12 @@ class RunLog:
         wandb: str | None = None,
     ) -> None:
         self._lost, self._failed = lost, False
-        self._writers: list[Writer] = [Lines(directory, resumed)]
+        self._writers: list[LogSink] = [Lines(directory, resumed)]
         there = find_spec("tensorboard") is not None
         if tensorboard and not there:
             raise TpcError("train.logging.tensorboard: needs the package: pip install 'tpcompiler[train]', or false")
         if there and tensorboard is not False:
-            self._writers.append(Board.of(directory, resumed))
+            self._writers.append(TensorBoardLog.of(directory, resumed))
         if wandb is not None:
             self._writers.append(Wandb(directory, wandb))
 
