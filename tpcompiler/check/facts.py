@@ -82,7 +82,7 @@ def not_linear(call: Call, partial: set[int]) -> str | None:
         if name in ("add", "sub", "rsub", "cat", "concat", "concatenate", "stack"):
             values = {i for k in ("self", "other", "tensors") for i in _slots(given.get(k))}
             scalar = any(isinstance(given.get(k), (int, float)) and given.get(k) != 0 for k in ("self", "other"))
-            return None if values == partial and not scalar else f"{call} adds what is no partial sum to one"
+            return None if values == partial and not scalar else f"{call} adds a whole value to a partial sum"
         return None
     if len(where) != 1 or not where <= set(linear):
         return f"{call} is not linear in {', '.join(sorted(where))}"
@@ -90,7 +90,7 @@ def not_linear(call: Call, partial: set[int]) -> str | None:
     if len(_slots(given[at]) & partial) > 1:
         return f"{call} multiplies two partial sums"
     if name == "masked_fill" and given.get("value") != 0:
-        return f"{call} puts a number in a partial sum"
+        return f"{call} writes a number into a partial sum on every rank"
     if name in ("div", "true_divide") and given.get("rounding_mode") is not None:
         return f"{call} rounds a partial sum"
     if given.get("bias") is not None:

@@ -55,7 +55,7 @@ def _of_class(cls: ast.ClassDef, geometry: Geometry, constants: dict[str, Any]) 
                 value = eval(code, names)
             except Exception as e:
                 where = f"line {line}"
-                raise Refused(Refusal("the source", where, "a size or rows of a rank", str(e))) from None
+                raise Refused(Refusal("the source", where, "the sizes or rows of a rank", str(e))) from None
             setattr(me, name, value)
             out[name].append(value)
     return {name: values for name, values in out.items() if not isinstance(values[0], Group)}

@@ -139,7 +139,7 @@ class _Forward:
     def size(self, node: fx.Node, held: Held, call: Call) -> None:
         d = call.args[1]
         if held.claim.rows[d] is not None:
-            self.refuse(node, "one size on all ranks", f"the operand has {held.claim}")
+            self.refuse(node, "a size that is equal on all ranks", f"the operand has {held.claim}")
         self.out.env[node] = held.operand.shape[d]
 
     def samples(self, node: fx.Node, call: Call, held: Sequence[Held]) -> None:
@@ -150,11 +150,11 @@ class _Forward:
         given = dict(call.kwargs)
         d = given.get("batch_dim", 0)
         if d is None and self.table.batched.get(given["site"], False):
-            self.refuse(node, "other masks for other samples", "one mask for all samples")
+            self.refuse(node, "different masks for different samples", "one mask for all samples")
         if d is not None:
             counted = given.get("samples", held[given["x"].i].operand.shape[d])
             if counted != self.table.samples:
-                self.refuse(node, f"dimension {d} is of {self.table.samples} samples", f"it counts {counted}")
+                self.refuse(node, f"dimension {d} has {self.table.samples} samples", f"the mask is drawn for {counted}")
 
     def establish(self, node: fx.Node, call: Call, given: Sequence[Given]) -> Step:
         if call.target is dropout:  # the site does not change how masks lie on ranks, so equal layers stay equal

@@ -111,7 +111,7 @@ def _comparison(program: Program) -> Callable[[str, Any, Any], Any]:
         allowed = {"FloorDiv": "floordiv", "Mod": "mod"}.get(name, "") in divides
         if not isinstance(a, Tensor) and not isinstance(b, Tensor) and not allowed:
             what = f"{name} of sizes"
-            raise Refused(Refusal("the source", "", "what it does depends on no length but through shapes", what))
+            raise Refused(Refusal("the source", "", "no comparison or division of sizes", what))
         return _OPERATORS[name](a, b)
 
     return compared
@@ -229,7 +229,7 @@ class _Recorder(TorchFunctionMode):
         found = self.known(t)
         if found is None:
             what = f"a tensor of shape {list(t.shape)} from nowhere"
-            raise Refused(Refusal("the source", "", "operations on known values", what))
+            raise Refused(Refusal("the source", "", "only inputs, parameters and results", what))
         return found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -197,7 +197,7 @@ class Steps:
                 if found is None:
                     found = [None] * len(step.given)
                 if seed and found[i] is not None and seen is not None and found[i] != seen:
-                    return Wrong("its gradient is of no one kind")
+                    return Wrong("its gradient is of different kinds in different runs")
                 found[i] = seen if seen is not None else found[i]
         return tuple(found) if found is not None else (None,) * len(step.given)
 

@@ -44,7 +44,7 @@ class Translator:
             return self.runtime(target, by_name(target, args, kwargs), known)
         if not any(isinstance(a, Term) for a in args):
             return target(*args, **kwargs)  # a size computed from sizes
-        raise ValueError(f"{getattr(target, '__name__', target)} is no operation that a program may call")
+        raise ValueError(f"{getattr(target, '__name__', target)} is not an operation that a program may call")
 
     def item(self, value: Any, i: int) -> Any:
         if isinstance(value, tuple):
@@ -137,19 +137,19 @@ class Translator:
         logits = a["logits"]
         self._rows(a["rows"], logits.shape[min(1, logits.rank - 1)])
         if a["target"].dtype.is_floating_point:
-            raise ValueError("the loss of class probabilities has no form for split classes")
+            raise ValueError("the loss for class probabilities cannot be computed on split classes")
         kind = ("none", "mean", "sum").index(a.get("reduction", "mean"))
         rest = (a.get("ignore_index", -100), float(a.get("label_smoothing", 0.0)))
         return self.call(aten.cross_entropy_loss.default, (logits, a["target"], a.get("weight"), kind, *rest), {})
 
     def _rows(self, rows: Any, size: int) -> None:
         if not isinstance(rows, LocalRuns):
-            raise ValueError("rows that are no layout's")
+            raise ValueError("the rows do not come from a layout")
         self._long(rows.dim.size, size)
 
     def _long(self, said: Any, size: int) -> None:
         if said is not None and said != size:
-            raise ValueError(f"{said} rows are spoken of, and there are {size}")
+            raise ValueError(f"the call says that there are {said} rows, and there are {size}")
 
 
 def all_nonzero() -> AbstractContextManager[None]:
