@@ -13,7 +13,7 @@ from tests.train.test_train_engine import close
 from tests.train.train_runs import TRAIN, Case, in_processes
 from tpcompiler.train.hold.storage import Numbers
 from tpcompiler.train.optim.update import OnePass, Torch, Update
-from tpcompiler.train.settings import Optimizer
+from tpcompiler.train.settings import Group, Optimizer
 
 SHAPES = {"a.weight": (4, 3), "a.bias": (4,), "b.weight": (2, 5), "scale": ()}
 UNITS = [["a.weight", "a.bias"], ["b.weight", "scale"]]
@@ -42,7 +42,8 @@ def stepped(
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 @pytest.mark.parametrize("largest", [None, 0.3])
 def test_one_pass_is_torchs_step(largest: float | None, scale: float) -> None:
-    config = Optimizer(betas=(0.9, 0.95), weight_decay=0.1, clip=largest)
+    groups = (Group(match="b.*", lr=0.5, weight_decay=0.3), Group(match="*.bias", lr=2.0))
+    config = Optimizer(betas=(0.9, 0.95), weight_decay=0.1, clip=largest, groups=groups)
     gradients = [tensors(torch.float64, s) for s in range(4)]
     theirs = {n: t.requires_grad_() for n, t in tensors(torch.float64, 9).items()}
     ours = {n: t.requires_grad_() for n, t in tensors(torch.float64, 9).items()}

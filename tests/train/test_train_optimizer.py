@@ -26,7 +26,7 @@ def settings_of(**train: object) -> Train:
 @pytest.mark.parametrize("model", [GPT2, Bert, Llama])
 def test_weight_decay_leaves_norms_and_biases_out(model: type[nn.Module]) -> None:
     module = model(vocab=64, hidden=16, heads=4, layers=2)
-    groups = parameter_groups(module.named_parameters(), 0.1)
+    groups = parameter_groups(module.named_parameters(), Optimizer(weight_decay=0.1))
     decayed = {name for g in groups if g["weight_decay"] for name in g["names"]}
     rest = {name for g in groups if not g["weight_decay"] for name in g["names"]}
     flat = {
@@ -46,8 +46,24 @@ def test_frozen_parameters_are_left_out_and_dtypes_stand_apart() -> None:
         ("b", nn.Parameter(torch.ones(2, 2, dtype=torch.float64))),
         ("c", nn.Parameter(torch.ones(2, 2), requires_grad=False)),
     ]
-    groups = parameter_groups(named, 0.1)
+    groups = parameter_groups(named, Optimizer(weight_decay=0.1))
     assert sorted(g["names"] for g in groups) == [["a"], ["b"]]
+
+
+def test_the_first_group_that_matches_says_how_a_parameter_is_trained() -> None:
+    config = settings_of(
+        optimizer={"lr": 0.1, "weight_decay": 0.1, "groups": [
+            {"match": "*.bias", "lr": 2.0}, {"match": "head.*", "lr": 0.0, "weight_decay": 0.5}]}
+    ).optimizer  # fmt: skip
+    named = {n: nn.Parameter(torch.ones(2, 2)) for n in ("body.weight", "head.weight")}
+    named |= {n: nn.Parameter(torch.ones(2)) for n in ("body.bias", "head.bias", "norm")}
+    optimizer = make_optimizer(named.items(), config)
+    set_learning_rate(optimizer, 0.01)
+    found = {n: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for n in g["names"]}
+    assert found == {
+        "body.weight": (0.01, 0.1), "norm": (0.01, 0.0), "body.bias": (0.02, 0.0), "head.bias": (0.02, 0.0),
+        "head.weight": (0.0, 0.5),
+    }  # fmt: skip
 
 
 def test_a_step_is_decoupled_adamw() -> None:

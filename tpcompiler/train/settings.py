@@ -91,6 +91,16 @@ class Data(Section):
         return names
 
 
+class Group(Section):
+    """Parameters that are trained in another way."""
+
+    match: str = Field(min_length=1, description="A glob of parameters' names.", examples=["*.wte.weight"])
+    lr: float = Field(default=1.0, ge=0, description="Factor on the learning rate.")
+    weight_decay: float | None = Field(
+        default=None, ge=0, description="Instead of the optimizer's, for norms and biases too."
+    )
+
+
 class Optimizer(Section):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101): weight decay acts on matrices, not on norms and biases."""
 
@@ -102,6 +112,12 @@ class Optimizer(Section):
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay of matrices.")
     clip: float | None = Field(
         default=1.0, gt=0, description="Largest global gradient norm; `null` leaves gradients as they are."
+    )
+    groups: Annotated[tuple[Group, ...], BeforeValidator(_tuple)] = Field(
+        default=(),
+        description="Parameters that are trained in another way: {match: a glob of names, lr: a factor, weight_decay}. "
+        "The first that matches counts.",
+        examples=[[{"match": "*.bias", "lr": 2.0}]],
     )
 
     @field_validator("betas")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tpcompiler.train.optim.clip import clip_
 from tpcompiler.train.optim.clip import clip_factor as factor_of
-from tpcompiler.train.optim.optimizer import make_optimizer, set_learning_rate
+from tpcompiler.train.optim.optimizer import make_optimizer, set_learning_rate, treatment
 from tpcompiler.train.settings import Optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -119,7 +119,7 @@ class OnePass:
                 [gradients[n] for n in names],
                 [self._moments[n][exp_avg] for n in names],
                 [self._moments[n][exp_avg_sq] for n in names],
-                [config.weight_decay if self._masters[n].dim() > 1 else 0.0 for n in names],
+                [treatment(n, self._masters[n].dim(), config) for n in names],
                 self._numbers,
                 factor,
                 config.betas,
@@ -134,7 +134,7 @@ def adamw_(
     gradients: list[Tensor],
     firsts: list[Tensor],
     seconds: list[Tensor],
-    decays: list[float],
+    treatments: list[tuple[float, float]],
     numbers: Tensor,
     factor: Tensor,
     betas: tuple[float, float],
@@ -143,16 +143,16 @@ def adamw_(
     """A step of AdamW (arXiv 1711.05101, algorithm 2) in place, on gradients times `factor`.
 
     `numbers` are the learning rate, the same over the first moment's bias correction, and one over the root of the
-    second's.
+    second's; `treatments` are each parameter's factor on the rate, and its weight decay.
     """
     beta1, beta2 = betas
-    for master, parameter, gradient, first, second, decay in zip(
-        masters, parameters, gradients, firsts, seconds, decays, strict=True
+    for master, parameter, gradient, first, second, (rate, decay) in zip(
+        masters, parameters, gradients, firsts, seconds, treatments, strict=True
     ):
         g = gradient.to(master.dtype) * factor
         m = first + (1 - beta1) * (g - first)
         v = beta2 * second + (1 - beta2) * (g * g)
-        x = master * (1 - numbers[0] * decay) - numbers[1] * m / (v.sqrt() * numbers[2] + eps)
+        x = master * (1 - numbers[0] * (rate * decay)) - (numbers[1] * rate) * m / (v.sqrt() * numbers[2] + eps)
         first.copy_(m)
         second.copy_(v)
         master.copy_(x)
