@@ -19,7 +19,7 @@ from tpcompiler.spec.schema import Spec
 from tpcompiler.train.data import parts
 from tpcompiler.train.data import tokens as tokens_module
 from tpcompiler.train.data.batches import Batch, Batches, Corpus, open_corpus, split
-from tpcompiler.train.data.samples import Causal
+from tpcompiler.train.data.samples import BLOCK, Causal, Mixture
 from tpcompiler.train.data.tokenizer import ByteTokenizer, Tokenizer
 from tpcompiler.train.data.tokens import TokenFile, Tokens
 from tpcompiler.train.settings import Train
@@ -98,6 +98,39 @@ def test_an_epoch_sees_every_sample_once_and_the_next_in_another_order() -> None
     assert epochs[0][:, 0].tolist() != epochs[1][:, 0].tolist()
     keys = {tuple(row) for rows in epochs for row in rows.tolist()}
     assert len(keys) == 2 * n  # what is random in a sample differs between epochs
+
+
+@given(
+    sizes=st.lists(st.integers(1, 900), min_size=1, max_size=4),
+    weights=st.data(),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=20)
+def test_a_mixture_holds_its_shares_and_sees_each_corpus_in_epochs(
+    sizes: list[int], weights: st.DataObject, seed: int
+) -> None:
+    shares = weights.draw(st.lists(st.floats(0.01, 5), min_size=len(sizes), max_size=len(sizes)))
+    mixture = Mixture(tuple(Numbers(n) for n in sizes), tuple(shares))
+    places = [mixture.place(p, seed) for p in range(3 * BLOCK)]
+    for which, n in enumerate(sizes):
+        seen = [o for w, o in places if w == which]
+        assert sorted(seen) == list(range(len(seen)))  # each of a corpus' samples in turn, none twice
+        for block in range(3):
+            count = sum(w == which for w, _ in places[block * BLOCK : (block + 1) * BLOCK])
+            assert abs(count - BLOCK * shares[which] / sum(shares)) < 1
+        assert n == len(mixture.parts[which])
+
+
+def test_a_mixture_is_read_from_files_and_evaluated_on_the_ends_of_all(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name * 900)
+    shares = {str(tmp_path / "a.txt"): 3.0, str(tmp_path / "b.txt"): 1.0}
+    data = open_corpus(settings_of(tmp_path, batch=100, micro_batch=100, data={"mix": shares, "held_out": 0.1}))
+    first = torch.cat([data.train.batch_at(step, 0).tensors["input_ids"][:, 0] for step in range(10)])
+    assert (int((first == ord("a")).sum()), int((first == ord("b")).sum())) == (750, 250)
+    assert data.validation is not None
+    held = data.validation.samples
+    assert {int(held.sample(i, 0)["input_ids"][0]) for i in range(len(held))} == {ord("a"), ord("b")}
 
 
 def test_seeds_give_different_orders() -> None:

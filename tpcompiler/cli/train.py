@@ -62,7 +62,7 @@ class TrainOptions(RankOptions):
         """The settings that the options change. An option with a name of its own wins over `--train`."""
         out = super().changes
         if self.data:
-            out.append((("train", "data", "path"), list(self.data), "--data"))
+            out += [(("train", "data", "path"), list(self.data), "--data"), (("train", "data", "mix"), {}, "--data")]
         if self.steps is not None:
             out.append((("train", "steps"), self.steps, f"--steps {self.steps}"))
         return out

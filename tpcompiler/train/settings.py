@@ -47,6 +47,12 @@ class Data(Section):
         description="Files, directories or globs. `builtin` is English text that Python itself carries.",
         examples=["data/*.jsonl"],
     )
+    mix: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Several corpora instead of `path`, each with its share of the samples. A small one with a large "
+        "share is repeated.",
+        examples=[{"books/*.jsonl": 0.7, "code/*.jsonl": 0.3}],
+    )
     validation: Paths = Field(
         default=(),
         description="The same for evaluation. Left out: the end of `path`, see `held_out`.",

@@ -17,7 +17,7 @@ from tpcompiler.runtime.mesh import part
 from tpcompiler.runtime.runs import Run
 from tpcompiler.train.data.corpus import sources
 from tpcompiler.train.data.order import Permutation, mix
-from tpcompiler.train.data.samples import Causal, Masked, Part, Samples
+from tpcompiler.train.data.samples import Causal, Joined, Masked, Mixture, Part, Samples
 from tpcompiler.train.data.tokenizer import Tokenizer, load_tokenizer
 from tpcompiler.train.data.tokens import Tokens, open_tokens
 from tpcompiler.train.settings import Train
@@ -114,9 +114,13 @@ class Batches:
         return Batch(stacked, start, (stop - start) / self.batch)
 
     def _row(self, position: int) -> dict[str, Tensor]:
-        epoch, place = divmod(position, len(self.samples))
-        index = Permutation(len(self.samples), mix(self.seed, epoch, 0))[place] if self.shuffle else place
-        return self.samples.sample(index, mix(self.seed, epoch, 1, index))
+        samples, seed = self.samples, self.seed
+        if isinstance(samples, Mixture):
+            which, position = samples.place(position, seed)
+            samples, seed = samples.parts[which], mix(seed, which, 3)
+        epoch, place = divmod(position, len(samples))
+        index = Permutation(len(samples), mix(seed, epoch, 0))[place] if self.shuffle else place
+        return samples.sample(index, mix(seed, epoch, 1, index))
 
 
 @dataclass(frozen=True)
@@ -147,19 +151,25 @@ def open_corpus(train: Train) -> Corpus:
     Let one process of each host do it first, then the others: they find the cache filled. Raises `TpcError`.
     """
     data, tokenizer = train.data, load_tokenizer(train.tokenizer)
-    samples, largest, identity = _open(data.path, train, tokenizer)
-    held: Samples | None
+    corpora = [_open((path,), train, tokenizer) for path in data.mix] or [_open(data.path, train, tokenizer)]
+    found = [samples for samples, _, _ in corpora]
+    largest = max(n for _, n, _ in corpora)
+    identity = tuple(file for _, _, files in corpora for file in files)
+    held: Samples | None = None
     if data.validation:
         held, other, _ = _open(data.validation, train, tokenizer)
         largest = max(largest, other)
     else:
-        whole = len(samples)
-        samples, held = split(samples, data.held_out)
-        if train.evaluation.every and held is None and data.held_out:
+        parts = [split(samples, data.held_out) for samples in found]
+        kept = [rest for _, rest in parts if rest is not None]
+        if train.evaluation.every and not kept and data.held_out:
             raise TpcError(
-                f"data {data.path[0]}: {whole} sample of {train.sequence} tokens cannot be trained and evaluated on; "
-                f"more text, a shorter sequence or evaluation: {{every: 0}} would work"
+                f"data {data.path[0]}: {len(found[0])} sample of {train.sequence} tokens cannot be trained and "
+                f"evaluated on; more text, a shorter sequence or evaluation: {{every: 0}} would work"
             )
+        found = [mine for mine, _ in parts]
+        held = Joined(tuple(kept)) if len(kept) > 1 else next(iter(kept), None)
+    samples = Mixture(tuple(found), tuple(data.mix.values())) if data.mix else found[0]
     validation = _batches(held, train, shuffle=False) if held is not None else None
     batches = _batches(samples, train, shuffle=True)
     return Corpus(batches, validation, tokenizer, train.sequence, largest, identity)

@@ -6,18 +6,21 @@ of targets, and a mean over a step's samples does not depend on how they are dea
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tpcompiler.errors import TpcError
-from tpcompiler.train.data.order import hashes, mix, uniform
+from tpcompiler.train.data.order import Permutation, hashes, mix, uniform
 from tpcompiler.train.data.tokenizer import Tokenizer
 from tpcompiler.train.data.tokens import Tokens
 
+BLOCK = 1000  # samples of a mixture that hold its shares
 IGNORED = -100  # the label of a position that is not guessed: `F.cross_entropy`'s default
 
 
@@ -169,3 +172,51 @@ class Part:
 
     def sample(self, index: int, key: int) -> dict[str, Tensor]:
         return self.samples.sample(self.start + index, key)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The samples of several, one after the other."""
+
+    parts: tuple[Samples, ...]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def sample(self, index: int, key: int) -> dict[str, Tensor]:
+        i = bisect_right(self._ends, index)
+        return self.parts[i].sample(index - self._ends[i] + len(self.parts[i]), key)
+
+
+@dataclass(frozen=True)
+class Mixture(Joined):
+    """Several corpora, of each a share. Each has epochs of its own: a small one with a large share is repeated.
+
+    Every 1,000 samples in a row hold the shares to the nearest sample, in an order of their own; so the place in each
+    corpus follows from the position alone.
+    """
+
+    shares: tuple[float, ...]  # positive; they need not add up to 1
+
+    @cached_property
+    def _quotas(self) -> list[int]:
+        """How many of a block's samples each corpus gives: the largest remainders are rounded up."""
+        whole = sum(self.shares)
+        exact = [BLOCK * share / whole for share in self.shares]
+        quotas = [int(x) for x in exact]
+        order = sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])
+        for i in order[: BLOCK - sum(quotas)]:
+            quotas[i] += 1
+        return quotas
+
+    def place(self, position: int, seed: int) -> tuple[int, int]:
+        """(which corpus, how many of its samples came before) of the sample at a position."""
+        block, at = divmod(position, BLOCK)
+        slot = Permutation(BLOCK, mix(seed, block, 2))[at]
+        before = list(accumulate(self._quotas, initial=0))
+        which = bisect_right(before, slot) - 1
+        return which, block * self._quotas[which] + slot - before[which]
