@@ -38,7 +38,9 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     """Runs `tpc ARGUMENTS` as `ranks` processes on this host and returns their exit code.
 
     This process serves their store on a free port of 127.0.0.1. It passes SIGTERM, Ctrl-C and SIGUSR1 on to all ranks
-    and waits for as long as they take to write a checkpoint; torchrun's own launcher kills them after 30 seconds.
+    and waits for as long as they take to write a checkpoint. It is no agent of torchrun's, because that one takes a
+    signal for a failure: it exits with 1 and a traceback, whatever code the ranks end with, and kills ranks that take
+    more than 30 seconds, as it does with the others at once when one has failed, before they have said why.
     Errors: `TpcError` when a signal has killed a rank.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
