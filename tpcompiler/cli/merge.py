@@ -35,6 +35,9 @@ def merge(
         ),
     ] = None,
     settings: Set = None,
+    average: Annotated[
+        bool, typer.Option("--average", help="The average of the weights, which train.optimizer.average keeps.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if there are weights.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -49,7 +52,7 @@ def merge(
         stages("merging")
         from tpcompiler.train.run.merging import merge as put_together
 
-        files = put_together(directory, out, dtype, model, settings, progress=stages.bytes)
+        files = put_together(directory, out, dtype, model, settings, average, progress=stages.bytes)
         written = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
     screen.show(*(f"{f['file']}  {size(file.stat().st_size)}" for f, file in zip(written, files, strict=True)))
     screen.result({"files": written})

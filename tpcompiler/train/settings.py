@@ -119,6 +119,14 @@ class Optimizer(Section):
     clip: float | None = Field(
         default=1.0, gt=0, description="Largest global gradient norm; `null` leaves gradients as they are."
     )
+    average: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Keeps an average of the weights in checkpoints: of each step's, this share of the step's before. "
+        "`tpc merge --average` gives it. Left out: none.",
+        examples=[0.999],
+    )
     groups: Annotated[tuple[Group, ...], BeforeValidator(_tuple)] = Field(
         default=(),
         description="Parameters that are trained in another way: {match: a glob of names, lr: a factor, weight_decay}. "

@@ -140,11 +140,13 @@ def merge(
     max_file: int = MAX_FILE,
     dtype: torch.dtype | None = None,
     beside: Callable[[Path], None] = lambda new: None,
+    instead: Callable[[str], str] = lambda name: name,
     progress: Progress | None = None,
 ) -> tuple[Path, ...]:
     """Put a model's tensors together again, under the names they came with, bit for bit. Returns the files.
 
     `dtype` converts floating-point tensors. `beside(new)` adds files to a directory before it is put in place.
+    `instead` names the tensor whose values are taken for one of that name.
 
     `out` ending in `.safetensors` is one file; else a directory in Hugging Face's form: `model.safetensors`, or
     parts of at most `max_file` bytes and an index. Digests, and copies on several ranks, are compared.
@@ -153,7 +155,9 @@ def merge(
     verify(directory)
     with Weights(directory, compare_copies=True) as weights:
         chosen = [
-            (name, _converted(weights.entry(e.name), dtype)) for e in weights.manifest.entries for name in e.stored
+            (name, _converted(weights.entry(instead(e.name)), dtype))
+            for e in weights.manifest.entries
+            for name in e.stored
         ]
         total = _Count(sum(Spot(n, e.dtype, e.shape).bytes for n, e in chosen), progress)
         if Path(out).suffix == ".safetensors":

@@ -44,7 +44,7 @@ def checkpoint_mesh(mesh: Mesh) -> Mesh:
     return mesh if DATA in mesh and mesh[DATA] > 1 else weight_mesh(mesh)
 
 
-def entries(program: Program, dtype: torch.dtype) -> list[Entry]:
+def entries(program: Program, dtype: torch.dtype, state: Sequence[str] = MOMENTS) -> list[Entry]:
     """What a checkpoint holds: parameters at master precision, buffers, and the optimizer's state of each parameter."""
     mesh = checkpoint_mesh(program.mesh)
     out = []
@@ -56,7 +56,7 @@ def entries(program: Program, dtype: torch.dtype) -> list[Entry]:
         stored = p.names if p.persistent else ()
         out.append(Entry(p.name, "parameter", dtype, where, aliases=p.aliases, stored=stored, trainable=p.trainable))
         if p.trainable:
-            out += [Entry(state_name(p.name, m), "state", dtype, where, OPTIMIZER_FILE, like=p.name) for m in MOMENTS]
+            out += [Entry(state_name(p.name, m), "state", dtype, where, OPTIMIZER_FILE, like=p.name) for m in state]
     return out
 
 

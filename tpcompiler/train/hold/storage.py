@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tpcompiler.runtime import Ranks
 from tpcompiler.train.hold.layers import layers_of
 from tpcompiler.train.hold.owned import allocate
+from tpcompiler.train.optim.average import Averaged
 from tpcompiler.train.optim.update import OnePass, Torch, Update
 from tpcompiler.train.private_torch import copy_, parameters_here, zero_
 from tpcompiler.train.settings import Precision, Train
@@ -73,9 +74,14 @@ def hold(
     module: nn.Module, names: Mapping[str, tuple[str, ...]], ranks: Ranks, train: Train, device: torch.device
 ) -> Storage:
     """Gives a module on meta its memory. `names`: what each parameter is called, with its other names."""
+    storage: Storage
     if ranks.mesh.degree((DATA,)) > 1:
-        return ShardedStorage(module, names, ranks, train, device)
-    return PlainStorage(module, names, train, device)
+        storage = ShardedStorage(module, names, ranks, train, device)
+    else:
+        storage = PlainStorage(module, names, train, device)
+    if train.optimizer.average is not None:
+        storage.update = Averaged(storage.update, storage.masters, train.optimizer.average)
+    return storage
 
 
 class PlainStorage:

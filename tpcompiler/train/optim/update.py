@@ -28,6 +28,9 @@ class Update(Protocol):
     def moments(self, name: str) -> dict[str, Tensor]:
         """The optimizer's state of a parameter; none when it is not trained."""
 
+    def filled(self) -> None:
+        """The masters have their first values."""
+
     def restore(self, steps: int) -> None:
         """So many steps have been made; the moments are filled by whoever calls."""
 
@@ -52,6 +55,9 @@ class Torch:
     def moments(self, name: str) -> dict[str, Tensor]:
         state = self._optimizer.state.get(self._masters[name], {})
         return {m: state[m] for m in MOMENTS if m in state}
+
+    def filled(self) -> None:
+        pass
 
     def restore(self, steps: int) -> None:
         for state in self._optimizer.state.values():
@@ -93,6 +99,9 @@ class OnePass:
 
     def moments(self, name: str) -> dict[str, Tensor]:
         return self._moments.get(name, {})
+
+    def filled(self) -> None:
+        pass
 
     def restore(self, steps: int) -> None:
         self._steps = steps

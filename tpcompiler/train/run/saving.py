@@ -14,6 +14,7 @@ from tpcompiler.load.target import Loaded
 from tpcompiler.runtime.stored import disk
 from tpcompiler.train.hold.mapping import NameMap, Renaming, check_checkpoint, values_of
 from tpcompiler.train.hold.owned import checkpoint_mesh, entries, from_constructor
+from tpcompiler.train.optim.average import kept_state
 from tpcompiler.train.optim.scaler import Scale
 from tpcompiler.train.optim.spikes import Spikes
 from tpcompiler.train.run.checkpoint import Snapshot, State, find, set_aside_newer
@@ -123,7 +124,7 @@ def save(run: TrainingRun, step: int, evaluation: float | None) -> None:
         model=run.model,
         recent=engine.spikes.state(),
     )
-    listed = entries(program, engine.numbers.master)
+    listed = entries(program, engine.numbers.master, kept_state(run.train.optimizer))
     tensors = run.host.copy({**engine.tensors(), **_buffers(engine)})
     mesh = checkpoint_mesh(program.mesh)
     rank = mesh.rank(engine.ranks.coords)

@@ -138,6 +138,7 @@ def _watch(place: Place, done: threading.Event, alarm: Alarm, main: int) -> None
                 there = board.read(f"alive/{watched}") or ""
                 if there != seen:
                     seen, heard = there, now
+            silent = bool(seen) and now - heard > place.board.timeout and board.read(f"finished/{watched}") is None
         except Exception:  # whoever served the store is gone, and with it the run
             if not done.wait(1.0):
                 _leave(alarm, done, main)
@@ -145,7 +146,7 @@ def _watch(place: Place, done: threading.Event, alarm: Alarm, main: int) -> None
         if failed:
             _leave(alarm, done, main)
             return
-        if now - heard > place.board.timeout and seen and board.read(f"finished/{watched}") is None:
+        if silent:
             _, where, doing = seen.split("\t", 2)
             silence = f"has not answered for {now - heard:.0f} s; the last it did was {doing}"
             alarm.ring(f"2 rank {watched} (host {where}) {silence}")
@@ -157,11 +158,12 @@ def _who_is_missing(place: Place, board: Board, e: Exception) -> str:
     """Which ranks are not where this one is, in a line."""
     reason = str(e).splitlines()[0][:120]
     behind = []
-    for rank in range(place.world):
-        text = board.read(f"alive/{rank}")
-        if rank != place.rank and text is not None and text.split("\t", 2)[2] != place.activity.now:
-            _, host, doing = text.split("\t", 2)
-            behind.append(f"rank {rank} (host {host}) was at {doing}")
+    with suppress(RuntimeError):  # whoever served the store is gone
+        for rank in range(place.world):
+            text = board.read(f"alive/{rank}")
+            if rank != place.rank and text is not None and text.split("\t", 2)[2] != place.activity.now:
+                _, host, doing = text.split("\t", 2)
+                behind.append(f"rank {rank} (host {host}) was at {doing}")
     where = f"; {', '.join(behind[:4])}" if behind else ""
     return f"rank {place.rank} lost the other ranks in {place.activity.now}: {reason}{where}"
 

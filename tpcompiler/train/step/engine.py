@@ -89,6 +89,7 @@ class Engine:
     def fill(self, read: Read) -> None:
         """Gives the parameters their values, this rank's slices of them."""
         fill(self.storage.masters, self.slices, read)
+        self.storage.update.filled()
         self.storage.publish()
 
     def tensors(self) -> dict[str, Tensor]:
