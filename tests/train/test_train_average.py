@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def merged(here: Path, step: int, *more: str) -> dict[str, torch.Tensor]:
 
 
 def test_the_average_follows_its_definition_and_goes_on_after_a_stop(tmp_path: Path) -> None:
-    settings = {"checkpoints": {"every": 1, "keep": 9}, "schedule": {"warmup": 1, "until": 9}}
+    settings: dict[str, Any] = {"checkpoints": {"every": 1, "keep": 9}, "schedule": {"warmup": 1, "until": 9}}
     settings["optimizer"] = {"lr": 1e-2, "average": 0.75}
     in_processes(GPT2, 2, 1, tmp_path, steps=2, **settings)
     in_processes(GPT2, 2, 1, tmp_path, steps=3, **settings)

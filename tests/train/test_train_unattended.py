@@ -36,7 +36,7 @@ from tpcompiler.train.run.board import Board, connect
 from tpcompiler.train.run.checkpoint import Writer, checkpoints, leave, name_of
 from tpcompiler.train.run.launch import Place
 from tpcompiler.train.run.stop import REASONS, StopRequest, parse_duration
-from tpcompiler.train.run.together import together
+from tpcompiler.train.run.together import Alarm, _tell, together
 from tpcompiler.train.run.training_run import check_changes, check_shared, compare_ranks, locked
 from tpcompiler.train.settings import Train
 from tpcompiler.train.step.compiled import loss_output, training_inputs
@@ -395,6 +395,26 @@ def _works(rank: int, failing_rank: int, port: int, here: Path) -> None:
                 (here / f"part-{rank}").rename(here / f"left-{rank}")
     except RankEnded as e:
         os._exit(int(str(e.code)))
+
+
+def test_a_rank_that_finds_nobody_left_says_so_and_reports_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its collective has failed, and whoever served the store is gone as well."""
+
+    class Gone(Board):
+        def read(self, key: str) -> str | None:
+            raise dist.DistNetworkError("Failed to recv, got 0 bytes")
+
+        def post_first(self, key: str, text: str) -> str:
+            raise dist.DistNetworkError("Failed to recv, got 0 bytes")
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr("tpcompiler.train.run.together._GRACE", 0.0)
+    said: list[str] = []
+    for rank in (0, 1):
+        alarm = Alarm(Gone(rank, 2, store), said.append)
+        _tell(Place(rank, 2, rank, torch.device("cpu"), alarm.board), alarm, RuntimeError("gloo: reset by peer"))
+        assert alarm.heard() == 2
+    assert said == ["rank 0 lost the other ranks in starting: gloo: reset by peer"]
 
 
 def test_a_checkpoint_that_not_all_ranks_wrote_to_one_place_is_not_announced(tmp_path: Path) -> None:

@@ -100,8 +100,10 @@ class Alarm:
             elif board.wait(f"{_FAILED}/said", _GRACE / 2) is None and first == own:
                 self._say(text)
         except RuntimeError:  # the store is gone
+            number, _, text = own.partition(" ")
+            code = int(number or code)
             if board.rank == 0 and own:
-                self._say(own.split(" ", 1)[1])
+                self._say(text)
         return code
 
 
