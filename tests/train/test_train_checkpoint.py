@@ -126,10 +126,9 @@ def test_a_crash_at_any_file_operation_leaves_the_old_or_the_new(
     found = set()
     for rank in range(2):
         for at in range(1, operations + 1):
-            here = tmp_path / f"{rank}-{at}"
-            assert write(here, 1, server) == []
+            here = shutil.copytree(tmp_path / "all", tmp_path / f"{rank}-{at}")
             with crashing(at, rank, monkeypatch) as count:
-                errors = write(here, 2, server, timeout=0.3 if rank else 20.0, keep=1)
+                errors = write(here, 2, server, timeout=0.1 if rank else 20.0, keep=1)
             if count() < at:
                 break  # rank 1 does less
             assert any(isinstance(e, Crash) for e in errors)
