@@ -74,9 +74,9 @@ class Soak:
         found = checkpoints(self.folder)
         return State.load(found[0]).step if found else 0
 
-    def ended(self, ranks: Processes, codes: set[int]) -> None:
+    def ended(self, ranks: Processes, codes: set[int], patience: float = ALL_ENDED) -> None:
         """All ranks must end by themselves, with one of these codes."""
-        found = ranks.wait(ALL_ENDED)
+        found = ranks.wait(patience)
         if not set(found) <= codes:
             raise SystemExit(f"exit codes {found} after start {self.starts}:\n{ranks.said}")
         if "bug of tpcompiler" in ranks.said or "Traceback" in ranks.said:
@@ -171,7 +171,8 @@ def main() -> None:
     last = soak.newest() + EVERY
     soak.ended(soak.start(steps=last), {0})
     alone = Soak(arguments.out / "alone", 0, 0)
-    alone.ended(alone.start(steps=last), {0})
+    undisturbed = alone.start("--train", "checkpoints.every=0", steps=last)
+    alone.ended(undisturbed, {0}, 60 * arguments.minutes + 600)
     compare(checkpoints(soak.folder)[0], checkpoints(alone.folder)[0])
     assert losses(soak.out / "run") == losses(alone.out / "run"), "the losses differ"
     summary = {
