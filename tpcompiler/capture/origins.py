@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_SLICED = re.compile(r"slice\((None|-?\d+), (None|-?\d+), (None|\d+)\)\.(\d+)")
 _FRAME = re.compile(r'^ *File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n(?:    (?P<code>.*))?', re.MULTILINE)
 
 
@@ -19,8 +20,16 @@ def stack_of(node: fx.Node) -> tuple[tuple[str, str, int], ...]:
     for key, (name, cls) in (node.meta.get("nn_module_stack") or {}).items():
         call = key.rsplit("@", 1)[1] if "@" in key else "0"
         cls = cls if isinstance(cls, str) else cls.__qualname__
-        out.append((name.split("@")[0], cls.rsplit(".", 1)[-1], int(call)))
+        out.append((_SLICED.sub(_of_slice, name.split("@")[0]), cls.rsplit(".", 1)[-1], int(call)))
     return tuple(out)
+
+
+def _of_slice(found: re.Match[str]) -> str:
+    """`layers[1:]` is a list of its own to torch: its member 0 is the model's member 1."""
+    start, step, i = (0 if found[1] == "None" else int(found[1])), found[3], int(found[4])
+    if start < 0:
+        return found[0]
+    return str(start + i * (1 if step == "None" else int(step)))
 
 
 def draws_apart(node: fx.Node) -> bool:

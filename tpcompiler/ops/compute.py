@@ -105,6 +105,13 @@ def layer_norm(call: OpCall) -> Line:
     return ", ".join([" ".join(d)] + [" ".join(d[lead:])] * rest) + " -> " + " ".join(d)
 
 
+def weight_norm(call: OpCall) -> Line:
+    """Each row along `dim` of `v` gets the length that `g` says: the other dimensions are needed whole."""
+    d = [x if i == call.args["dim"] else x + "!" for i, x in enumerate(letters(call.rank()))]
+    lengths = [x if i == call.args["dim"] else "1" for i, x in enumerate(d)]
+    return f"{' '.join(d)}, {' '.join(lengths)} -> {' '.join(d)}"
+
+
 def cross_entropy(call: OpCall) -> Line:
     """The classes are dimension 1, or dimension 0 of a single sample, and have a form for a part of them."""
     if call.floating[1]:
