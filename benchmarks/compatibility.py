@@ -228,8 +228,8 @@ Made by `make compatibility`: the modules of `benchmarks/other_modules.txt`, tin
 numbers of {compared} were compared in float64, gradients included (all are without `--quick`). "Layers split"
 is the part of the bytes of the layers' matrices that is split. "Reductions" are the all-reduces of activations in a
 layer, forward + backward (Megatron's layer has 2 + 2). "Seconds" are those of capturing, compiling and checking.
-`benchmarks/compatibility.py` says what the statuses mean; under each table stands what keeps weights whole, and how
-often.
+`benchmarks/compatibility.py` says what the statuses mean. The last column names the first weight that stays whole, or
+what fails.
 """
 
 

@@ -178,7 +178,8 @@ class _Reader:
         table = building and n.attr == "index"  # (rows of rank 0, rows of rank 1, …)[self.tensor.index]
         if n.attr in _HIDDEN and not table:
             self.refuse(n, f"the attribute {n.attr}")
-        if n.attr.startswith("_") and n.attr != "__init__":
+        operation = not n.attr.endswith("_") and ast.unparse(n.value) == "torch.ops.aten"  # aten._weight_norm
+        if n.attr.startswith("_") and n.attr != "__init__" and not operation:
             self.refuse(n, f"the attribute {n.attr}")
 
     def call(self, n: ast.Call, names: set[str], building: bool) -> None:
