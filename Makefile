@@ -24,12 +24,13 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY) ## the virtual environment, with everything in it
 
-demo: $(READY) ## shard the paper's 8.3 B GPT-2 over 8 ranks, prove a small one on 2, and train it there
+demo: $(READY) ## shard the paper's 8.3 B GPT-2 over 8 ranks, prove a small one on 2, train it there, and let it write
 	rm -rf out/gpt2-8.3b
 	$(BIN)/tpc shard models/gpt2.py --spec specs/gpt2-8.3b.yaml -o out/gpt2-8.3b
 	$(BIN)/tpc verify models/gpt2.py --spec specs/2way.yaml
 	rm -rf out/demo
 	$(BIN)/tpc train models/gpt2.py --spec specs/demo.yaml -o out/demo
+	$(BIN)/tpc generate models/gpt2.py --spec specs/demo.yaml --weights out/demo --prompt "The license" --temperature 0.6
 
 test: export OMP_NUM_THREADS = 1
 test: lint ## style, types and all tests

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from tpcompiler.api import parallelize as parallelize
     from tpcompiler.api import shard as shard
     from tpcompiler.errors import TpcError as TpcError
+    from tpcompiler.generate.call import generate as generate
     from tpcompiler.ops.record import OpRule as OpRule
     from tpcompiler.ops.record import WeightProduct as WeightProduct
     from tpcompiler.ops.table import rule as rule
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOME = {
     "shard": "api",
     "parallelize": "api",
+    "generate": "generate.call",
     "verify": "verification.verify",
     "Spec": "spec",
     "rule": "ops.table",
@@ -28,7 +30,7 @@ _HOME = {
     "TpcError": "errors",
     "__version__": "version",
 }
-__all__ = ["OpRule", "Spec", "TpcError", "WeightProduct", "parallelize", "rule", "shard", "verify"]
+__all__ = ["OpRule", "Spec", "TpcError", "WeightProduct", "generate", "parallelize", "rule", "shard", "verify"]
 
 
 def __getattr__(name: str) -> Any:

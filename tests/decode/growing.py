@@ -73,6 +73,13 @@ class Growing:
     def program(self) -> Program:
         return self.decoder.program
 
+    def full(self, ids: Tensor) -> Tensor:
+        """The whole model's logits for other token ids."""
+        with torch.no_grad():
+            (logits,) = interpret_capture(self.program.capture, self.state, {self.decoder.rows[0]: ids})
+        assert isinstance(logits, Tensor)
+        return logits
+
     def run(self, cuts: Sequence[int], counts: Sequence[int] | None = None) -> float:
         """The largest difference of any rank's logits, over steps that begin at `cuts`. With `counts`, sequences begin
         with so many tokens each, and go on token by token."""
@@ -81,7 +88,7 @@ class Growing:
 
     def _rank(self, ranks: Ranks, cuts: list[int], counts: Sequence[int] | None) -> float:
         b, length = self.rows[0].shape[:2]
-        growing = Incremental(self.decoder, ranks, self._held(ranks), length, b)
+        growing = Incremental(self.decoder, ranks, self.held(ranks), length, b)
         expected = self._mine(self.whole, ranks)
         if counts is not None:
             return self._ragged(growing, expected, torch.tensor(counts))
@@ -99,7 +106,7 @@ class Growing:
             errors.append(_difference(found[:, 0], expected[sequences, at]))
         return max(errors)
 
-    def _held(self, ranks: Ranks) -> dict[str, Tensor]:
+    def held(self, ranks: Ranks) -> dict[str, Tensor]:
         dims = self.program.dims
         return {n: local_slice(x, dims[n], ranks.mesh, ranks.coords) for n, x in self.state.items()}
 

@@ -20,6 +20,7 @@ import typer
 
 from tpcompiler.cli import compile as compiling
 from tpcompiler.cli import eval as measuring
+from tpcompiler.cli import generate as generating
 from tpcompiler.cli import merge
 from tpcompiler.cli import tokenize as tokenizing
 from tpcompiler.cli import train as training
@@ -75,6 +76,13 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "eval": (
         measuring.evaluate,
         ("tpc eval models/gpt2.py --spec specs/demo.yaml --weights runs/demo --perplexity test.txt",),
+    ),
+    "generate": (
+        generating.generate,
+        (
+            "tpc generate models/gpt2.py --spec specs/demo.yaml --weights runs/demo --prompt 'The license'",
+            "tpc generate models/gpt2.py --spec specs/demo.yaml --weights runs/demo --prompts p.jsonl -o texts.jsonl",
+        ),
     ),
     "plot": (measuring.plot, ("tpc plot runs/small runs/large --label small --label large -o loss.png",)),
     "reshard": (training.reshard, ("tpc reshard out/gpt2 --spec specs/4way.yaml -o out/gpt2-4way",)),

@@ -34,7 +34,7 @@ class Incremental:
         device: torch.device | str = "cpu",
     ) -> None:
         self.decoder, self.ranks, self.state, self.batch, self.device = decoder, ranks, state, batch, device
-        self.session = Session(capacity)
+        self.session = Session(capacity, batch)
         self.tables = self._tables(capacity, dict(inputs or {}))
 
     def _tables(self, capacity: int, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -58,25 +58,29 @@ class Incremental:
         return TpcError(f"{model} has no {capacity} positions: fewer tokens, or a shorter prompt, would work")
 
     @torch.no_grad()
-    def __call__(self, *rows: Tensor, counts: Tensor | None = None) -> Tensor:
+    def __call__(self, *rows: Tensor, counts: Tensor | None = None, slot: int | None = None) -> Tensor:
         """`rows`: the next tokens [b, n] of every sequence, and what else the model takes of each. Gives logits
         [b, n, vocabulary], this rank's part of them.
 
         `counts` [b]: how many of the n are a sequence's own, when the others only fill its row up on the right.
-        Raises `TpcError` for that when the model wants all sequences to be of one length, with the reason.
+        `slot`: the rows are the first of a new sequence, which takes the place of this one of the batch; b is 1 then.
+        Raises `TpcError` for either when the model wants all sequences to be of one length, with the reason.
         """
         n = rows[0].shape[1]
-        if counts is not None and self.decoder.uniform:
+        if (counts is not None or slot is not None) and self.decoder.uniform:
             raise TpcError(f"sequences of different lengths cannot share a batch: {self.decoder.uniform}")
-        self.session.begin(n)
-        given = dict(zip(self.decoder.rows, rows, strict=True))
-        (logits,) = interpret(
-            self.decoder.step,
-            self.ranks,
-            self.state,
-            {**given, **self.tables, "session": self.session},
-            device=self.device,
-        )
-        self.session.advance(n if counts is None else counts)
+        session = self.session if slot is None else self.session.only(slot)
+        session.begin(n)
+        given: dict[str, Any] = dict(zip(self.decoder.rows, rows, strict=True))
+        inputs = {**given, **self.tables, "session": session}
+        (logits,) = interpret(self.decoder.step, self.ranks, self.state, inputs, device=self.device)
+        if slot is None:
+            session.advance(n if counts is None else counts)
+        else:
+            self.session.begins(slot, n)
         assert isinstance(logits, Tensor)
         return logits
+
+    def again(self) -> None:
+        """All sequences begin anew, in the memory of the old ones."""
+        self.session.past = 0

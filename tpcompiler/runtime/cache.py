@@ -18,14 +18,15 @@ from tpcompiler.errors import TpcError
 
 @dataclass
 class Session:
-    """`past`: tokens of each sequence so far, one number when it is the same for all, else [b] on the values' device.
-    `total`: the most that a sequence has after the step that runs. `batch`: each buffer's dimension of sequences."""
+    """`size`: how many sequences. `past`: tokens of each so far, one number when it is the same for all, else [size].
+    `total`: the most that a sequence has after the step that runs. `slot`: the one sequence that the steps are for."""
 
     capacity: int
+    size: int
     past: int | Tensor = 0
     total: int = 0
     buffers: dict[str, Tensor] = field(default_factory=dict)
-    batch: dict[str, int | None] = field(default_factory=dict)
+    slot: int | None = None
 
     def begin(self, new: int) -> None:
         """A step of `new` rows begins. Raises `TpcError` when they do not fit."""
@@ -37,6 +38,16 @@ class Session:
     def advance(self, new: int | Tensor) -> None:
         """The step is done; of its rows, `new` count: a number, or one for each sequence [b]."""
         self.past = self.past + new
+
+    def only(self, slot: int) -> Session:
+        """The memory of one of the sequences, which begins anew."""
+        return Session(self.capacity, self.size, buffers=self.buffers, slot=slot)
+
+    def begins(self, slot: int, past: int) -> None:
+        """One of the sequences has `past` tokens now."""
+        if isinstance(self.past, int):
+            self.past = torch.full((self.size,), self.past)
+        self.past[slot] = past
 
     def positions(self, new: int, device: torch.device) -> Tensor:
         """[b, new], or [1, new] when they are the same for all sequences."""
@@ -60,9 +71,11 @@ def keep(x: Tensor, session: Session, name: str, dim: int, batch: int | None) ->
     """
     buffer = session.buffers.get(name)
     if buffer is None:
-        shape = [session.capacity if i == dim else n for i, n in enumerate(x.shape)]
-        buffer = session.buffers[name] = x.new_zeros(shape)
-        session.batch[name] = batch
+        sizes = {dim: session.capacity} | ({} if batch is None else {batch: session.size})
+        buffer = session.buffers[name] = x.new_zeros([sizes.get(i, n) for i, n in enumerate(x.shape)])
+    if session.slot is not None:
+        assert batch is not None
+        buffer = buffer.narrow(batch, session.slot, 1)
     if isinstance(session.past, int):
         buffer.narrow(dim, session.past, x.shape[dim]).copy_(x)
     else:

@@ -105,7 +105,7 @@ class Program:
         )
         self.device, self.length, self.numbers = place.device, train.sequence, Numbers.of(train.precision)
         self.ranks = Ranks.from_env(program.mesh, timeout=place.timeout)
-        self.module = _filled(self.compiled, self.ranks, self.numbers, place, weights, question.renaming)
+        self.module = filled(self.compiled, self.ranks, self.numbers, place, weights, question.renaming)
         self._check_causal(vocabulary)
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -137,9 +137,10 @@ class Program:
         return float(self.ranks.group(DATA).all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
 
-def _filled(
+def filled(
     compiled: Compiled, ranks: Ranks, numbers: Numbers, place: Place, weights: Path, renaming: Renaming
 ) -> nn.Module:
+    """This rank's module with its part of the weights, in evaluation mode."""
     program = compiled.sharded.program
     module = compiled.module(ranks, Rng(0, place.device))
     allocate(module, place.device, numbers.compute)
