@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from tpcompiler.api import parallelize as parallelize
     from tpcompiler.api import shard as shard
     from tpcompiler.errors import TpcError as TpcError
-    from tpcompiler.generate.call import generate as generate
+    from tpcompiler.generation.call import generate as generate
     from tpcompiler.ops.record import OpRule as OpRule
     from tpcompiler.ops.record import WeightProduct as WeightProduct
     from tpcompiler.ops.table import rule as rule
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HOME = {
     "shard": "api",
     "parallelize": "api",
-    "generate": "generate.call",
+    "generate": "generation.call",
     "verify": "verification.verify",
     "Spec": "spec",
     "rule": "ops.table",

@@ -18,8 +18,8 @@ from tests.decode.growing import Growing, build, growing
 from tpcompiler.cli.main import main
 from tpcompiler.errors import TpcError
 from tpcompiler.execute.simulate import run_ranks
-from tpcompiler.generate.prompts import Text, read_prompts
-from tpcompiler.generate.stream import Served, Stream, Token, Wish
+from tpcompiler.generation.prompts import Text, read_prompts
+from tpcompiler.generation.stream import Served, Stream, Token, Wish
 from tpcompiler.runtime import Mesh, Ranks
 from tpcompiler.runtime.mesh import part
 from tpcompiler.runtime.sample import Sampling, choose, held, penalise

@@ -49,7 +49,7 @@ class GenerateOptions(RankOptions):
 
     def texts(self) -> list[str]:
         """The prompts. Raises `TpcError` for what no model is needed to know."""
-        from tpcompiler.generate.prompts import read_prompts
+        from tpcompiler.generation.prompts import read_prompts
 
         if (self.prompt is None) == (self.prompts is None):
             raise TpcError("generate: give --prompt TEXT or --prompts FILE, one of them")
@@ -77,9 +77,8 @@ def generate(options: GenerateOptions) -> None:
     start_ranks(spec)
     screen = Screen(options.as_json)
     with joined(screen, spec, options) as place:
-        from tpcompiler.generate.run import Source, opened, run
-        from tpcompiler.generate.stream import Wish
-        from tpcompiler.runtime.sample import Sampling
+        from tpcompiler.generation.run import Source, opened, run
+        from tpcompiler.generation.stream import Sampling, Wish
 
         o, first = options, place.rank == 0
         how = Sampling(o.temperature, o.top_k, o.top_p, o.penalty, o.seed)

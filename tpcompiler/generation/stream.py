@@ -17,6 +17,8 @@ from tpcompiler.runtime.runs import Runs, local_ids
 from tpcompiler.runtime.sample import Sampling, choose, held, penalise
 from tpcompiler.train.step.limits import check_inputs
 
+__all__ = ["Sampling", "Served", "Stream", "Token", "Wish", "check_prompts"]
+
 
 @dataclass(frozen=True)
 class Served:

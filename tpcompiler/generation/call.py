@@ -13,7 +13,7 @@ from tpcompiler.api import compile_capture
 from tpcompiler.capture import capture_recorded, record
 from tpcompiler.decode import derive
 from tpcompiler.emit import load_source
-from tpcompiler.generate.stream import Served, Stream, Token, Wish, check_prompts
+from tpcompiler.generation.stream import Served, Stream, Token, Wish, check_prompts
 from tpcompiler.runtime import Rng
 from tpcompiler.runtime.precision import cast
 from tpcompiler.runtime.sample import Sampling

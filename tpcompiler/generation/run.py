@@ -14,9 +14,9 @@ import torch
 
 from tpcompiler.decode import derive
 from tpcompiler.errors import TpcError
-from tpcompiler.generate.call import held_by
-from tpcompiler.generate.prompts import Text
-from tpcompiler.generate.stream import Served, Stream, Wish, check_prompts
+from tpcompiler.generation.call import held_by
+from tpcompiler.generation.prompts import Text
+from tpcompiler.generation.stream import Served, Stream, Wish, check_prompts
 from tpcompiler.load.target import Loaded
 from tpcompiler.runtime import Ranks
 from tpcompiler.spec.schema import Spec
