@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# A cache of the run's own, which its workers share: no test finds what an earlier run has proven or tokenised.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tpc-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Two workers on two cores: more threads only wait for each other.
 torch.set_num_threads(1)

@@ -57,19 +57,22 @@ class Sharded:
 
     @cached_property
     def check(self) -> CheckReport:
-        """The static checker's verdict on the program and its source. It takes seconds, without GPU or weights."""
-        from tpcompiler.check import check
+        """The static checker's verdict on the program and on its source. No GPU, no weights, seconds.
 
-        return check(self.program, source=self.source)
+        A proof is kept: the same program, checked by the same text at the same versions, is not proven again.
+        """
+        from tpcompiler.check import proof
 
-    def proven(self) -> CheckReport:
-        """The verdict, if the program passed. Raises `CheckError`, one line, if the program is refused."""
+        return proof(self.program, self.source)
+
+    def proven(self) -> Sharded:
+        """This compilation, once it is proven. Raises `CheckError`, one line, when the program is refused."""
         if not self.check.passed:
             first, *others = self.check.refused
             more = f" (and {len(others)} more)" if others else ""
             model = self.capture.model
             raise CheckError(f"{model} is not written or run: the checker refuses the program at {first}{more}")
-        return self.check
+        return self
 
     @cached_property
     def memory(self) -> dict[str, int]:
@@ -167,7 +170,7 @@ def shard(
     progress: Progress | None = None,
     source: str = "",
 ) -> Sharded:
-    """Compile a model for the ranks of a spec.
+    """Compile a model for the ranks of a spec, and prove the program: what is returned may be run.
 
     `model` is a module or a function that builds one (its parameters are then never allocated). `example_inputs` is a
     tuple, a dictionary of keyword arguments, or both. Raises `TpcError`, one line.
@@ -178,13 +181,15 @@ def shard(
     tell("capturing the model")
     with _timed(seconds, "capture"):
         captured = capture_model(model, example_inputs, source=source)
-    return compile_capture(captured, read, progress=tell, seconds=seconds)
+    sharded = compile_capture(captured, read, progress=tell, seconds=seconds)
+    tell("proving the program")
+    return sharded.proven()
 
 
 def compile_capture(
     captured: Capture, spec: Spec, *, progress: Progress | None = None, seconds: dict[str, float] | None = None
 ) -> Sharded:
-    """Runs the stages from a capture on: axes, plan, partition, passes."""
+    """The stages after capture: axes, plan, partition. The program is not proven: ask `proven` before it runs."""
     seconds = {} if seconds is None else seconds
     tell = progress or (lambda stage: None)
     tell("inferring axes")
@@ -261,8 +266,7 @@ def parallelize(
 
     read = Spec.load(spec)
     recorded = record(model)
-    sharded = compile_capture(capture_recorded(recorded, example_inputs), read)
-    sharded.proven()
+    sharded = compile_capture(capture_recorded(recorded, example_inputs), read).proven()
     program = sharded.program
     ranks = ranks_of(mesh, program.mesh)
     where = torch.device(device) if device is not None else device_of(mesh)

@@ -23,10 +23,21 @@ from tpcompiler.check.source import compare_source
 from tpcompiler.check.steps import Steps
 from tpcompiler.check.structure import Model, compare_structure
 from tpcompiler.check.values import ModelValues
+from tpcompiler.check.verdicts import digest, keep, recall
 from tpcompiler.program import Program
 from tpcompiler.runtime import dropout
 
-__all__ = ["CheckReport", "Refusal", "check"]
+__all__ = ["CheckReport", "Refusal", "check", "proof"]
+
+
+def proof(program: Program, source: str) -> CheckReport:
+    """The verdict on a program and its source: one that is kept from an earlier check of the same, or a new one."""
+    name = digest(program, source)
+    report = recall(name)
+    if report is None:
+        report = check(program, source=source)
+        keep(name, report)
+    return report
 
 
 def check(program: Program, *, source: str | None = None) -> CheckReport:

@@ -81,7 +81,11 @@ def _record(func: Any, args: Any, kwargs: Any, outline: Any) -> fx.Graph:
         with torch.device("meta"):
             return func(*fill(args), **{k: fill(v) for k, v in kwargs})
 
-    return make_fx(run, pre_dispatch=True)(*made).graph
+    graph = make_fx(run, pre_dispatch=True)(*made).graph
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise ValueError(f"{node.target} writes in place")
+    return graph
 
 
 def _key(a: Any) -> Any:

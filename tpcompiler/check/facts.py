@@ -46,7 +46,7 @@ _LINEAR: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), ("input", "weight")),
     "einsum": ("tensors",),
 }
-_AFFINE = ("bias", "alpha")  # arguments that must have no effect when another one is partial
+_ADDENDS = ("self", "other", "tensors", "source", "src", "values")  # those that such an operation is linear in
 _PARTIAL_OPERATORS = {
     runtime.reduce: "x",
     runtime.scatter_sequence: "x",
@@ -79,11 +79,9 @@ def not_linear(call: Call, partial: set[int]) -> str | None:
     name = packet(call.target)
     linear = _LINEAR.get(name, ())
     if ALL in linear:
-        if name in ("add", "sub", "rsub", "cat", "concat", "concatenate", "stack"):
-            values = {i for k in ("self", "other", "tensors") for i in _slots(given.get(k))}
-            scalar = any(isinstance(given.get(k), (int, float)) and given.get(k) != 0 for k in ("self", "other"))
-            return None if values == partial and not scalar else f"{call} adds a whole value to a partial sum"
-        return None
+        values = {i for k in _ADDENDS for i in _slots(given.get(k))}
+        scalar = any(isinstance(given.get(k), (int, float)) and given.get(k) != 0 for k in _ADDENDS)
+        return None if values == partial and not scalar else f"{call} adds a whole value to a partial sum"
     if len(where) != 1 or not where <= set(linear):
         return f"{call} is not linear in {', '.join(sorted(where))}"
     (at,) = where

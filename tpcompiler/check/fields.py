@@ -30,7 +30,10 @@ def fields_of(tree: ast.Module, geometry: Geometry) -> Fields:
     constants: dict[str, Any] = {}
     for n in tree.body:
         if isinstance(n, ast.Assign):
-            exec(compile(ast.Module([n], []), "<source>", "exec"), {}, constants)
+            try:
+                exec(compile(ast.Module([n], []), "<source>", "exec"), {"__builtins__": {}}, constants)
+            except Exception as e:
+                raise _refused(n.lineno, str(e)) from None
     out: Fields = {}
     for cls in tree.body:
         if isinstance(cls, ast.ClassDef):
@@ -44,8 +47,11 @@ def _of_class(cls: ast.ClassDef, geometry: Geometry, constants: dict[str, Any]) 
         if isinstance(f, ast.FunctionDef) and f.name == "__init__":
             for n in f.body:
                 name = _attribute(n)
-                if name is not None and isinstance(n, ast.Assign) and _asks_rank(n.value):
-                    steps.append((name, n.lineno, compile(ast.Expression(n.value), "<source>", "eval")))
+                if not _asks_rank(n):
+                    continue
+                if name is None or not isinstance(n, ast.Assign):
+                    raise _refused(n.lineno, "the rank is asked of outside of an attribute of its own")
+                steps.append((name, n.lineno, compile(ast.Expression(n.value), "<source>", "eval")))
     out: dict[str, list[Any]] = {name: [] for name, _, _ in steps}
     for rank in range(geometry.size):
         me = SimpleNamespace()
@@ -54,11 +60,23 @@ def _of_class(cls: ast.ClassDef, geometry: Geometry, constants: dict[str, Any]) 
             try:
                 value = eval(code, names)
             except Exception as e:
-                where = f"line {line}"
-                raise Refused(Refusal("the source", where, "the sizes or rows of a rank", str(e))) from None
+                raise _refused(line, str(e)) from None
+            if not isinstance(value, (int, Group)) and not is_rows(value):
+                raise _refused(line, f"{value!r}")
             setattr(me, name, value)
             out[name].append(value)
     return {name: values for name, values in out.items() if not isinstance(values[0], Group)}
+
+
+def is_rows(value: Any) -> bool:
+    """Whether this is rows: pairs of whole numbers."""
+    return isinstance(value, tuple) and all(
+        isinstance(run, tuple) and len(run) == 2 and all(type(i) is int for i in run) for run in value
+    )
+
+
+def _refused(line: int, why: str) -> Refused:
+    return Refused(Refusal("the source", f"line {line}", "a size or rows of a rank", why))
 
 
 def _attribute(n: ast.stmt) -> str | None:
@@ -68,8 +86,8 @@ def _attribute(n: ast.stmt) -> str | None:
     return None
 
 
-def _asks_rank(value: ast.expr) -> bool:
-    """Whether an expression depends on the rank, as `ranks.group("tensor")`, `self.tensor.local(8)`,
+def _asks_rank(value: ast.AST) -> bool:
+    """Whether a piece of source depends on the rank, as `ranks.group("tensor")`, `self.tensor.local(8)`,
     `(self.tensor.part(8),)` and `(…)[self.tensor.index]` do."""
     return any(
         (isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in ("group", "local", "part"))

@@ -8,9 +8,12 @@ no hooks and no operations in place, and only the sizes and rows that `__init__`
 from __future__ import annotations
 
 import ast
+from functools import cache
+from types import BuiltinFunctionType
 from typing import NoReturn, TypeGuard
 
 import torch
+from torch.overrides import get_overridable_functions
 
 from tpcompiler import runtime
 from tpcompiler.check.forward import Refused
@@ -167,6 +170,10 @@ class _Reader:
         for n in ast.walk(node):
             if isinstance(n, ast.IfExp) and ast.unparse(n.test) != "self.training":
                 self.refuse(n, "a condition other than self.training")
+            elif isinstance(n, ast.Compare) and len(n.ops) != 1:
+                self.refuse(n, "a comparison of more than two values")
+            elif isinstance(n, ast.Not):
+                self.refuse(node, "a condition")
             elif isinstance(n, ast.BoolOp) and not (building and ast.unparse(n).startswith("rng or Rng(seed=")):
                 self.refuse(n, "a condition")
             elif isinstance(n, ast.Attribute):
@@ -181,8 +188,14 @@ class _Reader:
         operation = not n.attr.endswith("_") and ast.unparse(n.value) == "torch.ops.aten"  # aten._weight_norm
         if n.attr.startswith("_") and n.attr != "__init__" and not operation:
             self.refuse(n, f"the attribute {n.attr}")
+        if not building and isinstance(n.value, ast.Attribute) and n.value.attr == "rng":
+            self.refuse(n, f"{n.attr} of the random number generator")
 
     def call(self, n: ast.Call, names: set[str], building: bool) -> None:
+        if isinstance(n.func, ast.Name) and n.func.id == "getattr":
+            self.named(n)
+        if isinstance(n.func, ast.Name) and n.func.id == "range" and not all(map(_number, n.args)):
+            self.refuse(n, "as many times as a size says")
         name = n.func.id if isinstance(n.func, ast.Name) else n.func.attr if isinstance(n.func, ast.Attribute) else ""
         if building:
             if name not in _BUILDERS and name not in self.classes:
@@ -199,10 +212,21 @@ class _Reader:
                 return
             if not own and not functional and not self.operation(name):
                 self.refuse(n, f"a call of {name}")
+            if path[0] == "torch" and len(path) == 2 and not _operates(name):
+                self.refuse(n, f"a call of {name}")
             if own and (name.endswith("_") or name in dir(torch.nn.Module)) and not _is_cast(n):
                 self.refuse(n, f"a call of {name}")
         elif not isinstance(n.func, ast.Subscript):
             self.refuse(n, f"a call of {ast.unparse(n.func)}")
+
+    def named(self, n: ast.Call) -> None:
+        """`getattr(x, "0")`, `getattr(x, f"block_{i}")`: only what `x.name` could not say."""
+        text = n.args[1] if len(n.args) == 2 else None
+        said = text.value if isinstance(text, ast.Constant) and isinstance(text.value, str) else ""
+        if isinstance(text, ast.JoinedStr):
+            said = "".join(str(v.value) if isinstance(v, ast.Constant) else "0" for v in text.values)
+        if not said or said.startswith("_") or said in _HIDDEN or said.endswith("_"):
+            self.refuse(n, "an attribute under a name that is no module's")
 
     def operation(self, name: str) -> bool:
         return not name.endswith("_") and (
@@ -215,6 +239,19 @@ def _is_cast(n: ast.Call) -> bool:
     """`x.to(torch.float32)`. Of a module, what it gives is no tensor, and the run ends there."""
     plain = isinstance(n.func, ast.Attribute) and n.func.attr == "to" and len(n.args) == 1 and not n.keywords
     return plain and ast.unparse(n.args[0]) in {f"torch.{d}" for d in _DTYPES}
+
+
+def _number(n: ast.expr) -> bool:
+    return isinstance(n, ast.Constant) or (isinstance(n, ast.UnaryOp) and isinstance(n.operand, ast.Constant))
+
+
+@cache
+def _operates(name: str) -> bool:
+    """Whether `torch.name` is about tensors, and not about how torch works."""
+    target = getattr(torch, name, None)
+    about = name.startswith(("set_", "get_", "is_", "use_", "init_", "manual_seed", "seed"))
+    builtin = isinstance(target, BuiltinFunctionType) and not about
+    return builtin or target in get_overridable_functions()[torch] or isinstance(target, type)
 
 
 def _text(n: ast.stmt) -> bool:
@@ -246,6 +283,9 @@ def _literal(node: ast.expr) -> bool:
     return True
 
 
+_TELLING = (ast.Mod, ast.FloorDiv, ast.LShift, ast.RShift, ast.BitAnd, ast.BitOr, ast.BitXor)
+
+
 class Guarded(ast.NodeTransformer):
     """Replaces arithmetic that could tell lengths apart by calls of named functions, which refuse it for sizes."""
 
@@ -261,7 +301,7 @@ class Guarded(ast.NodeTransformer):
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
-        if not isinstance(node.op, (ast.Mod, ast.FloorDiv)):
+        if not isinstance(node.op, _TELLING):
             return node
         args = [ast.Constant(type(node.op).__name__), node.left, node.right]
         return ast.copy_location(ast.Call(ast.Name("_compared", ast.Load()), args, []), node)

@@ -28,8 +28,9 @@ _ALIKE = (  # of the shape and dtype of their operand
 )
 
 
-class RankRows(tuple[Any, ...]):
-    """The rows that one rank holds, with the rows of all ranks of its class in `of_class`."""
+@dataclass(frozen=True)
+class RankRows:
+    """The rows that each rank of a class holds. No program can look into it: its numbers are another rank's too."""
 
     of_class: tuple[Any, ...]
 
@@ -86,7 +87,7 @@ class OneRank(Translator):
         """The rows of the class's first rank."""
         if isinstance(rows, LocalRuns):
             return rows.resolve(self.geometry.mesh, self.geometry.coords[self.ranks.first])
-        return rows
+        return rows.of_class[0] if isinstance(rows, RankRows) else rows
 
     def runtime(self, target: Any, a: dict[str, Any], known: Any) -> Any:
         signature = runtime_signature(target)

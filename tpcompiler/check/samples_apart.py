@@ -280,19 +280,27 @@ def _has(terms: Sequence[Term], t: Any) -> bool:
     return any(t is o for o in terms)
 
 
+class InHalves:
+    """Stands for `runtime.Halves` when a source is read: the layers, one after the other, between the marks."""
+
+    def __init__(self, operator: Callable[[Any], Callable[..., Any]], layers: nn.ModuleList, cut: tuple[int, ...]):
+        self.operator = operator
+        self.members = tuple(layers)
+        self.cut = cut
+
+    def __call__(self, *given: Any) -> Any:
+        marks = (self.operator(runtime.cut_batch)(t) if i in self.cut else t for i, t in enumerate(given))
+        x, *rest = marks
+        for layer in self.members:
+            x = layer(x, *rest)
+        return self.operator(runtime.join_batch)(x)
+
+
 def in_halves(operator: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
-    """Stands for `runtime.Halves` when a source is read: the layers, between the marks."""
+    """What a source finds under the name `Halves`."""
 
     def halves(layers: nn.ModuleList, ranks: runtime.Ranks, cut: tuple[int, ...] = (0,)) -> Callable[..., Any]:
-        members = list(layers)
-
-        def run(*given: Any) -> Any:
-            x, *rest = (operator(runtime.cut_batch)(t) if i in cut else t for i, t in enumerate(given))
-            for layer in members:
-                x = layer(x, *rest)
-            return operator(runtime.join_batch)(x)
-
-        return run
+        return InHalves(operator, layers, cut)
 
     return halves
 
@@ -301,4 +309,4 @@ def _refuse(node: fx.Node, true: str) -> NoReturn:
     raise Refused(Refusal(node.name, line_of(node), _CLAIM, true))
 
 
-__all__ = ["in_halves", "refuse_mixing"]
+__all__ = ["InHalves", "in_halves", "refuse_mixing"]

@@ -56,8 +56,8 @@ def choices(capture: Capture, taken: Iterable[int], degree: int, avoid: Iterable
     The first two are small primes that are not in `taken`, those not in `avoid` preferred. Multiples of the degree and
     the example's own sizes follow.
     """
-    hints = _hints(capture)
-    distinct = sorted(set(hints.values()))
+    known = hints(capture)
+    distinct = sorted(set(known.values()))
     if not distinct:
         yield Sizes({})
         return
@@ -65,25 +65,25 @@ def choices(capture: Capture, taken: Iterable[int], degree: int, avoid: Iterable
     free = sorted((p for p in _PRIMES if p not in used), key=lambda p: p in shy)
     for primes in (free[: len(distinct)], free[len(distinct) : 2 * len(distinct)]):
         small = dict(zip(distinct, sorted(primes), strict=False))
-        yield Sizes({s: small.get(h, h) for s, h in hints.items()})
+        yield Sizes({s: small.get(h, h) for s, h in known.items()})
     even = {h: degree * (i + 1) for i, h in enumerate(distinct)}
-    yield Sizes({s: even[h] for s, h in hints.items()})
-    yield Sizes(dict(hints))
+    yield Sizes({s: even[h] for s, h in known.items()})
+    yield Sizes(dict(known))
 
 
-def _hints(capture: Capture) -> dict[Any, int]:
+def hints(capture: Capture) -> dict[Any, int]:
     """The example's number for every symbol in the inputs' shapes, and a new one for each that only a run knows."""
-    hints: dict[Any, int] = {}
+    found: dict[Any, int] = {}
     for node in capture.graph.nodes:
         val = node.meta.get("val")
         if node.op == "placeholder" and isinstance(val, Tensor):
             for n in val.shape:
                 if isinstance(n, torch.SymInt):
                     for symbol in n.node.expr.free_symbols:
-                        hints[symbol] = _hint(n, symbol)
-    of_run = {s: None for node in capture.graph.nodes for s in _symbols(node.meta.get("val")) if s not in hints}
-    free = (p for p in _PRIMES if p not in set(hints.values()))
-    return hints | dict(zip(of_run, free, strict=False))
+                        found[symbol] = _hint(n, symbol)
+    of_run = {s: None for node in capture.graph.nodes for s in _symbols(node.meta.get("val")) if s not in found}
+    free = (p for p in _PRIMES if p not in set(found.values()))
+    return found | dict(zip(of_run, free, strict=False))
 
 
 def _symbols(val: Any) -> Iterator[Any]:
@@ -107,7 +107,7 @@ def _hint(n: torch.SymInt, symbol: Any) -> int:
 
 def example(capture: Capture) -> Iterator[Sizes]:
     """The example's own sizes."""
-    yield Sizes(_hints(capture), of_example=True)
+    yield Sizes(hints(capture), of_example=True)
 
 
 def beyond(capture: Capture, constants: Iterable[int], *, computed: bool) -> Iterator[Sizes]:
@@ -116,12 +116,12 @@ def beyond(capture: Capture, constants: Iterable[int], *, computed: bool) -> Ite
     Where the graphs compute sizes from sizes (`computed`), even numbers follow, since s // 2 and (s - 1) // 2 are equal
     at odd s.
     """
-    hints = _hints(capture)
-    distinct = sorted(set(hints.values()))
+    known = hints(capture)
+    distinct = sorted(set(known.values()))
     least = 8 * max((n for n in constants if n < _ENDLESS), default=1) + 10_000
     primes: list[int] = []
     for i in range(len(distinct)):
         primes.append(int(sympy.nextprime(max(least, (primes or [0])[-1]) + 9973 * (i + 1))))
     for factor in (1, 2) if computed and distinct else (1,):
         large = {h: p * factor for h, p in zip(distinct, primes, strict=True)}
-        yield Sizes({s: large[h] for s, h in hints.items()})
+        yield Sizes({s: large[h] for s, h in known.items()})

@@ -11,7 +11,7 @@ import ast
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,15 +29,18 @@ from tpcompiler.check.one_rank import OneGraph, OneRank, RankClass, RankRows, ra
 from tpcompiler.check.report import Refusal
 from tpcompiler.check.samples_apart import in_halves
 from tpcompiler.check.sizes import Sizes, choices, made_of
-from tpcompiler.check.source_state import compare_state
+from tpcompiler.check.source_state import compare_state, without_state
 from tpcompiler.check.terms import Term, children, described
 from tpcompiler.check.translate import all_nonzero
 from tpcompiler.program import InputLeaf, Program, Training
-from tpcompiler.runtime import Group, Ranks
+from tpcompiler.runtime import Group, Ranks, Rng
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "Eq": operator.eq, "NotEq": operator.ne, "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt,
     "GtE": operator.ge, "Mod": operator.mod, "FloorDiv": operator.floordiv,
+    "LShift": operator.lshift, "RShift": operator.rshift,
+    "BitAnd": operator.and_, "BitOr": operator.or_, "BitXor": operator.xor, "In": lambda a, b: a in b,
+    "Is": operator.is_, "IsNot": operator.is_not,
 }  # fmt: skip
 _ASKING = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, Tensor.ndimension}
 
@@ -63,9 +66,10 @@ def _compare(program: Program, text: str, geometry: Geometry, taken: set[int]) -
         raise Refused(Refusal("the source", "", "a module", f"{type(e).__name__}: {e}")) from None
     modal = "training" in text or _has_modes(program.graph)
     sizes = tuple(choices(program.capture, taken, geometry.size, made_of(_integers(tree, kept))))
+    order: dict[bool, list[str]] = {}
     for i, ranks in enumerate(rank_classes(program, geometry, kept)):
         for graph in _graphs(program, geometry, ranks, sizes, 2 if modal or not i else 1):
-            _Run(program, names, fields, graph).compare()
+            _Run(program, names, fields, graph).compare(order)
 
 
 def _graphs(
@@ -129,12 +133,14 @@ class _Run:
         self.known: set[Term] = set()
         self.where = f"rank {self.translator.ranks.first}, {'training' if graph.training else 'evaluation'}"
 
-    def compare(self) -> None:
+    def compare(self, order: dict[bool, list[str]]) -> None:
+        """`order`: what the ranks before this one sent, one thing after the other, in each mode."""
         translator = self.translator
         recorder = _Recorder(translator)
         self.names["Halves"] = in_halves(recorder.operator)
         with torch.device("meta"):
-            model: nn.Module = self.names["Model"](_alone(translator.geometry, translator.ranks.first))
+            model: nn.Module = self.names["Model"](_alone(translator.geometry, translator.ranks.first), _RNG)
+        without_state(model, _RNG)
         model.train(self.graph.training)
         parameters = compare_state(self.program, translator.geometry, translator.ranks.first, model)
         self._rows(model)
@@ -156,6 +162,11 @@ class _Run:
         found = [recorder.known(t) if isinstance(t, Tensor) else t for t in pytree.tree_leaves(result)]
         self.known = {term for _, term in recorder.seen.values()}
         self._finish(found, translator.sent)
+        mine = [str(term) for term in translator.sent]
+        first = order.setdefault(self.graph.training, mine)
+        if mine != first:
+            a, b = next((a, b) for a, b in zip(mine, first, strict=True) if a != b)
+            raise Refused(Refusal("the source", "", "all ranks communicate in one order", f"{a} where others do {b}"))
 
     def _rows(self, model: nn.Module) -> None:
         """Replaces the rows that modules keep by `RankRows`, which know the rows of all ranks of the class."""
@@ -163,9 +174,7 @@ class _Run:
         for module in model.modules():
             for name, values in self.fields.get(type(module).__name__, {}).items():
                 if isinstance(values[ranks.first], tuple):
-                    rows = RankRows(values[ranks.first])
-                    rows.of_class = tuple(values[r] for r in ranks.ranks)
-                    setattr(module, name, rows)
+                    setattr(module, name, RankRows(tuple(values[r] for r in ranks.ranks)))
 
     def _arguments(self, recorder: _Recorder) -> tuple[Any, Any]:
         leaves: list[Any] = []
@@ -295,6 +304,18 @@ class _Recorder(TorchFunctionMode):
         return call
 
 
+class _Still(Group):
+    """A group that does not communicate: a source that calls it itself, and not through an operator, is refused."""
+
+    def _no(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise Refused(Refusal("the source", "", "communication by the runtime's operators", "a group that is called"))
+
+    all_reduce = begin_all_reduce = finish = all_gather = reduce_scatter = _no
+
+
+_RNG = Rng(0)
+
+
 def _alone(geometry: Geometry, rank: int) -> Ranks:
     mesh = geometry.mesh
-    return Ranks(mesh, rank, lambda over: Group(mesh.degree(over), mesh.index(over, geometry.coords[rank]), over))
+    return Ranks(mesh, rank, lambda over: _Still(mesh.degree(over), mesh.index(over, geometry.coords[rank]), over))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from tpcompiler.check.claims import Geometry
 from tpcompiler.check.forward import Refused
+from tpcompiler.check.one_rank import RankRows
 from tpcompiler.check.report import Refusal
+from tpcompiler.check.samples_apart import InHalves
 from tpcompiler.program import Parameter, Program
+from tpcompiler.runtime import Group, Rng
 
 
 def compare_state(program: Program, geometry: Geometry, rank: int, model: nn.Module) -> list[tuple[Tensor, str]]:
@@ -43,9 +47,31 @@ def compare_state(program: Program, geometry: Geometry, rank: int, model: nn.Mod
             _refuse(p, "a parameter or buffer of the source", "it has none of that name")
     for extra in sorted((set(parameters) | set(buffers)) - known):
         raise Refused(Refusal(extra, "", "a parameter or buffer of the model", "the model has none of that name"))
-    if model._forward_hooks or model._backward_hooks:
-        raise Refused(Refusal("the source", "", "modules without hooks", "a hook"))
     return out
+
+
+_FIXED = (int, float, complex, str, bool, type(None), torch.dtype, Group, RankRows)
+_OWN = frozenset(vars(nn.Module()))
+
+
+def without_state(model: nn.Module, rng: Rng) -> None:
+    """Raises `Refused` where a module keeps what a forward could change, or what draws other numbers than the rest."""
+    modules = set(model.modules())
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in _OWN and not _fixed(value, rng, modules):
+                where = f"{name}.{key}".strip(".")
+                raise Refused(Refusal("the source", where, "numbers, sizes, rows and groups", f"{value!r:.80}"))
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise Refused(Refusal("the source", name, "modules without hooks", "a hook"))
+
+
+def _fixed(value: Any, rng: Rng, modules: set[nn.Module]) -> bool:
+    if isinstance(value, tuple):
+        return all(_fixed(v, rng, modules) for v in value)
+    if isinstance(value, InHalves):
+        return modules.issuperset(value.members)
+    return value is rng or isinstance(value, _FIXED)
 
 
 def _differences(
@@ -67,4 +93,4 @@ def _refuse(p: Parameter, claimed: str, true: str) -> NoReturn:
     raise Refused(Refusal(p.name, "", claimed, true))
 
 
-__all__ = ["compare_state"]
+__all__ = ["compare_state", "without_state"]

@@ -110,7 +110,7 @@ def diff(
             sharded = _compiled(loaded, read, stages)
             from tpcompiler.api import compile_capture
 
-            plain = compile_capture(sharded.capture, read.with_(mesh={"tensor": 1}), progress=stages)
+            plain = compile_capture(sharded.capture, read.with_(mesh={"tensor": 1}), progress=stages).proven()
             stages("writing both programs")
             programs = [sides.body(program.source.splitlines()) for program in (plain, sharded)]
     lines = sides.align(*programs)

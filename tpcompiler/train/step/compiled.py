@@ -59,7 +59,7 @@ def compile_model(
     double: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Compiled:
-    """Captures on meta and compiles. Of the outputs, the one that `output` chooses is kept; nothing else is computed.
+    """Captures on meta, compiles and proves. Of the outputs, the one that `output` chooses is kept and computed alone.
 
     `double`: float64 throughout, casts that the model makes itself included.
     """
@@ -70,7 +70,9 @@ def compile_model(
     captured = only(captured, output(captured))
     if double:
         captured = float64(captured)
-    return Compiled(compile_capture(captured, spec, progress=progress), recorded)
+    sharded = compile_capture(captured, spec, progress=progress)
+    progress("proving the program")
+    return Compiled(sharded.proven(), recorded)
 
 
 def only(capture: Capture, output: int) -> Capture:
