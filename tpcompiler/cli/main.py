@@ -18,10 +18,10 @@ from typing import Any
 
 import typer
 
+from tpcompiler.cli import calibrate, merge, plan, start
 from tpcompiler.cli import compile as compiling
 from tpcompiler.cli import eval as measuring
 from tpcompiler.cli import generate as generating
-from tpcompiler.cli import merge
 from tpcompiler.cli import tokenize as tokenizing
 from tpcompiler.cli import train as training
 from tpcompiler.cli.screen import complain
@@ -54,6 +54,22 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
         ),
     ),
     "explain": (compiling.explain, ("tpc explain models/gpt2.py --spec specs/2way.yaml 'h.*.mlp'",)),
+    "plan": (
+        plan.plan,
+        (
+            "tpc plan models/gpt2.py --gpus 8 --hardware h200 --set hidden=3072 --set layers=72 -o 8.yaml",
+            "tpc plan hf:checkpoints/llama --gpus 64 --batch 256 --sequence 4096 --memory 80GiB",
+        ),
+    ),
+    "calibrate": (
+        calibrate.calibrate,
+        (
+            "tpc calibrate -o machine.yaml",
+            "torchrun --nproc-per-node 8 --no-python tpc calibrate --base h200 -o machine.yaml",
+        ),
+    ),
+    "init": (start.init, ("tpc init models/gpt2.py --tensor 4 --set layers=12 -o first.yaml",)),
+    "doctor": (start.doctor, ("tpc doctor", "tpc doctor --json")),
     "merge": (
         merge.merge,
         (

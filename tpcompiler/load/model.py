@@ -78,7 +78,9 @@ def _load_file(ref: str, spec: Spec, arguments: Arguments) -> Loaded:
         with importer:
             return _call_inputs(inputs, sizes, arguments, path)
 
-    return Loaded(build, make_inputs, str(path), name, spec.inputs, spec.seed, environment=importer)
+    return Loaded(
+        build, make_inputs, str(path), name, spec.inputs, spec.seed, accepts=_defaults(target), environment=importer
+    )
 
 
 def _split(ref: str) -> tuple[Path, str]:
@@ -167,6 +169,15 @@ def _constructor(target: Any, name: str, arguments: Arguments) -> str:
         if p.default is p.empty and key not in values:
             raise _missing(target, name, key, p, arguments.spec)
     return one_line(", ".join(f"{k}={v!r}" for k, v in values.items()), 120)
+
+
+def _defaults(target: Any) -> dict[str, Any]:
+    """The constructor's arguments whose defaults a spec can say."""
+    try:
+        parameters = {} if isinstance(target, nn.Module) else inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {n: p.default for n, p in parameters.items() if isinstance(p.default, bool | int | float | str)}
 
 
 def _missing(target: Any, name: str, key: str, parameter: inspect.Parameter, spec: Spec) -> ModelError:

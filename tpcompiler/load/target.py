@@ -29,6 +29,7 @@ class Loaded:
     seed: int = 0
     weights: Path | None = None  # a directory with safetensors that fit, when the reference has some
     overrides: Mapping[str, Any] = field(default_factory=dict)  # `--set`, over the spec's `model:`
+    accepts: Mapping[str, Any] = field(default_factory=dict)  # the constructor's arguments that have plain defaults
     environment: AbstractContextManager[Any] = field(default_factory=nullcontext)  # wherein the model's imports work
 
     def inputs(self, **changes: Any) -> Inputs:

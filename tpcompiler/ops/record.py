@@ -77,6 +77,7 @@ class OpRule:
         linear    the operands in each of which the op is linear while the others stay
     What happens around it
         gradient  whether a gradient of the result becomes one of the operands'
+        forgets   backward needs none of the op's values, as a sum's does not
         constant  the op reads no values, only given sizes: any rank can compute it
         sizes_alone  the op reads the sizes of its operand, and none of its values
     Along the sequence, for generation token by token
@@ -98,6 +99,7 @@ class OpRule:
     products: tuple[tuple[int, int], ...] = ()
     linear: tuple[int, ...] = ()
     gradient: bool = True
+    forgets: bool = False
     constant: bool = False
     sizes_alone: bool = False
     moves: bool = False

@@ -23,6 +23,7 @@ def _each(names: str, record: OpRule) -> dict[str, OpRule]:
 
 
 _POINTWISE = OpRule(compute.pointwise)
+_FORGETS = OpRule(compute.pointwise, forgets=True)
 _WHOLE = OpRule(compute.whole("dim"))  # ops that need the dimensions in the argument `dim` whole
 _SEGMENTS = OpRule(move.split, part="segments")
 _CONVOLUTION = OpRule(windows.convolution, sizes={"g": "groups"}, products=((1, -1),), kept=True)
@@ -128,10 +129,12 @@ RULES: dict[str, OpRule] = {
     **_each("new_empty new_zeros new_ones new_full", OpRule("_ -> ...", constant=True, sizes_alone=True)),
     # elementwise ops, where torch does not tag them as such or where more than the line is known
     **_each("mul.Tensor", OpRule(compute.pointwise, linear=(0, 1))),
-    **_each("div.Tensor neg", OpRule(compute.pointwise, linear=(0,))),
-    "aten::contiguous": OpRule(compute.pointwise, linear=(0,), moves=True),
-    **_each("clone alias", OpRule(compute.pointwise, moves=True)),
-    **_each("dropout dropout_ float to.dtype to.device to.dtype_layout _to_copy", _POINTWISE),
+    "aten::div.Tensor": OpRule(compute.pointwise, linear=(0,)),
+    "aten::neg": OpRule(compute.pointwise, linear=(0,), forgets=True),
+    "aten::contiguous": OpRule(compute.pointwise, linear=(0,), forgets=True, moves=True),
+    **_each("clone alias", OpRule(compute.pointwise, forgets=True, moves=True)),
+    **_each("add.Tensor add.Scalar sub.Tensor sub.Scalar dropout dropout_", _FORGETS),
+    **_each("float to.dtype to.device to.dtype_layout _to_copy", _FORGETS),
     **_each("where.ScalarOther where.ScalarSelf masked_fill.Tensor fill.Scalar expand_as isclose", _POINTWISE),
     **_each("silu gelu relu relu6 softplus mish hardswish elu selu leaky_relu log_sigmoid square abs", _POINTWISE),
     **_each("real imag conj resolve_conj polar complex negative absolute floor_divide true_divide.Tensor", _POINTWISE),

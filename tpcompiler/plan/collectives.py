@@ -13,6 +13,7 @@ from torch import fx
 from tpcompiler import runtime
 from tpcompiler.axes.gradients import carriers
 from tpcompiler.graphs import cause_of, example_size, layout_of, operand, over
+from tpcompiler.layout import Mesh
 from tpcompiler.plan import Plan, common_name
 from tpcompiler.program import Cause, Collective, Program
 
@@ -21,7 +22,7 @@ FORWARD, BACKWARD = "forward", "backward"
 
 def list_collectives(program: Program, plan: Plan) -> tuple[Collective, ...]:
     """Every collective of a forward and backward in the graph's order, with bytes of rank 0 at the example's sizes."""
-    reader = _Reader(program, plan)
+    reader = CollectiveReader(program, plan)
     return tuple(c for node in program.graph.nodes if node.op == "call_function" for c in reader.of(node))
 
 
@@ -44,21 +45,43 @@ def _plan_name(plan: Plan, kind: str, name: str) -> str:
     return name
 
 
-class _Reader:
-    def __init__(self, program: Program, plan: Plan) -> None:
-        self.program, self.plan = program, plan
-        self.coords = program.mesh.coords(0)
-        self.carriers = carriers(program.graph, program.capture.asked)
+class CollectiveReader:
+    """Reads the collectives of one node after the other. Symbolic sizes are the example's unless `number` says them,
+    and the mesh is the program's unless `mesh` is given."""
+
+    KINDS = (
+        runtime.reduce,
+        runtime.enter,
+        runtime.entered_linear,
+        runtime.gather,
+        runtime.cross_entropy,
+        runtime.rms_norm,
+        runtime.layer_norm,
+    )
+
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        number: Callable[[Any], int] = example_size,
+        mesh: Mesh | None = None,
+        live: frozenset[str] | None = None,
+    ) -> None:
+        self.program, self.plan, self.number = program, plan, number
+        self.mesh = mesh or program.mesh
+        self.coords = self.mesh.coords(0)
+        self.carriers = carriers(program.graph, program.capture.asked) if live is None else live
         self.halved = _halved(program.graph)
-        self.rules: dict[Any, Callable[[fx.Node], Iterator[Collective]]] = {
-            runtime.reduce: self.reduce,
-            runtime.enter: self.enter,
-            runtime.entered_linear: self.entered_linear,
-            runtime.gather: self.gather,
-            runtime.cross_entropy: self.cross_entropy,
-            runtime.rms_norm: self.norm,
-            runtime.layer_norm: self.norm,
-        }
+        methods = (
+            self.reduce,
+            self.enter,
+            self.entered_linear,
+            self.gather,
+            self.cross_entropy,
+            self.norm,
+            self.norm,
+        )
+        self.rules: dict[Any, Callable[[fx.Node], Iterator[Collective]]] = dict(zip(self.KINDS, methods, strict=True))
 
     def of(self, node: fx.Node) -> Iterator[Collective]:
         rule = self.rules.get(node.target)
@@ -94,7 +117,7 @@ class _Reader:
                 yield self.make(node, "all_reduce", BACKWARD, over(node), shape, dtype, reason)
 
     def cross_entropy(self, node: fx.Node) -> Iterator[Collective]:
-        tokens = prod(example_size(n) for n in operand(node, 1).meta["val"].shape)
+        tokens = prod(self.number(n) for n in operand(node, 1).meta["val"].shape)
         dtype = _accumulated(operand(node).meta["val"].dtype)
         names: Any = node.args[2]
         weighted, smooth = node.kwargs.get("weight") is not None, bool(node.kwargs.get("label_smoothing"))
@@ -147,8 +170,8 @@ class _Reader:
 
     def local(self, node: fx.Node) -> tuple[int, ...]:
         """A value's shape on rank 0 at the example's sizes."""
-        mesh = self.program.mesh
-        shape = [example_size(n) for n in node.meta["val"].shape]
+        mesh = self.mesh
+        shape = [self.number(n) for n in node.meta["val"].shape]
         for i, dim in enumerate(layout_of(node) or ()):
             if not dim.over:
                 continue

@@ -10,11 +10,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, WithJsonSchema, field_validator
 
 from tpcompiler.errors import SpecError
 from tpcompiler.spec.complaints import S, nearest, validate
 from tpcompiler.spec.located import Key, Origin, parse, read_text
+from tpcompiler.spec.machine import Hardware, resolve
 
 if TYPE_CHECKING:
     from tpcompiler.runtime.mesh import Mesh
@@ -78,31 +79,6 @@ class AxisSpec(Section):
     as_: Choice = Field(default="shard", alias="as", description="What to do with the axis.")
 
 
-class Hardware(Section):
-    """The machine that the program is meant for. The defaults are one H100 (SXM, bf16) in an NVSwitch host.
-
-    Only `memory_gib` is read today: `tpc shard` shows which share of it a rank needs. The other keys are checked and
-    kept, but no decision depends on them.
-    """
-
-    peak_tflops: float = Field(default=989.0, gt=0, description="Peak rate of matrix products, TFLOP/s. Not read yet.")
-    efficiency: float = Field(
-        default=0.6, gt=0, le=1, description="Share of the peak that large products reach. Not read yet."
-    )
-    memory_gib: float = Field(
-        default=80.0, gt=0, description="Memory of one device, GiB. `tpc shard` shows how much a rank needs."
-    )
-    bandwidth_gbps: float = Field(
-        default=3350.0, gt=0, description="Memory bandwidth of one device, gigabytes a second. Not read yet."
-    )
-    alpha_us: float = Field(default=15.0, ge=0, description="Latency of one collective, microseconds. Not read yet.")
-    beta_gbps: float = Field(
-        default=240.0,
-        gt=0,
-        description="Rate of large collectives (bytes of the value over seconds), gigabytes a second. Not read yet.",
-    )
-
-
 Exit = Literal["gather", "shard"]
 
 
@@ -120,6 +96,13 @@ Outputs = Annotated[
             ]
         }
     ),
+]
+
+
+Described = Annotated[
+    Hardware,
+    BeforeValidator(resolve),
+    WithJsonSchema({"anyOf": [{"type": "string"}, Hardware.model_json_schema()]}),
 ]
 
 
@@ -173,10 +156,10 @@ class Spec(Section):
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="Seed of the initial weights and of dropout.", examples=[0]
     )
-    hardware: Hardware = Field(
+    hardware: Described = Field(
         default_factory=Hardware,
-        description="The machine that the program is meant for.",
-        examples=[{"memory_gib": 80}],
+        description="The machine that the program is meant for: a name (h200), a file, or single keys.",
+        examples=["h200"],
     )
     train: dict[str, Any] = Field(
         default_factory=dict, description="The trainer's settings; `tpc train` checks them.", examples=[{"steps": 100}]

@@ -9,11 +9,7 @@ import torch
 from torch import fx
 
 from tpcompiler.graphs import tensors
-from tpcompiler.ops.measured import Measured
-from tpcompiler.ops.notation import parse
-from tpcompiler.ops.operands import bind, tensor_operands
-from tpcompiler.ops.record import OpCall
-from tpcompiler.ops.table import UNKNOWN, find
+from tpcompiler.ops.flops import product_flops
 from tpcompiler.ops.views import Shape
 
 
@@ -21,32 +17,19 @@ def forward_flops(graph: fx.Graph, shapes: Mapping[str, Sequence[int]] | None = 
     """Floating-point operations of the graph's matrix products, as the ops' records tell them: 2·m·n·k for each.
 
     Other ops count nothing. `shapes` are those of the input placeholders, which give the graph's symbolic sizes their
-    values. Attention counts whole even where it is causal, as the paper does (arXiv 1909.08053; the formula of
-    arXiv 2104.04473, §5.1).
+    values.
     """
     values = _symbols(graph, shapes or {})
-    return sum(_product_flops(node, values) for node in graph.nodes if node.op == "call_function")
+
+    def local(node: fx.Node) -> list[Shape]:
+        return [_shape(v, node, values) for v in tensors(node.meta["val"])]
+
+    return sum(product_flops(node, local) for node in graph.nodes if node.op == "call_function")
 
 
 def flops_per_token(graph: fx.Graph, shapes: Mapping[str, Sequence[int]], tokens: int) -> float:
     """Of a training step over `tokens` tokens in `shapes`: backward has two products for each one of forward."""
     return 3 * forward_flops(graph, shapes) / tokens
-
-
-def _product_flops(node: fx.Node, values: Mapping[Any, int]) -> int:
-    rule = find(node.target) or UNKNOWN
-    if not rule.sums and not rule.products:
-        return 0
-    operands = tensor_operands(node)
-    shapes = tuple(None if n is None else _shape(n.meta["val"], n, values) for n in operands)
-    results = tuple(_shape(v, node, values) for v in tensors(node.meta["val"]))
-    floating = tuple(n is not None and n.meta["val"].is_floating_point() for n in operands)
-    call = OpCall(shapes, results, bind(node), floating)
-    line = rule.pattern(call)
-    if line is None:
-        return 0
-    sizes = {n for shape in (*results, *shapes) for n in shape or ()}
-    return Measured(node.name, parse(line[0]), line[1], call, sizes).flops(rule, call)
 
 
 def _symbols(graph: fx.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[Any, int]:

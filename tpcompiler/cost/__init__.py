@@ -1,0 +1,1 @@
+"""Seconds and bytes: what a program takes on a machine, predicted without one."""
