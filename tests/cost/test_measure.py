@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tpcompiler.cli import main
-from tpcompiler.cost.measure import fit
+from tpcompiler.cost.measured_rates import fit
 from tpcompiler.spec.schema import Spec
 
 

@@ -34,7 +34,7 @@ def calibrate(
     """
     import torch.distributed as dist
 
-    from tpcompiler.cost.measure import measure
+    from tpcompiler.cost.measured_rates import measure
     from tpcompiler.spec.schema import Spec
     from tpcompiler.train.step.flops import peak_tflops
     from tpcompiler.weights.atomic import replacing_file

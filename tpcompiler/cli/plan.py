@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from tpcompiler.cli.options import AsJson, Model, Set
-from tpcompiler.cli.screen import Screen
+from tpcompiler.cli.screen import Screen, Stages
 from tpcompiler.errors import ModelError, TpcError
 
 if TYPE_CHECKING:
     from tpcompiler.cost.predict import Prediction
     from tpcompiler.load.target import Inputs, Loaded
-    from tpcompiler.search.planner import Answer
+    from tpcompiler.search.planner import Answer, Question
     from tpcompiler.spec.machine import Hardware
 
 _UNITS = {"": 1.0, "gib": 1.0, "gb": 1e9 / 2**30, "mib": 1 / 1024, "tib": 1024.0}
@@ -53,36 +53,49 @@ def plan(
 
     Tensor and data ranks, micro-batch, recomputation and overlap, by predicted time and memory.
     """
-    from tpcompiler.load.model import load_model, parse_settings
-    from tpcompiler.search.planner import Question, search
-    from tpcompiler.search.spec_file import as_spec, written
-    from tpcompiler.spec.schema import Spec
+    from tpcompiler.search.planner import Question
 
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
-        machine = _machine(hardware, memory)
-        question = Question(gpus, batch or max(8, gpus), sequence or 1024, machine, replicated)
-        spec = Spec.load(base) if base is not None else Spec.load({"mesh": {"tensor": 1}})
-        spec = spec.with_(mesh={"tensor": min(gpus, 2)})
-        given = parse_settings(settings or [])
-        stages("loading the model")
-        loaded = load_model(model, spec, given)
-        with loaded.environment:
-            example, sizes = _example(loaded, question.sequence, sequence is not None)
-            stages("capturing the model")
-            from tpcompiler.capture import capture
-
-            captured = capture(loaded.build, example, source=loaded.source)
-        stages("pricing layouts")
-        answer = search(captured, spec, question, stages)
-        spec = spec.with_(model={**spec.model, **given}) if given else spec
-        sizes = {**sizes, "batch": answer.best.layout.micro} if sizes else {}
-        text = written(answer, as_spec(answer, spec, sizes), model, hardware)
+        question = Question(gpus, batch or max(8, gpus), sequence or 1024, _machine(hardware, memory), replicated)
+        answer, text = _search(model, base, question, settings, hardware, sequence is not None, stages)
         if out is not None:
             _write(out, text)
     screen.show(*_tables(answer, hardware))
     screen.show(Text("\nwritten to ").append(str(out), style="bold") if out is not None else Text("\n" + text))
     screen.result({**answer.as_dict(), "spec": text, "written": None if out is None else str(out)})
+
+
+def _search(
+    model: str,
+    base: Path | None,
+    question: Question,
+    settings: list[str] | None,
+    hardware: str,
+    asked: bool,
+    stages: Stages,
+) -> tuple[Answer, str]:
+    """What was found, and the text of its spec. `asked`: whether the user gave the sequence."""
+    from tpcompiler.capture import capture
+    from tpcompiler.load.model import load_model, parse_settings
+    from tpcompiler.search.planner import search
+    from tpcompiler.search.spec_file import as_spec, written
+    from tpcompiler.spec.schema import Spec
+
+    spec = Spec.load(base) if base is not None else Spec.load({"mesh": {"tensor": 1}})
+    spec = spec.with_(mesh={"tensor": min(question.gpus, 2)})
+    given = parse_settings(settings or [])
+    stages("loading the model")
+    loaded = load_model(model, spec, given)
+    with loaded.environment:
+        example, sizes = _example(loaded, question.sequence, asked)
+        stages("capturing the model")
+        captured = capture(loaded.build, example, source=loaded.source)
+    stages("pricing layouts")
+    answer = search(captured, spec, question, stages)
+    spec = spec.with_(model={**spec.model, **given}) if given else spec
+    sizes = {**sizes, "batch": answer.best.layout.micro} if sizes else {}
+    return answer, written(answer, as_spec(answer, spec, sizes), model, hardware)
 
 
 def _machine(name: str, memory: str | None) -> Hardware:

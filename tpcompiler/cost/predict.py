@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from tpcompiler import runtime
+from tpcompiler.cost.rank_sizes import Sizes
 from tpcompiler.cost.rates import Choice, Price, Rates
-from tpcompiler.cost.sizes import Sizes
 from tpcompiler.cost.work import Kernel, Reader, Work
 from tpcompiler.graphs import operand
 from tpcompiler.layout import Mesh

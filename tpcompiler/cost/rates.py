@@ -8,11 +8,11 @@ from typing import Literal
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.cost.sizes import Sizes
+from tpcompiler.cost.rank_sizes import Sizes
 from tpcompiler.cost.work import Kernel
 from tpcompiler.graphs import tensors
-from tpcompiler.ops.flops import product_flops
 from tpcompiler.ops.operands import tensor_operands
+from tpcompiler.ops.product_flops import product_flops
 from tpcompiler.spec.machine import Hardware
 
 Choice = Literal["none", "attention", "layer"]  # what is computed again, as the trainer's settings call it

@@ -17,7 +17,7 @@ from torch import fx
 
 from tpcompiler import runtime
 from tpcompiler.axes.gradients import carriers
-from tpcompiler.cost.layers import Signatures, layers
+from tpcompiler.cost.equal_layers import Signatures, layers
 from tpcompiler.graphs import tensors
 from tpcompiler.ops.operands import tensor_operands
 from tpcompiler.ops.table import UNKNOWN, find

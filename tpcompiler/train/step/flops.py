@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from tpcompiler.graphs import tensors
-from tpcompiler.ops.flops import product_flops
+from tpcompiler.ops.product_flops import product_flops
 from tpcompiler.ops.views import Shape
 
 
