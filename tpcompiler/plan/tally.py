@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from math import prod, sqrt
 
-from torch import SymInt, fx
+from torch import SymInt, Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tpcompiler.axes.map import AxisMap, Operand, Relation
@@ -147,12 +147,13 @@ class Tally:
 
 
 def _fed(nodes: Mapping[str, fx.Node]) -> frozenset[str]:
-    """Values that depend on an input's values. A model may fix its batch and sequence: then no symbol tells them from
-    weights."""
+    """Floating-point values that depend on an input's values. A model may fix its batch and sequence: then no symbol
+    tells them from weights. Integers, such as where each expert's rows end, are no factor of a product."""
     found: set[str] = set()
     for name, node in nodes.items():
         given = node.op == "placeholder" and node.meta.get("kind") == "input"
         size = isinstance(node.meta.get("val"), int | SymInt)
         if given or not size and any(n.name in found for n in node.all_input_nodes):
             found.add(name)
-    return frozenset(found)
+    vals = {name: nodes[name].meta.get("val") for name in found}
+    return frozenset(name for name, val in vals.items() if isinstance(val, Tensor) and val.is_floating_point())
