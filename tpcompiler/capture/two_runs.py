@@ -35,10 +35,10 @@ class NotAlike(Exception):
 
 
 def alike(model: nn.Module, tape: Tape, runs: Sequence[Callable[[], Any]]) -> bool:
-    """Whether the model does the same in both modes. True is certain; False means: not known.
+    """Whether the model does the same in both modes, at the sizes that are tried. False means that it is not known.
 
     `runs` call the model, each at other sizes, the example's first. The others are for models whose own code asks for
-    the mode: it may ask for a length as well. At those sizes both modes may fail alike; then the next ones are tried.
+    the mode, which may ask for a length as well. Where both modes fail alike at a size, the next one is tried.
     """
     for i, run in enumerate(runs):
         shapes: dict[Any, Any] = {}

@@ -210,17 +210,6 @@ def replaced(call: Call, name: str, value: Any) -> Call:
     return make_call(call.target, call.args, tuple((k, value if k == name else v) for k, v in call.kwargs))
 
 
-def renumber(call: Call, order: Sequence[int]) -> Call:
-    """The call with its i-th operand renumbered to `order[i]`."""
-
-    def new(a: Any) -> Any:
-        if isinstance(a, Slot):
-            return Slot(order[a.i])
-        return tuple(map(new, a)) if isinstance(a, tuple) else a
-
-    return make_call(call.target, new(call.args), new(call.kwargs))
-
-
 def dims_of(call: Call) -> list[Dim]:
     """The dimensions whose local size or rows are arguments of the call."""
     return [a.dim for a in _leaves(call.args, call.kwargs) if isinstance(a, (LocalSize, LocalRuns))]

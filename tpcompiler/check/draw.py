@@ -57,11 +57,6 @@ def draw(
     raise error
 
 
-def maskable(o: TensorInfo) -> bool:
-    """Whether an operand may be a mask that is added to scores."""
-    return o.dtype.is_floating_point and not o.grad
-
-
 def _integer(dtype: torch.dtype) -> bool:
     return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
 

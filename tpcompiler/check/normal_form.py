@@ -22,7 +22,6 @@ import torch
 
 from tpcompiler.check.terms import Shape, Term, TermStore
 
-Addends = tuple[tuple[Any, Term], ...]  # coefficient and value
 OPEN = 1 << 31  # from here on, the end of a slice means the end of the dimension
 
 

@@ -35,14 +35,25 @@ class GenerateOptions(RankOptions):
     ] = None
     tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="How many tokens at most.")] = 64
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="Below 1 more of the likely tokens; 0: the most likely one.")
+        float,
+        typer.Option(
+            "--temperature", min=0, help="Below 1, likely tokens become likelier. 0 always takes the likeliest."
+        ),
     ] = 1.0
-    top_k: Annotated[int, typer.Option("--top-k", min=0, metavar="K", help="Of the K likeliest. 0: of all.")] = 0
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=0, metavar="K", help="Chooses among the K likeliest tokens; 0 among all.")
+    ] = 0
     top_p: Annotated[
-        float, typer.Option("--top-p", metavar="P", help="Of the likeliest that have probability P together.")
+        float,
+        typer.Option(
+            "--top-p", metavar="P", help="Chooses among the likeliest tokens that have probability P together."
+        ),
     ] = 1.0
     penalty: Annotated[
-        float, typer.Option("--repetition-penalty", metavar="X", help="Above 1: what was there is less likely.")
+        float,
+        typer.Option(
+            "--repetition-penalty", metavar="X", help="Above 1, tokens that already occurred become less likely."
+        ),
     ] = 1.0
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same text at any degree.")] = 0
     batch: Annotated[int, typer.Option("--batch", min=1, help="How many prompts grow at a time.")] = 8
@@ -68,7 +79,7 @@ class GenerateOptions(RankOptions):
 def generate(options: GenerateOptions) -> None:
     """Continue prompts with a trained causal language model.
 
-    The cache of the past is derived from the model, and lies where its heads do. One prompt is shown as it grows.
+    The cache is derived from the model and split as its heads are. A single prompt is shown as it grows.
     """
     texts = options.texts()
     spec = options.read_spec()

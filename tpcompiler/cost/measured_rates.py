@@ -17,7 +17,7 @@ ASSUMED_SHARE = 0.79  # of a peak that nobody told: what a large product reached
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of what is measured; `small` for a CPU, where seconds are to be few."""
+    """The sizes of what is measured. `small` is for a CPU, where it should take seconds."""
 
     product: int
     narrow: int
@@ -34,7 +34,7 @@ def measure(device: torch.device, peak: float | None, bandwidth: float | None) -
     """The keys of `Hardware` that a device shows: rates of products, attention and memory, and of all-reduces where
     `torch.distributed` has several ranks. `peak` (TFLOP/s) and `bandwidth` (GB/s) are the maker's, where known.
 
-    Takes some seconds; the device should be idle. Every rank calls it.
+    It takes a few seconds, and the device should be idle. Every rank calls it.
     """
     sizes, dtype = (LARGE, torch.bfloat16) if device.type == "cuda" else (SMALL, torch.float32)
     large = _product(device, dtype, sizes.product, sizes.product)

@@ -59,7 +59,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one step on one rank, in seconds and bytes."""
+    """The prediction for one step on one rank, in seconds and bytes."""
 
     layout: Layout
     seconds: float

@@ -1,4 +1,4 @@
-"""From a program for whole sequences to one for new tokens alone.
+"""Derives a program for new tokens from a program for whole sequences.
 
 Every value is asked for with an extent along the sequence: the new rows, or all positions so far. An operation along
 whose sequence a rank could work on a part works on a part of the positions too: what is asked of its result is asked of
@@ -34,7 +34,7 @@ aten = torch.ops.aten
 
 
 def derive(program: Program) -> Decoder:
-    """The decoder of a program whose one output is logits [batch, sequence, vocabulary].
+    """Derives the decoder of a program whose only output is logits [batch, sequence, vocabulary].
 
     Raises `DecodeError`, one line, with the op that needs later tokens and the line of the model where it stands.
     """
@@ -91,7 +91,7 @@ class _Derivation:
         return self.related[node]
 
     def build(self, node: fx.Node, want: Want) -> fx.Node:
-        """The node of the step's graph that computes a value to these extents."""
+        """Returns the node of the step's graph that computes a value at these extents."""
         key = (node, want)
         if key not in self.built:
             self.built[key] = self.make(node, want)
@@ -146,7 +146,7 @@ class _Derivation:
         return self.built[key]
 
     def extents(self, related: Related, k: int, want: Want) -> dict[str, str]:
-        """What is asked of each letter."""
+        """Returns the extent that is asked of each letter."""
         out: dict[str, str] = {}
         for (item, _), w in zip(related.results[k], want, strict=True):
             if w is not None:
@@ -247,7 +247,7 @@ class _Derivation:
         return found
 
     def length(self) -> fx.Node:
-        """How many new rows there are."""
+        """Returns the number of new rows."""
         ids = self.built[self.rows[0], self.new_rows(self.rows[0])]
         if "length" not in self.built:
             self.built["length"] = self.graph.call_function(aten.sym_size.int, (ids, 1))
@@ -261,7 +261,7 @@ class _Derivation:
     # -- what is kept -----------------------------------------------------------------------------------------------
 
     def kept(self, node: fx.Node, dim: int) -> fx.Node:
-        """All positions of a value: those before are kept, the new rows join them."""
+        """Keeps all positions of a value: the earlier ones are in the cache, and the new rows are appended."""
         shape = node.meta["val"].shape
         if shape[dim].node.expr != self.positional.length:
             raise self.refuse(node, f"keeps a dimension of {shape[dim]} elements")
@@ -293,7 +293,7 @@ class _Derivation:
                 best, best_n = current, n
 
     def scan(self, node: fx.Node, want: Want) -> fx.Node:
-        """A running sum or its like: over all positions, of which the new rows are taken."""
+        """Computes a scan, such as a running sum, over all positions and takes the new rows of the result."""
         dim = want.index(NEW)
         whole = self.build_all(node, dim)
         self.uniform = self.uniform or f"{op_name(node)} runs along the sequence"

@@ -1,4 +1,4 @@
-"""What later positions contribute to a value of rows and columns: the proof that a mixer of rows is causal.
+"""Proves that a mixer of rows is causal, by what later positions contribute to a value of rows and columns.
 
 The proof is by the values' own expressions. A mask is computed; from it on, each operation says what becomes of the
 places above the diagonal: `-inf` added to a finite score stays, a softmax makes it 0, and 0 times anything finite is 0.
@@ -66,7 +66,7 @@ class Future:
         return self.upper(related.nodes[i], places[0], places[1])
 
     def _place(self, related: Related, i: int, dim: int | None) -> int | None:
-        """Where an operand has the sequence that stands in dimension `dim` of the result."""
+        """Returns the dimension of an operand that is dimension `dim` of the result."""
         side = related.operands[i]
         if dim is None or side is None:
             return None
@@ -77,7 +77,7 @@ class Future:
         return found[0] if len(found) == 1 else None
 
     def _joined(self, node: fx.Node, related: Related, row: int | None, column: int | None) -> Value:
-        """Of joined values, the one that has the columns."""
+        """Returns the one of the joined values that has the columns."""
         if op_name(node) not in ("cat", "concat", "concatenate") or row is None or column is None:
             return None
         having = [i for i in range(len(related.nodes)) if self._place(related, i, column) is not None]

@@ -1,4 +1,4 @@
-"""One rank's decoder, running: tokens in, this rank's part of the next tokens' logits out."""
+"""Runs one rank's decoder: it takes tokens and gives this rank's part of the next tokens' logits."""
 
 from __future__ import annotations
 
@@ -82,5 +82,5 @@ class Incremental:
         return logits
 
     def again(self) -> None:
-        """All sequences begin anew, in the memory of the old ones."""
+        """Starts all sequences anew in the memory of the old ones."""
         self.session.past = 0

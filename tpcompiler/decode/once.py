@@ -1,4 +1,4 @@
-"""What no token changes is computed once for a session: tables by position, and what other inputs give."""
+"""Computes once for a session what no token changes: tables by position, and values of other inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 
 class Tables:
-    """The program of what is computed once, and the rows that a step takes of it."""
+    """The program that is computed once, and the rows of its results that a step takes."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Tables:
         user: fx.Node | None = None,
         result: Want | None = None,
     ) -> fx.Node:
-        """A value that no token changes, to these extents, as an operand of `user`."""
+        """Returns a value that no token changes, at these extents, as an operand of `user`."""
         source = self._input(node)
         if NEW not in want and ALL not in want:
             return source
@@ -197,7 +197,7 @@ class Tables:
         return new
 
     def _empty(self, node: fx.Node) -> fx.Node:
-        """A value of the same sizes, for calls that read no more of it."""
+        """Returns a value of the same sizes, for calls that read only the sizes."""
         layout = layout_of(node)
         sizes: list[Any] = []
         for i, n in enumerate(node.meta["val"].shape):

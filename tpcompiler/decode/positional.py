@@ -1,4 +1,4 @@
-"""What a graph computes from sizes alone: position ids, masks, rotary tables. Proofs about them are by their values."""
+"""Finds what a graph computes from sizes alone (position ids, masks, rotary tables), and what its values prove."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FEWEST = 2  # lengths that must be computed for a verdict
 
 
 class Positional:
-    """The nodes of a graph that depend on no input along the sequence, and the values of those without a parameter."""
+    """The nodes of a graph that depend on no input along the sequence. Those that read no parameter have values."""
 
     def __init__(self, program: Program, rows: tuple[fx.Node, ...]) -> None:
         self.program = program

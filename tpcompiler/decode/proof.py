@@ -63,7 +63,7 @@ class Proof:
                 raise self._refuse(node, "mixes positions, and later ones are not masked out of it")
 
     def check_segments(self, node: fx.Node, related: Related, item: Item, extents: dict[str, str]) -> None:
-        """Of a dimension in segments, the sequence may be the first one where all its positions are asked for."""
+        """Raises `DecodeError` where all positions are asked of segments of which the sequence is not the first."""
         if not isinstance(item, LetterGroup):
             return
         long = [

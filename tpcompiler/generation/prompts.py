@@ -41,7 +41,7 @@ def _prompt(where: str, line: str) -> str:
 
 @dataclass
 class Text:
-    """A prompt's continuation. `take` gives what of it can be shown: characters may be of several tokens."""
+    """The continuation of a prompt. A character may take several tokens, so `take` gives only what can be shown."""
 
     tokenizer: Tokenizer
     ids: list[int] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Text:
         return self.tokenizer.decode(self.ids)
 
     def take(self, token: int | None, last: bool) -> str:
-        """What the text has more, now that this token is there; None for one that stands for no text."""
+        """Returns the text that this token adds, or None for a token that stands for no text."""
         if token is not None:
             self.ids.append(token)
         whole = self.whole

@@ -32,7 +32,7 @@ class Served:
 
     @property
     def rows(self) -> Runs:
-        """The tokens whose scores this rank holds."""
+        """The token ids whose scores this rank holds."""
         dim = self.decoder.vocabulary
         assert dim is not None
         return dim.runs(self.ranks.mesh, self.ranks.coords)
@@ -121,7 +121,7 @@ class Stream:
             yield from self._step()
 
     def _enter(self, place: int, number: int) -> Token:
-        """A prompt takes a place, and gets its first token."""
+        """Gives a prompt a place, and generates its first token."""
         ids = torch.tensor([list(self.prompts[number])], device=self.served.device)
         self._prompt[place], self._made[place] = number, 0
         self._seen[place] = False
@@ -136,7 +136,7 @@ class Stream:
         return self._take(place, token)
 
     def _step(self) -> list[Token]:
-        """Another token for every place that is taken."""
+        """Generates one more token for every prompt in a place."""
         for place, number in enumerate(self._prompt):
             if number < 0:
                 self._growing.session.begins(place, 0)  # nobody's: whatever it computes is not looked at

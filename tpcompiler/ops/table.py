@@ -28,7 +28,6 @@ _WHOLE = OpRule(compute.whole("dim"))  # ops that need the dimensions in the arg
 _SEGMENTS = OpRule(move.split, part="segments")
 _CONVOLUTION = OpRule(windows.convolution, sizes={"g": "groups"}, products=((1, -1),), kept=True)
 _GROUPED = OpRule(compute.grouped_product, sums=True, kept=True)
-_SCALES = ("alpha", "beta")
 
 RULES: dict[str, OpRule] = {
     # products

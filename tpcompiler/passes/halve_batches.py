@@ -57,7 +57,11 @@ class _Layers:
 
 
 def _lists(graph: fx.Graph) -> Iterator[_Layers]:
-    """The outermost lists of two modules or more, in the graph's order."""
+    """The outermost lists of two modules or more, in the graph's order.
+
+    Members of `nn.ModuleList` and `nn.Sequential` are named by numbers. The emitted source calls such a list by its
+    name, so nothing else can be marked.
+    """
     found: dict[str, dict[int, list[fx.Node]]] = {}
     depths: dict[str, int] = {}
     for node in graph.nodes:

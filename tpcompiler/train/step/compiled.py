@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -129,11 +128,6 @@ def training_inputs(loaded: Loaded, available: Iterable[str]) -> Inputs:
     if not any(isinstance(v, Tensor) for v in kwargs.values()):
         raise TpcError(f"{loaded.source}: its example inputs hold no tensor")
     return (), kwargs
-
-
-def largest_parameters(capture: Capture) -> int:
-    """How many elements all parameters have together, tied ones once."""
-    return sum(prod(p.shape) for p in capture.parameters if not p.buffer)
 
 
 def select(tensors: Mapping[str, Tensor], takes: Sequence[str]) -> dict[str, Any]:
