@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 
 from tpcompiler.cli import main, tables
 from tpcompiler.spec.schema import Spec
@@ -311,6 +312,22 @@ def test_verify_says_what_it_compared_and_exits_with_the_verdict(
     assert found["passed"] is (tolerance > 0)
     assert found["max_rel_error"] == max(case["max_rel_error"] for case in found["cases"])
     assert all({"what", "max_rel_error", "passed"} <= set(case) for case in found["cases"])
+
+
+def test_verify_says_what_the_check_refuses() -> None:
+    from tpcompiler.check.report import CheckReport, Refusal
+    from tpcompiler.cli.tables import verify_report
+    from tpcompiler.runtime import Mesh
+    from tpcompiler.verification.verify import Report
+
+    refusal = Refusal("mul", "net.py:3: y = x * 2", "partial over tensor", "whole")
+    found = CheckReport(nodes=1, distinct_steps=1, seconds=0.1, refused=(refusal,)).as_dict()
+    report = Report("Net", Mesh.of({"tensor": 2}), (), {}, 1.0, found)
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(verify_report(report.as_dict()))
+    for text in (str(report), shown.get()):
+        assert "FAILED" in text and str(refusal) in text
 
 
 def test_verify_takes_only_types_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,6 +204,8 @@ class MixingLayer(nn.Module):
         (lambda y: y - y.mean(1, keepdim=True), True),
         (lambda y: y @ y.transpose(1, 2) @ y, True),
         (lambda y: y.transpose(0, 1).flatten(0, 1).unflatten(0, (3, -1)).transpose(0, 1), True),
+        (lambda y: y + torch.arange(y.shape[1])[:, None].to(y.dtype), True),
+        (lambda y: y + torch.arange(y.shape[0])[:, None, None].to(y.dtype), False),
         (lambda y: y.softmax(0), False),
         (lambda y: y.cumsum(0), False),
         (lambda y: y.flip(0), False),

@@ -41,7 +41,7 @@ class CheckReport:
             "nodes": self.nodes,
             "distinct_steps": self.distinct_steps,
             "seconds": round(self.seconds, 3),
-            "refused": [vars(r) for r in self.refused],
+            "refused": [vars(r) | {"said": str(r)} for r in self.refused],
         }
 
     def __str__(self) -> str:

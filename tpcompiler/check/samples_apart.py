@@ -49,7 +49,7 @@ def refuse_mixing(program: Program, env: Mapping[fx.Node, Any], sizes: Sizes) ->
     apart: dict[fx.Node, int] = {}  # values between the marks, with the n of their rows
     counted: set[fx.Node] = set()  # values elsewhere that depend on the number of samples
     for node in live_nodes(program.graph):
-        halved = {o: apart[o] for o in node.all_input_nodes if o in apart}
+        halved = {o: apart[o] for o in _read(node) if o in apart}
         if node.op == "output" and halved:
             _refuse(node, "an output that is not joined")
         if node.op != "call_function":
@@ -66,8 +66,14 @@ def refuse_mixing(program: Program, env: Mapping[fx.Node, Any], sizes: Sizes) ->
                 apart[node] = _Operation(node, env, halved, counted, batch).major()
             except _MixesError as e:
                 _refuse(node, str(e))
-        elif any(o in counted for o in node.all_input_nodes) or _is_count(env[node], batch):
+        elif any(o in counted for o in _read(node)) or _is_count(env[node], batch):
             counted.add(node)
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """The operands of which more than the dtype is read."""
+    named = isinstance(node.target, torch._ops.OpOverload) and packet(node.target) == "type_as"
+    return node.all_input_nodes[:1] if named else node.all_input_nodes
 
 
 def _is_count(value: Any, batch: int) -> bool:
@@ -87,7 +93,7 @@ class _Operation:
         made = self.env[self.node]
         for term in made if isinstance(made, tuple) else (made,):
             self.place(term)
-        for o in self.node.all_input_nodes:
+        for o in _read(self.node):
             if o not in self.halved and isinstance(self.env[o], Term) and self.counts(self.env[o].shape):
                 raise _MixesError(f"{o.name} counts samples and is not cut")
             shaped = not isinstance(self.env[o], Term) and (self.shapes() or self.expands())

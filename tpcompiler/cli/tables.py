@@ -176,7 +176,8 @@ def verify_report(report: Mapping[str, Any]) -> RenderableType:
         facts.append(f"{report['sharded_fraction']:.1%} of the matrices' bytes are split")
     facts += [f"{count} {name.replace('_', '-')}" for name, count in report.get("collectives", {}).items()]
     found = _titled("Verification", "all ranks against the plain model", table)
-    return Group(found, verdict.append("   " + ", ".join(facts), style="not bold default"))
+    refused = [Text(f"the check refuses {r['said']}", style="red") for r in report.get("check", {}).get("refused", ())]
+    return Group(found, *refused, verdict.append("   " + ", ".join(facts), style="not bold default"))
 
 
 def explain_report(rows: Sequence[Row]) -> RenderableType:

@@ -88,6 +88,7 @@ class Report:
             f"{'passed' if c.passed else 'FAILED':7} {c.max_rel_error:9.1e}  {c.what}  {'; '.join(c.notes)}"
             for c in self.cases
         ]
+        rows += [f"FAILED  the check refuses {r['said']}" for r in self.check.get("refused", ())]
         return "\n".join([f"{self.model} on {self.mesh}: {'passed' if self.passed else 'FAILED'}", *rows])
 
 
