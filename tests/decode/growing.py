@@ -121,10 +121,13 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def growing(model: nn.Module, inputs: dict[str, Any], degree: int, length: int = 16, batch: int = 3) -> Growing:
-    """A model in float64, split over `degree` ranks, with random tokens of that length."""
+    """A model in float64, split over `degree` ranks, with random tokens of that length.
+
+    It is captured in its own dtype, as a user's is: casts that follow the model's dtype are then operations.
+    """
+    captured = scores(float64(capture(model, inputs)))
     model = model.double()
     doubled = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
-    captured = scores(float64(capture(model, doubled)))
     sharded = compile_capture(
         captured, Spec.load({"mesh": {"tensor": degree}, "outputs": "shard", "allow_empty": True})
     )

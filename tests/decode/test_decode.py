@@ -74,10 +74,14 @@ CAUSAL_MIXERS: dict[str, Mixer] = {
     "linear attention": lambda x: (scores(x) * before(x)) @ x,
     "transposed scores": lambda x: F.softmax(scores(x).transpose(1, 2).masked_fill(~before(x), -torch.inf), -1) @ x,
     "window": lambda x: F.softmax(scores(x).masked_fill(~(before(x) & ~before(x, -4)), -1e9), -1) @ x,
+    "softmax in float32": lambda x: (
+        F.softmax(scores(x).masked_fill(~before(x), -torch.inf).float(), -1).to(x.dtype) @ x
+    ),
     "stick of later weights": lambda x: F.softmax(scores(x).cumsum(-1).masked_fill(~before(x), -torch.inf), -1) @ x,
 }
 LOOKING_AHEAD: dict[str, Mixer] = {
     "no mask": lambda x: F.softmax(scores(x), -1) @ x,
+    "no mask, in float32": lambda x: F.softmax(scores(x).float(), -1).to(x.dtype) @ x,
     "one too far": lambda x: F.softmax(scores(x).masked_fill(~before(x, 1), -torch.inf), -1) @ x,
     "a mild mask": lambda x: F.softmax(scores(x) - 5.0 * ~before(x), -1) @ x,
     "masked after the softmax": lambda x: (F.softmax(scores(x), -1) * before(x)) @ x,

@@ -83,7 +83,9 @@ class _Derivation:
     # -- asking -----------------------------------------------------------------------------------------------------
 
     def new_rows(self, node: fx.Node) -> Want:
-        return tuple(NEW if seq else None for seq in self.positional.along(node))
+        """The new rows of a value; of scores, their pairs with all positions."""
+        along = self.positional.along(node)
+        return tuple((ALL if any(along[:i]) else NEW) if seq else None for i, seq in enumerate(along))
 
     def relation(self, node: fx.Node) -> Related | str:
         if node not in self.related:

@@ -102,6 +102,9 @@ def _is_pointwise(related: Related) -> bool:
 def _pointwise(node: fx.Node, related: Related, inner: list[Value]) -> Value:
     """What an elementwise op makes of the operands' values, as far as they are known."""
     known = dict(zip(related.nodes, inner, strict=True))
+    for n, side in zip(related.nodes, related.operands, strict=True):
+        if side is None and known[n] is None:
+            known[n] = 0.0  # its values do not matter
     given = bind(node) if isinstance(node.target, torch._ops.OpOverload) else {}
 
     def of(name: str) -> Value:
@@ -113,7 +116,7 @@ def _pointwise(node: fx.Node, related: Related, inner: list[Value]) -> Value:
     name = op_name(node)
     if (absorbed := _absorbed(name, of)) is not None:
         return absorbed
-    if all(v is not None for v in inner):
+    if all(v is not None for v in known.values()):
         return _computed(node, known)
     return None
 

@@ -121,9 +121,10 @@ def training_inputs(loaded: Loaded, available: Iterable[str]) -> Inputs:
         )
     lacking = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in names]
     if lacking:
+        spare = next((name for name in names if name not in kwargs), names[0])
         raise TpcError(
-            f"{loaded.source}: takes {lacking[0]}, and the data gives {', '.join(names)}; another data.task, or a name "
-            f"in data.names, would work"
+            f"{loaded.source}: takes {lacking[0]}, and the data gives {', '.join(names)}; name it in train.data.names, "
+            f"such as {{{spare}: {lacking[0]}}}, or take another train.data.task"
         )
     if not any(isinstance(v, Tensor) for v in kwargs.values()):
         raise TpcError(f"{loaded.source}: its example inputs hold no tensor")
