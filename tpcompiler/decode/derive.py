@@ -18,6 +18,7 @@ from torch import fx
 from tpcompiler import runtime
 from tpcompiler.axes.primes import Primes
 from tpcompiler.decode.decoder import ALL, NEW, Cache, Decoder, Want
+from tpcompiler.decode.dtype_references import refer_to_parameters
 from tpcompiler.decode.future import Future, carries
 from tpcompiler.decode.once import Tables
 from tpcompiler.decode.positional import Positional
@@ -38,7 +39,7 @@ def derive(program: Program) -> Decoder:
 
     Raises `DecodeError`, one line, with the op that needs later tokens and the line of the model where it stands.
     """
-    return _Derivation(program).decoder()
+    return _Derivation(refer_to_parameters(program)).decoder()
 
 
 class _Derivation:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from tpcompiler.execute.interpret import Resolver
 from tpcompiler.graphs import examples, tensors
+from tpcompiler.ops.operands import tensor_operands
 from tpcompiler.ops.table import find
 from tpcompiler.program import Parameter, Program
 from tpcompiler.runtime import Ranks
@@ -46,7 +47,10 @@ class Positional:
             return
         if node.op != "call_function" or is_number(node):
             return
-        read = [] if sizes_alone(node) else [n for n in node.all_input_nodes if not is_number(n)]
+        ignored = unread(node)
+        read = [n for n in node.all_input_nodes if not is_number(n) and n not in ignored]
+        if not sizes_alone(node):  # what a step makes may not wait for tokens, even where it reads their dtype alone
+            read += [n for n in ignored if n in self.live]
         if any(n in self.live for n in read):
             self.live.add(node)
         elif all(n in self.free for n in read) and not _random(node):
@@ -92,7 +96,7 @@ class Positional:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _operand(self, user: fx.Node, node: fx.Node, batch: int, length: int) -> Any:
-        if tensors(node.meta.get("val")) and sizes_alone(user) and node not in self.free:
+        if tensors(node.meta.get("val")) and node in unread(user) and node not in self.free:
             return torch.empty(self.shape(node, batch, length) or (), dtype=node.meta["val"].dtype)
         if is_number(node):
             return self._compute(node, batch, length)
@@ -166,6 +170,16 @@ def sizes_alone(node: fx.Node) -> bool:
     """Whether a call reads the sizes of its operand and none of its values."""
     rule = find(node.target)
     return rule is not None and rule.sizes_alone
+
+
+def unread(node: fx.Node) -> frozenset[fx.Node]:
+    """The operands of which a call reads the sizes or the dtype, and no values."""
+    rule = find(node.target)
+    if rule is None:
+        return frozenset()
+    operands = tensor_operands(node)
+    read = {n for i, n in enumerate(operands) if i not in rule.unread and not rule.sizes_alone}
+    return frozenset(n for n in operands if n is not None and n not in read)
 
 
 def _random(node: fx.Node) -> bool:
