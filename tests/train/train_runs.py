@@ -160,7 +160,13 @@ def in_threads(
     return results[0]
 
 
-def _rank(arguments: Sequence[str], environment: Mapping[str, str], output: str, largest_file: int | None) -> None:
+def _rank(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    output: str,
+    largest_file: int | None,
+    inside: Callable[[int], None] | None,
+) -> None:
     os.setsid()
     if largest_file is not None:  # the kernel's own way to refuse a write
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -171,6 +177,8 @@ def _rank(arguments: Sequence[str], environment: Mapping[str, str], output: str,
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115  for good
     os.environ.update(environment)
     torch.set_num_threads(1)
+    if inside is not None:
+        inside(int(environment["RANK"]))
     os._exit(main(list(arguments)))
 
 
@@ -221,8 +229,11 @@ class Processes:
         largest_file: int | None = None,
         port: int | None = None,
         fresh: bool = False,
+        inside: Callable[[int], None] | None = None,
     ) -> None:
         """`port`: of a store that serves the ranks, as torchrun's does; without it rank 0 serves one.
+
+        `inside(rank)` is called in each process first, to do to it what a test needs.
 
         `fresh`: every rank compiles for itself; else they are forked from this process, which has compiled. A process
         that knows a GPU cannot be forked.
@@ -248,7 +259,8 @@ class Processes:
         self.output = output
         environments = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world - absent)]
         self.ranks = [
-            context.Process(target=_rank, args=(list(arguments), e, str(output), largest_file)) for e in environments
+            context.Process(target=_rank, args=(list(arguments), e, str(output), largest_file, inside))
+            for e in environments
         ]
         for p in self.ranks:
             p.start()
