@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from tpcompiler.capture.origins import at
+from tpcompiler.capture.private_tracing import memory_of
 from tpcompiler.errors import ModelError
 
 aten = torch.ops.aten
@@ -58,9 +59,9 @@ def _argument(node: fx.Node, i: int) -> fx.Node:
 def _storage(node: fx.Node) -> int | None:
     val = node.meta.get("val")
     if isinstance(val, Tensor):
-        return int(val.untyped_storage()._cdata)
+        return memory_of(val)
     if isinstance(val, (list, tuple)) and all(isinstance(v, Tensor) for v in val):  # the pieces of one tensor, or none
-        storages = {int(v.untyped_storage()._cdata) for v in val}
+        storages = {memory_of(v) for v in val}
         return storages.pop() if len(storages) == 1 else None
     return None
 

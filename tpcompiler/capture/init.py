@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tpcompiler.capture.own_backward import refuse_hooks
+from tpcompiler.capture.private_tracing import pytree
 from tpcompiler.capture.recording import Recording, Values
 from tpcompiler.capture.refusals import CannotTrace, explain
 from tpcompiler.capture.tape import Tape, seed_from

@@ -9,17 +9,15 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental import proxy_tensor
+
+from tpcompiler.capture.private_tracing import own_kernels, quick_proxies, view_at_once
 
 aten = torch.ops.aten
-_KEY = torch._C.DispatchKey.AutogradMeta
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -122,30 +120,15 @@ def _kernel(op: Any, shape: Callable[..., Tensor | None]) -> Callable[..., Any]:
 
 
 def _view(op: Any) -> Callable[..., Any]:
-    """Makes a view of a fake tensor by the kernel itself, since torch's own cache sets the view's storage twice."""
-
-    def run(x: FakeTensor, *args: Any, **kwargs: Any) -> FakeTensor:
-        with in_kernel_invocation_manager(x.fake_mode):
-            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisablePythonDispatcher():
-                out = op(x, *args, **kwargs).detach()
-        return FakeTensor(x.fake_mode, out, x.device)
-
-    return run
+    return partial(view_at_once, op)
 
 
 @contextmanager
 def whole_operators() -> Iterator[None]:
     """Within the block, fake tensors on meta pass through the operators above in one step."""
     kernels = {**{op: _kernel(op, shape) for op, shape in _SHAPES.items()}, **{op: _view(op) for op in _VIEWS}}
-    mine = [op for op in kernels if _KEY not in op.py_kernels]
-    for op in mine:
-        op.py_impl(_KEY)(kernels[op])
-    try:
+    with own_kernels(kernels):
         yield
-    finally:
-        for op in mine:
-            del op.py_kernels[_KEY]
-            op._dispatch_cache.clear()
 
 
 @contextmanager
@@ -158,12 +141,8 @@ def lean_tracing() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        with _use_lazy_graph_module(True), mock.patch.object(proxy_tensor, "_extract_tensor_metadata", _nothing):
+        with quick_proxies():
             yield
     finally:
         if enabled:
             gc.enable()
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None

@@ -15,10 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
+from tpcompiler.capture.private_tracing import pytree, without_functions, without_modes
 from tpcompiler.capture.refusals import CannotTrace
 from tpcompiler.graphs import example_size
 
@@ -98,7 +97,7 @@ def _is_derivative(cls: type[Function], args: Any, apply: Callable[..., Any]) ->
     shapes = [tuple(map(example_size, t.shape)) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
     if any(torch.Size(s).numel() > LARGEST for s in shapes):
         return False
-    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.random.fork_rng(devices=[]):
+    with without_modes(), without_functions(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return all(_agree(cls, args, apply) for _ in range(DRAWS))
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+
+from tpcompiler.capture.private_tracing import pytree
 
 aten = torch.ops.aten
 OWN = torch.bfloat16
@@ -72,8 +73,9 @@ def follow(graph: fx.Graph) -> None:
         if _is_own(node) and (given or not computed.isdisjoint(operands)):
             computed.add(node)
             latest = latest if given else node
+    made: dict[Any, Tensor] = {}
     for node in graph.nodes:
-        node.meta["val"] = _shown(node.meta.get("val"))
+        node.meta["val"] = _shown(node.meta.get("val"), made)
 
 
 _CASTS = (aten.to.dtype,)
@@ -124,7 +126,15 @@ def _names_own(node: fx.Node) -> bool:
     return any(a == OWN for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, torch.dtype))
 
 
-def _shown(val: Any) -> Any:
+def _shown(val: Any, made: dict[Any, Tensor]) -> Any:
+    """A value with float32 in bfloat16's place. Values that are laid out alike share one, which `made` keeps: making
+    a tensor of symbolic sizes is slow."""
     if isinstance(val, (list, tuple)):
-        return type(val)(map(_shown, val))
-    return val.to(SHOWN) if isinstance(val, Tensor) and val.dtype == OWN else val
+        return type(val)(_shown(v, made) for v in val)
+    if not isinstance(val, Tensor) or val.dtype != OWN:
+        return val
+    laid_out = tuple(n if isinstance(n, int) else n.node.expr for n in (*val.shape, *val.stride()))
+    key = (laid_out, val.requires_grad)
+    if key not in made:
+        made[key] = val.to(SHOWN)
+    return made[key]

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from tpcompiler.capture.private_tracing import TorchDispatchMode, memory_of, pytree, without_functions, without_modes
 from tpcompiler.capture.tape import Tape, TapeEntry, seed_from
 
 _CPU = torch.device("cpu")
@@ -28,7 +27,7 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        with torch._C.DisableTorchFunction():  # `Values` would hide the device here as well
+        with without_functions():  # `Values` would hide the device here as well
             tensors = _tensors((args, kwargs))
             if tensors and not any(t.is_meta for t in tensors):
                 return self._run_real(func, args, kwargs)
@@ -36,7 +35,7 @@ class Recording(TorchDispatchMode):
 
     def stand_in(self, t: Tensor) -> Tensor:
         """The meta tensor that stands for a real one on the tape; a parameter if the real one is."""
-        with _disable_current_modes():
+        with without_modes():
             out = self.tape.constant(t.detach())
             if isinstance(t, nn.Parameter):
                 return nn.Parameter(out, requires_grad=t.requires_grad)
@@ -55,7 +54,7 @@ class Recording(TorchDispatchMode):
             kwargs["device"] = _CPU
         for t in _mutated(func, args, kwargs):  # the tape keeps the values that it has read
             for key, content in self.tape.constants.items():
-                if content.untyped_storage()._cdata == t.untyped_storage()._cdata:
+                if memory_of(content) == memory_of(t):
                     self.tape.constants[key] = content.clone()
         return func(*args, **kwargs)
 
@@ -108,7 +107,7 @@ class Values(TorchFunctionMode):
         if func == _IS_META:
             return False
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
-            with _disable_current_modes():
+            with without_modes():
                 return func(self.recording.real(args[0].detach()), *args[1:], **kwargs)
         if func is Tensor.__deepcopy__ and not args[0].is_meta:
             source, memo = args
@@ -136,7 +135,7 @@ class Literals(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _literal(self, data: Any, dtype: torch.dtype | None = None) -> Tensor:
-        with _disable_current_modes():
+        with without_modes():
             made = self.recording.stand_in(torch.as_tensor(data, dtype=dtype))
         return torch.ops.aten.lift_fresh.default(made)
 

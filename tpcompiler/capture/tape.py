@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from tpcompiler.capture.private_tracing import memory_of, pytree
 
 _RANDOM = threading.Lock()  # replays seed torch's global generator, one at a time
 
@@ -59,13 +60,13 @@ class Tape:
 
     def view(self, t: Tensor) -> View:
         storage = t.untyped_storage()
-        key = storage._cdata
+        key = memory_of(t)
         self.alive.setdefault(key, storage)
         return View(key, tuple(t.shape), tuple(t.stride()), int(t.storage_offset()), t.dtype)
 
     def has_value(self, t: Tensor) -> bool:
         """Whether the tape can give the values of a meta tensor."""
-        key = t.untyped_storage()._cdata
+        key = memory_of(t)
         return key in self.constants or key in self.writers
 
     def constant(self, t: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
 from tpcompiler.capture.caches import without_caches
 from tpcompiler.capture.draws import Draws
@@ -22,10 +21,11 @@ from tpcompiler.capture.kept import as_it_was
 from tpcompiler.capture.lean import lean_tracing, whole_operators
 from tpcompiler.capture.own_backward import own_backwards
 from tpcompiler.capture.own_dtype import OWN, SHOWN, can_follow, lowered
+from tpcompiler.capture.private_tracing import pytree
 from tpcompiler.capture.recording import Literals
 from tpcompiler.capture.refusals import CannotTrace, chain, explain
 from tpcompiler.capture.stand_ins import answers
-from tpcompiler.capture.two_runs import alike, alike_but_casts
+from tpcompiler.capture.two_runs import Results, alike, alike_but_casts
 from tpcompiler.errors import ModelError
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -59,11 +59,12 @@ def trace(recorded: Recorded, example: Any, source: str = "", own: bool = True) 
     example_shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, Tensor))
     error: Exception | None = None
     for shapes in candidate_shapes(example_shapes):
-        ways = (True, False) if own and _follows(recorded, leaves, in_spec, shapes) else (False,)
+        known: Results = {}
+        ways = (True, False) if own and _follows(recorded, leaves, in_spec, shapes, known) else (False,)
         for way in ways:
             try:
                 with _named_keywords(model, kwargs), lowered(model) if way else nullcontext():
-                    exported, evaluated = _both(recorded, leaves, in_spec, shapes, way)
+                    exported, evaluated = _both(recorded, leaves, in_spec, shapes, way, known)
                 if _fits(exported, example_shapes):
                     return Traced(exported, evaluated, tuple(leaves), in_spec, names, way)
                 break
@@ -76,7 +77,7 @@ def trace(recorded: Recorded, example: Any, source: str = "", own: bool = True) 
 
 
 def _both(
-    recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes, low: bool
+    recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes, low: bool, known: Results
 ) -> tuple[ExportedProgram, ExportedProgram | None]:
     """The model in training, and in evaluation where that may differ."""
     fixed: Places = frozenset()
@@ -88,17 +89,17 @@ def _both(
         def at(sizes: Shapes) -> Callable[[], Any]:
             return lambda: run(_stand_ins(leaves, sizes, low))
 
-        same = alike(recorded.model, recorded.tape, [at(_longer(exported, times)) for times in LONGER])
+        same = alike(recorded.model, recorded.tape, [at(_longer(exported, times)) for times in LONGER], known)
     return exported, None if same else _in_mode(recorded, False, leaves, spec, shapes, fixed, low)
 
 
-def _follows(recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes) -> bool:
+def _follows(recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes, known: Results) -> bool:
     """Whether a trace in bfloat16 says what the model does in float32 as well."""
     if not can_follow(recorded.model):
         return False
     plain, low = (_stand_ins(leaves, shapes, way) for way in (False, True))
     with _written_down(recorded, spec) as run:
-        return alike_but_casts(recorded.model, recorded.tape, run, plain, low)
+        return alike_but_casts(recorded.model, recorded.tape, run, plain, low, known)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 from unittest import mock
@@ -19,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcompiler.capture.kept import as_it_was
 from tpcompiler.capture.own_dtype import LIMITS, OWN, SHOWN, lowered
+from tpcompiler.capture.private_tracing import TorchDispatchMode, as_in_export, memory_of, pytree
 from tpcompiler.capture.tape import Tape
 
 LITERAL = 2**16  # bytes of a constant that are compared
@@ -34,14 +34,16 @@ class NotAlike(Exception):
     """Something that training and evaluation may do differently."""
 
 
-def alike(model: nn.Module, tape: Tape, runs: Sequence[Callable[[], Any]]) -> bool:
+Results = dict[Any, Any]  # how an operator's results are laid out, by its operands: several runs find each once
+
+
+def alike(model: nn.Module, tape: Tape, runs: Sequence[Callable[[], Any]], shapes: Results) -> bool:
     """Whether the model does the same in both modes, at the sizes that are tried. False means that it is not known.
 
     `runs` call the model, each at other sizes, the example's first. The others are for models whose own code asks for
     the mode, which may ask for a length as well. Where both modes fail alike at a size, the next one is tried.
     """
     for i, run in enumerate(runs):
-        shapes: dict[Any, Any] = {}
         asked: list[str] = []
         found = [_written(model, tape, shapes, run, training, asked) for training in (True, False)]
         if found[0] != found[1] or found[0] is None or (i == 0 and found[0][1] is None):
@@ -52,33 +54,33 @@ def alike(model: nn.Module, tape: Tape, runs: Sequence[Callable[[], Any]]) -> bo
 
 
 def alike_but_casts(
-    model: nn.Module, tape: Tape, run: Callable[[list[Any]], Any], plain: list[Any], low: list[Any]
+    model: nn.Module, tape: Tape, run: Callable[[list[Any]], Any], plain: list[Any], low: list[Any], shapes: Results
 ) -> bool:
     """Whether `run` does the same in float32, with inputs `plain`, and in bfloat16, with `low`: casts and the dtypes'
     limits aside."""
     given = {id(t): id(t) for t in (*model.parameters(), *model.buffers(), *plain)}
     try:
-        shown = _log(model, _WithoutCasts(tape, given, OWN), lambda: run(plain))
+        shown = _log(model, _WithoutCasts(tape, shapes, given, OWN), lambda: run(plain))
         with lowered(model) as parameters:
             stands_for = {**given, **parameters, **{id(b): id(a) for a, b in zip(plain, low, strict=True)}}
-            return bool(shown == _log(model, _WithoutCasts(tape, stands_for, None), lambda: run(low)))
+            return bool(shown == _log(model, _WithoutCasts(tape, shapes, stands_for, None), lambda: run(low)))
     except Exception:
         return False
 
 
 def _log(model: nn.Module, log: _Writes, run: Callable[[], Any]) -> Any:
     model.train()
-    with as_it_was(model), _exporting(), log:
+    with as_it_was(model), as_in_export(), log:
         out = run()
     return log.lines, log.key(out)
 
 
 def _written(
-    model: nn.Module, tape: Tape, shapes: dict[Any, Any], run: Callable[[], Any], training: bool, asked: list[str]
+    model: nn.Module, tape: Tape, shapes: Results, run: Callable[[], Any], training: bool, asked: list[str]
 ) -> tuple[list[Any], Any] | None:
     """What a run does and what it gives, which is None where it fails; None where nothing can be said."""
     model.train(training)
-    with as_it_was(model), _asking(model, training, asked), _exporting(), _Writes(tape, shapes, training) as log:
+    with as_it_was(model), _asking(model, training, asked), as_in_export(), _Writes(tape, shapes, training) as log:
         try:
             out = run()
         except NotAlike:
@@ -107,19 +109,10 @@ def _asking(model: nn.Module, training: bool, asked: list[str]) -> Iterator[None
         yield
 
 
-@contextmanager
-def _exporting() -> Iterator[None]:
-    with (
-        mock.patch.object(torch.compiler, "_is_compiling_flag", True),
-        mock.patch.object(torch.compiler, "_is_exporting_flag", True),
-    ):
-        yield
-
-
 class _Writes(TorchDispatchMode):
     """Writes down each operation below autograd, each tensor by the operation that made it. Dropout is left out."""
 
-    def __init__(self, tape: Tape, shapes: dict[Any, Any], training: bool) -> None:
+    def __init__(self, tape: Tape, shapes: Results, training: bool) -> None:
         super().__init__()
         self.tape, self.shapes = tape, shapes
         self.lines: list[Any] = []
@@ -137,24 +130,22 @@ class _Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for a, x in zip(func._schema.arguments, args, strict=False):
-            written = a.alias_info is not None and a.alias_info.is_write
-            if written and any(map(self.functions.passed, pytree.tree_leaves(x))):
+        for i in _written_operands(func):
+            if i < len(args) and any(map(self.functions.passed, pytree.tree_leaves(args[i]))):
                 raise NotAlike  # dropout gives a copy in training, and its operand in evaluation
-        line = (func, self.key((args, kwargs)), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
-        out = self._run(func, args, kwargs)
-        for i, t in enumerate(pytree.tree_leaves(out)):
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        keys = [self._tensor(x) if isinstance(x, Tensor) else self.leaf(x) for x in leaves]
+        line = (func, spec, keys, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
+        out = func(*args, **kwargs) if _makes_views(func) else self._remembered(func, args, kwargs, leaves, spec)
+        for i, t in enumerate([out] if isinstance(out, Tensor) else pytree.tree_leaves(out)):
             if isinstance(t, Tensor) and id(t) not in self.made:
                 self.kept.append(t)
                 self.made[id(t)] = ("made", len(self.lines), i)
         self.lines.append(line)
         return out
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _remembered(self, func: Any, args: Any, kwargs: Any, leaves: list[Any], spec: Any) -> Any:
         """The result on meta; for operands of known shapes it is remembered, since most kernels on meta are slow."""
-        if any(a.alias_info is not None for a in (*func._schema.arguments, *func._schema.returns)):
-            return func(*args, **kwargs)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
         key = (func, spec, *(_laid_out(x) if isinstance(x, Tensor) else (type(x), str(x)) for x in leaves))
         if key in self.shapes:
             return pytree.tree_map_only(_Like, _Like.make, self.shapes[key])
@@ -174,7 +165,7 @@ class _Writes(TorchDispatchMode):
 
     def _tensor(self, t: Tensor) -> Any:
         if id(t) not in self.made:
-            content = self.tape.constants.get(t.untyped_storage()._cdata)
+            content = self.tape.constants.get(memory_of(t))
             self.kept.append(t)
             if content is None or isinstance(t, nn.Parameter) or content.numel() > LITERAL or not content.is_cpu:
                 self.made[id(t)] = ("given", id(t))
@@ -186,8 +177,8 @@ class _Writes(TorchDispatchMode):
 class _WithoutCasts(_Writes):
     """Passes over casts between the model's dtype and float32, of which one run has none."""
 
-    def __init__(self, tape: Tape, given: Mapping[int, int], foreign: torch.dtype | None) -> None:
-        super().__init__(tape, {}, True)
+    def __init__(self, tape: Tape, shapes: Results, given: Mapping[int, int], foreign: torch.dtype | None) -> None:
+        super().__init__(tape, shapes, True)
         self.made = {key: ("given", place) for key, place in given.items()}
         self.foreign = foreign  # a dtype that only the model's own words can bring in
 
@@ -196,7 +187,7 @@ class _WithoutCasts(_Writes):
         if func is torch.ops.aten._to_copy.default and {args[0].dtype, out.dtype} <= {SHOWN, OWN}:
             self.lines.pop()
             self.made[id(out)] = self.made[id(args[0])]
-            self.functions.storages |= {t.untyped_storage()._cdata for t in (args[0], out)}
+            self.functions.storages |= {memory_of(t) for t in (args[0], out)}
         if any(isinstance(t, Tensor) and t.dtype == self.foreign for t in pytree.tree_leaves(out)):
             raise NotAlike
         return out
@@ -207,6 +198,19 @@ class _WithoutCasts(_Writes):
         elif type(x) is float:
             x = dict(LIMITS).get(x, x)
         return super().leaf(x)
+
+
+@cache
+def _written_operands(func: Any) -> tuple[int, ...]:
+    """The positions of the operands that an operator writes into."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple(i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+@cache
+def _makes_views(func: Any) -> bool:
+    """Whether an operator's results may lie in the memory of its operands."""
+    return any(a.alias_info is not None for a in (*func._schema.arguments, *func._schema.returns))
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ class _WithoutDropout(TorchFunctionMode):
 
     def passed(self, x: Any) -> bool:
         """Whether a tensor lies in the memory of one that went through dropout."""
-        return isinstance(x, Tensor) and x.untyped_storage()._cdata in self.storages
+        return isinstance(x, Tensor) and memory_of(x) in self.storages
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -243,7 +247,7 @@ class _WithoutDropout(TorchFunctionMode):
             x, _, on = _dropout(*args, **kwargs)
             if on and not self.training:
                 raise NotAlike
-            self.storages.add(x.untyped_storage()._cdata)
+            self.storages.add(memory_of(x))
             return x
         if func is F.scaled_dot_product_attention:
             args, kwargs = _without_p(self.training, *args, **kwargs)
