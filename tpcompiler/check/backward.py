@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import fx
 
 from tpcompiler.check.claims import Claim, Geometry
+from tpcompiler.check.form import Kind, Wrong
 from tpcompiler.check.forward import Held, Refused, Sweep, line_of, live_nodes
 from tpcompiler.check.report import Refusal
-from tpcompiler.check.steps import Steps, Wrong
-from tpcompiler.check.trial import Kind
+from tpcompiler.check.steps import Steps
 from tpcompiler.program import Program
 
 NodeResult = tuple[fx.Node, int]  # a node, and which of its results

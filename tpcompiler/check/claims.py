@@ -6,7 +6,7 @@ added to give those rows. Every value of a program carries a claim, and the rest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise
@@ -70,6 +70,7 @@ class Geometry:
         self._groups: dict[Over, tuple[tuple[int, ...], ...]] = {}
         self._disjoint: dict[tuple[Rows, str], bool] = {}
         self._varies: dict[tuple[Rows, str], bool] = {}
+        self._parts: dict[Rows, bool] = {}
         self.subsets: list[Over] = [c for k in range(len(self.names) + 1) for c in combinations(self.names, k)]
 
     def rows(self, size: int, runs: Sequence[Runs]) -> Rows | None:
@@ -109,6 +110,25 @@ class Geometry:
             self._varies[rows, name] = any(rows.runs[r] != rows.runs[g[0]] for g in groups for r in g)
         return self._varies[rows, name]
 
+    def over(self, rows: Rows | None) -> Over:
+        """The mesh dimensions along which ranks hold different rows of a dimension."""
+        return () if rows is None else tuple(n for n in self.names if self.varies(rows, n))
+
+    def parts(self, rows: Rows) -> bool:
+        """Whether the ranks that differ only on `over(rows)` hold every row of the dimension, each row once."""
+        if rows not in self._parts:
+            groups = self.groups(self.over(rows))
+            self._parts[rows] = all(_exactly([rows.runs[r] for r in g], rows.size) for g in groups)
+        return self._parts[rows]
+
+    def covers(self, rows: Rows) -> bool:
+        """Whether the ranks that differ only on `over(rows)` hold every row of the dimension."""
+        return all(_cover([rows.runs[r] for r in g], rows.size) for g in self.groups(self.over(rows)))
+
+    def real(self, over: Iterable[str]) -> Over:
+        """Mesh dimensions in the mesh's order, without those of one rank."""
+        return tuple(n for n in self.names if n in over)
+
     def disjoint(self, claim: Claim, name: str) -> bool:
         """Whether ranks that differ only on mesh dimension `name` have no element in common."""
         return any(r is not None and self._rows_disjoint(r, name) for r in claim.rows)
@@ -125,6 +145,24 @@ class Geometry:
     def moving(self, claim: Claim) -> Over:
         """The mesh dimensions along which ranks hold different rows."""
         return tuple(n for n in self.names if any(r is not None and self.varies(r, n) for r in claim.rows))
+
+
+def _exactly(held: Sequence[Runs], size: int) -> bool:
+    at = 0
+    for a, b in sorted(run for runs in held for run in runs):
+        if a != at:
+            return False
+        at = b
+    return at == size
+
+
+def _cover(held: Sequence[Runs], size: int) -> bool:
+    at = 0
+    for a, b in sorted(run for runs in held for run in runs):
+        if a > at:
+            return False
+        at = max(at, b)
+    return at == size
 
 
 def _apart(held: Sequence[Runs]) -> bool:

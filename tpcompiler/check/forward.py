@@ -14,9 +14,9 @@ from tpcompiler.check.calls import Call, globalise, read_call, replaced
 from tpcompiler.check.claims import Claim, Geometry, Rows
 from tpcompiler.check.cones import TensorInfo
 from tpcompiler.check.facts import draws, not_linear
+from tpcompiler.check.form import Given, Wrong
 from tpcompiler.check.report import Refusal
-from tpcompiler.check.steps import Step, Steps, Wrong
-from tpcompiler.check.trial import Given
+from tpcompiler.check.steps import Step, Steps
 from tpcompiler.check.values import ModelValues
 from tpcompiler.layout import Dim
 from tpcompiler.program import Program

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,34 +12,17 @@ from torch import Tensor
 from tpcompiler.check.calls import Call, GroupOver, numbers, outputs, run, substitute
 from tpcompiler.check.claims import Claim, Geometry, Over, Rows
 from tpcompiler.check.compare import close
-from tpcompiler.check.cones import Cone, TensorInfo
+from tpcompiler.check.cones import Cone
 from tpcompiler.check.draw import draw
 from tpcompiler.check.find import ShrunkShape, held
+from tpcompiler.check.form import Given, Kind, Out
 from tpcompiler.check.shrink import Shrink
 from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.layout import LocalRuns, LocalSize
 from tpcompiler.runtime import Group, Ranks, dropout, gather
 
-Kind = Over | None  # the kind of a gradient, which `steps` explains
-
 _DRAWS = 2
 _MOST = 16
-
-
-@dataclass(frozen=True)
-class Given:
-    """An operand of a step: the model's value, and how the ranks hold it."""
-
-    operand: TensorInfo
-    claim: Claim
-
-
-@dataclass(frozen=True)
-class Out:
-    """A result of a step: the model's value, and how the ranks hold it."""
-
-    operand: TensorInfo
-    claim: Claim
 
 
 class Trial:
