@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 from operator import mul
 from typing import Any
@@ -50,12 +50,12 @@ def _common(old: Shape, new: Shape, name: tuple[int, int]) -> tuple[list[Any], l
     """Dimensions that together have equally many elements, as products of the factors between all their ends."""
     ends = [list(accumulate(reversed(shape), mul)) for shape in (old, new)]
     cuts = sorted({1, *ends[0], *ends[1]})
-    whole = any(b % a for a, b in zip(cuts, cuts[1:], strict=False))
+    whole = any(b % a for a, b in pairwise(cuts))
 
     def dims(shape: Shape) -> list[Any]:
         out, at = [], 1
         for n in reversed(shape):
-            inner = [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if at <= a and b <= at * n]
+            inner = [(a, b) for a, b in pairwise(cuts) if at <= a and b <= at * n]
             indices = tuple((((*name, a), b // a)) for a, b in reversed(inner))
             out.append(((None, n),) if whole else indices or ((None, n),))
             at *= n

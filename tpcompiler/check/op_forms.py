@@ -8,11 +8,12 @@ import torch
 
 from tpcompiler.check.calls import Slot
 from tpcompiler.check.form import Dims, Form, RefutedError, label_rows
-from tpcompiler.check.row_algebra import factors
+from tpcompiler.check.row_algebra import lengths
 from tpcompiler.check.site import Site, aligned, numbered, plain, states
 
 _MORE_ELEMENTWISE = set(
-    """to _to_copy type_as float double half bfloat16 clone contiguous detach alias dropout masked_fill fill where isclose
+    """to _to_copy type_as float double half bfloat16 clone contiguous detach alias dropout masked_fill fill where
+    isclose
     relu gelu silu relu6 softplus mish hardswish elu selu leaky_relu log_sigmoid square abs absolute negative
     real imag conj resolve_conj resolve_neg polar complex floor_divide true_divide divide multiply subtract greater less
     bitwise_and bitwise_or bitwise_xor zeros_like ones_like full_like empty_like alpha_dropout feature_alpha_dropout
@@ -112,22 +113,32 @@ def _(s: Site) -> Form:
     for name in ("weight", "bias"):
         if isinstance(s.a.get(name), Slot):
             operands.append((s.a[name].i, (channels,)))
-    if not s.agrees(s.local["num_groups"], *_group_rows(s, channels)):
+    form = Form(operands, [((("b", shape[0]),), channels, *rest)])
+    _same_groups(s, form, "num_groups")
+    _some_rows(s, (s.a["input"], 0), (s.a["input"], 1))
+    return form
+
+
+def _same_groups(s: Site, form: Form, name: str) -> None:
+    """Raises where the number of groups that a rank names is not that of the groups that it holds."""
+    held = label_rows(s.geometry, form, s.given).get("g")
+    if not s.agrees(s.local[name], held, s.a[name]):
         raise RefutedError("the number of groups is not that of the channels that each rank holds")
-    return Form(operands, [((("b", shape[0]),), channels, *rest)])
 
 
-def _group_rows(s: Site, channels: Any) -> Any:
-    found = factors(s.geometry, s.rows(s.a["input"], 1), [n for _, n in channels])
-    if found is None:
-        raise RefutedError("its channels are not split by groups")
-    return found[0], channels[0][1]
+def _some_rows(s: Site, *dims: tuple[Slot, int]) -> None:
+    """Raises where a rank has no rows, which torch's kernel does not take or gives wrong results for."""
+    for x, d in dims:
+        rows = s.rows(x, d)
+        if rows is not None and 0 in lengths(rows):
+            raise RefutedError(f"a rank has none of dimension {d} of operand {x.i}, which torch does not take")
 
 
 @states("_weight_norm")
 def _(s: Site) -> Form:
     v, g = s.shape(s.a["v"]), s.shape(s.a["g"])
     d = s.dim("dim", len(v), 0)
+    _some_rows(s, (s.a["v"], d))
     return Form(
         [
             (s.a["v"].i, plain(v, [i if i == d else None for i in range(len(v))])),
@@ -266,15 +277,9 @@ def _(s: Site) -> Form:
     form = Form(
         operands, [((("b", x[0]),), out, *plain(s.result()[2:], rest))], frozenset({"c"} if bias is None else ())
     )
-    _same_groups(s, form, groups)
+    _same_groups(s, form, "groups")
+    _some_rows(s, (s.a["input"], 0), (s.a["input"], 1), (s.a["weight"], 0), (s.a["weight"], 1))
     return form
-
-
-def _same_groups(s: Site, form: Form, groups: int) -> None:
-    """Raises where the number of groups that a rank names is not that of the groups that it holds."""
-    held = label_rows(s.geometry, form, s.given).get("g")
-    if not s.agrees(s.local["groups"], held, groups):
-        raise RefutedError("the number of groups is not that of the channels that each rank holds")
 
 
 @states(

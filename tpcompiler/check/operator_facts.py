@@ -134,7 +134,7 @@ def _(s: Site) -> Fact:
             return Same((claim,), ((),))
         raise RefutedError(f"it puts together what each rank of {'·'.join(group)} has whole")
     _alike(s, claim, group, d)
-    if not set(s.geometry.over(held)) <= set(group) or not s.geometry.covers(held):  # type: ignore[arg-type]
+    if not set(s.geometry.over(held)) <= set(group) or not s.geometry.covers(held):
         raise RefutedError(f"some row of dimension {d} is held by no rank of {'·'.join(group)}")
     return Same((_replaced(claim, d, None, ()),), ((),), over=s.geometry.over(held))
 
@@ -281,6 +281,6 @@ def _(s: Site) -> Fact:
     return Entered(claims, ((),) * len(s.given), group=s.group(), products=tuple(products))
 
 
-_OPERATORS = """enter reduce cut_batch join_batch take gather gather_sequence scatter_sequence lookup rms_norm layer_norm
-cross_entropy dropout entered_linear"""
+_OPERATORS = """enter reduce cut_batch join_batch take gather gather_sequence scatter_sequence lookup rms_norm
+layer_norm cross_entropy dropout entered_linear"""
 NAMES = {getattr(runtime, name): f"runtime.{name}" for name in _OPERATORS.split()}

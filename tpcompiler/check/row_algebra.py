@@ -7,7 +7,7 @@ from math import prod
 
 from tpcompiler.check.claims import Geometry, Rows, Runs
 from tpcompiler.layout import join
-from tpcompiler.runtime.runs import intersect, length
+from tpcompiler.runtime.runs import Run, intersect, length
 
 _MOST = 1 << 17  # pieces; rows that consist of more are not taken apart
 
@@ -84,7 +84,7 @@ def factors(
     empty = [() if i == (split[0] if split else 0) else whole[i] for i in range(len(sizes))]
     out: list[Rows | None] = []
     for i, n in enumerate(sizes):
-        out.append(geometry.rows(n, [(known[runs] or empty)[i] for runs in rows.runs]))  # type: ignore[index]
+        out.append(geometry.rows(n, [(known[runs] or empty)[i] for runs in rows.runs]))
     return out
 
 
@@ -143,7 +143,8 @@ def joined(geometry: Geometry, parts: Sequence[tuple[Rows | None, int]]) -> Rows
         return None
 
     def make(rank: int) -> Runs:
-        at, out = 0, []
+        at = 0
+        out: list[Run] = []
         for rows, n in parts:
             out += _shifted(runs_of(rows, n, rank), at)
             at += n

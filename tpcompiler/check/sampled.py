@@ -117,11 +117,11 @@ class Sampler:
         trial = Trial(self.geometry, call, whole, given, shrink)
         found: list[Kind] | None = None
         for seed in range(trial.draws):
-            whole, local = trial.backward(seed, outs, kinds)
+            of_whole, local = trial.backward(seed, outs, kinds)
             for i, g in enumerate(given):
                 if not g.operand.grad:
                     continue
-                seen = self._kind(trial, i, whole[i], [x[i] for x in local])
+                seen = self._kind(trial, i, of_whole[i], [x[i] for x in local])
                 if isinstance(seen, Wrong):
                     return seen
                 if found is None:
