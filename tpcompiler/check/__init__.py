@@ -48,7 +48,7 @@ def check(program: Program, *, source: str | None = None) -> CheckReport:
     start = time.perf_counter()
     geometry = Geometry(program.mesh)
     steps = Steps(geometry)
-    refused = tuple(uncovered(program))
+    refused = tuple(uncovered(program, geometry))
     nodes = live_nodes(program.graph)
     if not refused:
         with _uncollected():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tpcompiler.check.claims import Geometry
 from tpcompiler.check.report import Refusal
 from tpcompiler.layout import Dim
 from tpcompiler.program import Program
-from tpcompiler.runtime.mesh import Mesh
 
 
-def uncovered(program: Program) -> Iterator[Refusal]:
+def uncovered(program: Program, geometry: Geometry) -> Iterator[Refusal]:
     """A refusal for every parameter whose slices do not fit its shape, or leave elements out."""
     for p in program.capture.parameters:
         dims = program.dims.get(p.name)
@@ -31,16 +31,17 @@ def uncovered(program: Program) -> Iterator[Refusal]:
                     f"split over {unknown[0]!r}, which the mesh lacks" if unknown else f"split twice over {twice[0]!r}"
                 )
                 yield Refusal(p.name, "", "every element is held", what)
-            elif (wrong := _holes(program.mesh, dim)) is not None:
+            elif (wrong := _holes(geometry, dim)) is not None:
                 yield Refusal(p.name, "", f"every row of dimension {i} is held: {dim}", wrong)
 
 
-def _holes(mesh: Mesh, dim: Dim) -> str | None:
+def _holes(geometry: Geometry, dim: Dim) -> str | None:
     """Names the first row of a dimension that no rank holds; None if there is none. A row may be held several times."""
-    if not dim.over:
+    rows = geometry.of_dim(dim)
+    if rows is None:
         return None
     end = 0
-    for a, b in sorted({run for r in range(mesh.size) for run in dim.runs(mesh, mesh.coords(r))}):
+    for a, b in sorted({run for runs in rows.runs for run in runs}):
         if a > end:
             break
         end = max(end, b)
