@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -60,6 +61,9 @@ class Capture:
     model: str  # the model's class name
     source: str  # where the model stands, for messages
     arg_names: tuple[str, ...]  # the forward's own names of the tensor inputs
+
+    def __str__(self) -> str:
+        return f"{self.model}\n" + "\n".join(map(_printed, self.graph.nodes))
 
     @cached_property
     def differentiable(self) -> frozenset[str]:
@@ -166,3 +170,38 @@ class Program:
     dims: dict[str, tuple[Dim, ...]]  # parameter name → layout
     collectives: tuple[Collective, ...] = ()
     left_sharded: frozenset[int] = frozenset()  # places of the outputs that the spec leaves as each rank has them
+
+    def __str__(self) -> str:
+        return f"{self.capture.model} over {self.mesh}\n" + "\n".join(map(_printed, self.graph.nodes))
+
+
+def _printed(node: fx.Node) -> str:
+    """A node as people read it: its name, the dtype and sizes of its value, the call, what it does across ranks, and
+    the line of the model that it stands for."""
+    val = node.meta.get("val")
+    kind = (
+        f": {str(val.dtype).removeprefix('torch.')}[{', '.join(map(str, val.shape))}]"
+        if isinstance(val, torch.Tensor)
+        else ""
+    )
+    placed, line = node.meta.get("placed"), node.meta.get("line")
+    notes = [placed.note] if placed is not None and placed.note else []
+    if line is not None:
+        notes.append(f"{os.path.basename(line[0])}:{line[1]}")
+    call = "" if node.op == "placeholder" else f" = {_call(node)}"
+    return f"{node.name}{kind}{call}" + (f"  # {', '.join(notes)}" if notes else "")
+
+
+def _call(node: fx.Node) -> str:
+    if node.op == "output":
+        return f"return {_said(node.args[0])}"
+    given = [*map(_said, node.args), *(f"{name}={_said(value)}" for name, value in node.kwargs.items())]
+    name = node.target if isinstance(node.target, str | torch._ops.OpOverload) else node.target.__name__
+    return f"{name}({', '.join(given)})"
+
+
+def _said(argument: Any) -> str:
+    """An argument by its `str`, also inside of a list, where Python would take its `repr`."""
+    if isinstance(argument, list | tuple):
+        return f"[{', '.join(map(_said, argument))}]"
+    return str(argument)

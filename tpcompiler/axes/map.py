@@ -9,6 +9,7 @@ from tpcompiler.ops.record import OpRule
 from tpcompiler.ops.views import Shape
 
 Dims = tuple[int | None, ...]  # a term per dimension; None = one element, nothing to split
+_SHOWN = 4  # dimensions of an axis that are printed
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,19 @@ class AxisMap:
 
     def axes_of(self, dims: Dims) -> tuple[int, ...]:
         return tuple(dict.fromkeys(leaf for t in dims for leaf in self.leaves(t)))
+
+    def __str__(self) -> str:
+        """A line for each axis: its number, its size, the dimensions that it is, and why it must stay whole."""
+        places: dict[int, list[str]] = {}
+        for name, results in self.values.items():
+            for dims in results:
+                for i, term in enumerate(dims):
+                    for leaf in self.leaves(term):
+                        places.setdefault(leaf, []).append(f"{name}.{i}")
+        return "\n".join(self._line(axis, found) for axis, found in sorted(places.items()))
+
+    def _line(self, axis: int, places: list[str]) -> str:
+        more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+        size = self.dynamic.get(self.terms.size(axis), self.terms.size(axis))
+        whole = f"; whole, since {self.marks[axis][0]}" if self.marks.get(axis) else ""
+        return f"axis {axis} ({size}): {', '.join(places[:_SHOWN])}{more}{whole}"

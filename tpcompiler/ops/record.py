@@ -78,13 +78,13 @@ class OpRule:
     What happens around it
         gradient  whether a gradient of the result becomes one of the operands'
         forgets   backward needs none of the op's values, as a sum's does not
+        kept      selective recomputation keeps the result for backward instead of computing it again
         constant  the op reads no values, only given sizes: any rank can compute it
         sizes_alone  the op reads the sizes of its operand, and none of its values
     Along the sequence, for generation token by token
         moves     the op gives values of its one operand, all or some of them, and computes nothing
         neutral   the value with which elements of a dimension marked `!` leave all the other results as they are
         scan      along such a dimension, an element's result depends on those up to it alone
-        kept      selective recomputation keeps the result
     """
 
     line: str | Callable[[OpCall], Line]
@@ -100,12 +100,12 @@ class OpRule:
     linear: tuple[int, ...] = ()
     gradient: bool = True
     forgets: bool = False
+    kept: bool = False
     constant: bool = False
     sizes_alone: bool = False
     moves: bool = False
     neutral: float | None = None
     scan: bool = False
-    kept: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("form", FORMS), ("part", PARTS)):

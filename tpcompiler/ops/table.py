@@ -1,6 +1,7 @@
 """The table of ops: one `OpRule` for each, whose line is a function where it depends on the op's arguments.
 
-An op that is not in the table is never split, which is no error. Users add ops of their own with `rule`.
+An op that torch itself tags as pointwise needs no line. Any other op that is not in the table is never split, which is
+no error. Users add ops of their own with `rule`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What the spec says about each axis: whether it may be split, and whether it is asked for by name."""
+"""What the spec says about each axis: whether it may be split, and whether it is asked for by name.
+
+A name that the model does not have is refused here.
+"""
 
 from __future__ import annotations
 
