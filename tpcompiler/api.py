@@ -38,7 +38,7 @@ MOMENTS = 2 * 4  # bytes of optimizer state for a parameter's element: Adam's tw
 
 @dataclass(frozen=True)
 class Sharded:
-    """A compiled model. `source` and `memory` are made when asked for."""
+    """A compiled model: the result of every stage. `source`, `check` and `memory` are computed at first use."""
 
     spec: Spec
     capture: Capture
@@ -57,16 +57,16 @@ class Sharded:
 
     @cached_property
     def check(self) -> CheckReport:
-        """The static checker's verdict on the program and on its source. No GPU, no weights, seconds.
+        """The static checker's verdict on the program and on its source. It takes seconds, and no GPU and no weights.
 
-        A proof is kept: the same program, checked by the same text at the same versions, is not proven again.
+        Proofs are kept on disk: the same checker does not prove the same program again under the same torch.
         """
         from tpcompiler.check import proof
 
         return proof(self.program, self.source)
 
     def proven(self) -> Sharded:
-        """This compilation, once it is proven. Raises `CheckError`, one line, when the program is refused."""
+        """Returns this compilation if the checker accepts it; else raises `CheckError`, one line."""
         if not self.check.passed:
             first, *others = self.check.refused
             more = f" (and {len(others)} more)" if others else ""
@@ -76,7 +76,7 @@ class Sharded:
 
     @cached_property
     def memory(self) -> dict[str, int]:
-        """Bytes on the rank that holds most: parameters, as many gradients, Adam's moments, and the total of these.
+        """Bytes on the rank that holds most: its parameters, their gradients, Adam's moments, and the total of these.
 
         Activations are not included.
         """
@@ -170,10 +170,10 @@ def shard(
     progress: Progress | None = None,
     source: str = "",
 ) -> Sharded:
-    """Compile a model for the ranks of a spec, and prove the program: what is returned may be run.
+    """Compile a model for the ranks of a spec. The program that is returned is proven equal to the model.
 
     `model` is a module or a function that builds one (its parameters are then never allocated). `example_inputs` is a
-    tuple, a dictionary of keyword arguments, or both. Raises `TpcError`, one line.
+    tuple, a dictionary of keyword arguments, or a pair of both. Raises `TpcError`, one line.
     """
     seconds: dict[str, float] = {}
     tell = progress or (lambda stage: None)
@@ -189,7 +189,7 @@ def shard(
 def compile_capture(
     captured: Capture, spec: Spec, *, progress: Progress | None = None, seconds: dict[str, float] | None = None
 ) -> Sharded:
-    """The stages after capture: axes, plan, partition. The program is not proven: ask `proven` before it runs."""
+    """Runs the stages from axes to passes. The program is not proven yet: call `proven` before it runs."""
     seconds = {} if seconds is None else seconds
     tell = progress or (lambda stage: None)
     tell("inferring axes")
@@ -198,8 +198,8 @@ def compile_capture(
             captured = unfuse_dropping_attention(captured)
         captured, axes = infer_for(captured, spec)
     tell("planning")
-    while True:  # most missing forms are known from an op's record, but two show only in a plan's layouts: an op that
-        # is no product on segments of which some are split, and an axis folded into the batch
+    while True:  # Two cases without a form show only in a plan's layouts: an op other than a product over segments that
+        # are split in part, and an axis folded into the batch. All other cases are known from the ops' records.
         with _timed(seconds, "plan"):
             plan = make_plan(captured, axes, spec)
         if shared := _drops_apart(captured, axes, plan):
@@ -220,8 +220,7 @@ def compile_capture(
 
 
 def _drops_apart(captured: Capture, axes: AxisMap, plan: Plan) -> frozenset[str]:
-    """Fused attentions with dropout of which several ranks compute the same part: their kernels would draw different
-    masks."""
+    """The fused attentions with dropout that several ranks compute alike: their kernels would draw different masks."""
     tensor = {name for name in plan.mesh.names if name != "data" and plan.mesh[name] > 1}
 
     def over(name: str) -> set[str]:
@@ -232,7 +231,7 @@ def _drops_apart(captured: Capture, axes: AxisMap, plan: Plan) -> frozenset[str]
 
 
 def _without(axes: AxisMap, refused: CannotSplit) -> AxisMap:
-    """The axes with those that have no form on one rank marked whole, which costs parallelism but not correctness."""
+    """The axes, with those that have no form on one rank marked whole. That costs parallelism, never correctness."""
     assert refused.leaves, str(refused)
     mark = Mark(refused.node, refused.why)
     return replace(axes, marks=axes.marks | {leaf: (*axes.marks.get(leaf, ()), mark) for leaf in refused.leaves})
@@ -250,14 +249,15 @@ def parallelize(
 ) -> nn.Module:
     """This rank's module, ready to train. Every rank calls this function.
 
-    `mesh` is a `DeviceMesh` whose dimension names are the spec's; by default, the mesh is the processes that torchrun
-    started. Values come from `weights` (anything that `tpcompiler.weights.open_source` takes), else from `model` if it
-    is a module, else they are what its constructor draws, by the spec's seed and each parameter's name: the same on any
-    mesh. No rank ever makes or reads more than one whole parameter at a time. Buffers keep their values.
+    `mesh` is a `DeviceMesh` whose dimension names are the spec's. Its default is the processes that torchrun started.
+    `weights` is anything that `tpcompiler.weights.open_source` takes. Without it, the values are those of `model` if it
+    is a module. If it is a function, they are drawn as the constructor draws them, from the spec's seed and each
+    parameter's name, so that they are the same on any mesh. No rank ever makes or reads more than one whole parameter
+    at a time. Buffers keep their values.
 
-    `device` is by default the mesh's, or the one of the processes' backend. `dtype` is for real parameters and buffers.
-    Call `module.rng.at(step, first_sample)` on all ranks before each step to draw new dropout masks. Raises `TpcError`,
-    one line.
+    `device` is by default that of the mesh, or that of the processes' backend. `dtype` converts floating-point
+    parameters and buffers. Call `module.rng.at(step, first_sample)` on all ranks before each step to draw new dropout
+    masks. Raises `TpcError`, one line.
     """
     from tpcompiler.emit import load_source
     from tpcompiler.runtime import Rng

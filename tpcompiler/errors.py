@@ -12,7 +12,7 @@ class TpcError(Exception):
 
 
 class TpcWarning(UserWarning):
-    """Something that the user asked to be warned of, in one line. The command line prints it and goes on."""
+    """Something that the user asked to be warned of, in one line. The command line prints it and continues."""
 
 
 class SpecError(TpcError):
@@ -36,7 +36,7 @@ class WeightsError(TpcError):
 
 
 class RuleError(TpcError):
-    """A rule of the axis table does not fit its operands: pattern, shapes and node."""
+    """A rule cannot be read, or does not fit the call that it is applied to: names the rule, shapes and node."""
 
 
 class DecodeError(TpcError):
@@ -44,7 +44,7 @@ class DecodeError(TpcError):
 
 
 class RankEnded(SystemExit):
-    """This rank ends with the others. All that is to be said was said, and every `finally` on the way was run."""
+    """Ends this rank because another rank ends. The reason is already printed; `finally` blocks run as it is raised."""
 
     def __init__(self, code: int = 2) -> None:
         super().__init__(code)

@@ -21,19 +21,19 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def set_arguments(node: fx.Node, *args: Any) -> None:
-    """Sets a node's positional arguments, which may have the same types."""
+    """Sets a node's positional arguments. As in `call`, fx need not know their types."""
     node.args = args
 
 
 def set_argument(node: fx.Node, i: int, value: Any) -> None:
-    """Sets one positional argument, which may have one of the same types."""
+    """Sets positional argument `i` of a node. As in `call`, fx need not know its type."""
     node.update_arg(i, value)
 
 
 def operand(node: fx.Node, i: int = 0) -> fx.Node:
-    """Positional argument `i` of a node, which must be a node."""
+    """Positional argument `i` of a node. It must be a node itself."""
     found = node.args[i]
-    assert isinstance(found, fx.Node), f"argument {i} of {node.format_node()} is no node"
+    assert isinstance(found, fx.Node), f"argument {i} of {node.format_node()} is not a node"
     return found
 
 
@@ -76,7 +76,7 @@ def cause_of(node: fx.Node) -> Cause | None:
 
 
 def place_node(node: fx.Node, about: Placed) -> None:
-    """Sets the record of a node whose `val` is known."""
+    """Records what partitioning or a pass says about a node."""
     node.meta["placed"] = about
 
 
@@ -100,13 +100,13 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def examples(size: torch.SymInt) -> Mapping[Any, Any]:
-    """The value at the example inputs of every symbol in the graph of `size`."""
+    """Maps every symbol of the graph that `size` belongs to to its value at the example inputs."""
     env = size.node.shape_env
     return getattr(env, "backed_var_to_val", None) or env.var_to_val  # the name changed with torch 2.13
 
 
 def example_size(size: int | torch.SymInt) -> int:
-    """A size at the example inputs. A size that only the run knows (of `nonzero`) counts as the example's longest."""
+    """A size at the example inputs. One that only a run can tell, as of `nonzero`, counts as the example's longest."""
     if isinstance(size, int):
         return size
     known = examples(size)

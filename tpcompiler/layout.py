@@ -41,7 +41,7 @@ class Dim(ABC):
 
     @abstractmethod
     def runs(self, mesh: Mesh, coords: Coords) -> Runs:
-        """The global indices that a rank holds, as maximal runs in local order. Their lengths sum to `local_size`."""
+        """The global indices that a rank holds, as maximal ascending runs. Their lengths sum to `local_size`."""
 
     @property
     def over(self) -> Over:
@@ -61,7 +61,7 @@ class Factor(Dim):
     n: int
     name: str = ""
     split: Over = ()
-    dynamic: bool = False  # a batch or sequence: its size is known at run time only, and `n` stands for it
+    dynamic: bool = False  # whether it is a batch or a sequence: `n` then stands for a size known at run time only
 
     @property
     def size(self) -> int:
@@ -101,6 +101,8 @@ class Compound(Dim):
 
 @dataclass(frozen=True)
 class Product(Compound):
+    """An ordered product of dimensions. Its first part is the major one."""
+
     @property
     def size(self) -> int:
         return prod(p.size for p in self.parts)
@@ -128,6 +130,8 @@ class Product(Compound):
 
 @dataclass(frozen=True)
 class Concat(Compound):
+    """Segments that follow one another along a dimension."""
+
     @property
     def size(self) -> int:
         return sum(p.size for p in self.parts)
@@ -194,7 +198,7 @@ def unsplit(dim: Dim) -> Dim:
 
 
 def head(dim: Dim, n: int) -> Dim | None:
-    """The first `n` elements of a dimension as a dimension; None when `n` cuts through an axis that is split."""
+    """The dimension of the first `n` elements of `dim`; None when the cut goes through an axis that is split."""
     if n == dim.size:
         return dim
     if n == 0:
@@ -220,12 +224,12 @@ def head(dim: Dim, n: int) -> Dim | None:
 
 
 def major(dim: Dim, n: int) -> Dim | None:
-    """The major factors of a dimension that make up `n`; None when no cut falls there."""
+    """The major factors of a dimension whose sizes multiply to `n`; None when no factors do."""
     return _factors(dim, n, [dim.parts[:k] for k in range(len(dim.parts), 0, -1)] if isinstance(dim, Product) else [])
 
 
 def minor(dim: Dim, n: int) -> Dim | None:
-    """The minor factors of a dimension that make up `n`; None when no cut falls there."""
+    """The minor factors of a dimension whose sizes multiply to `n`; None when no factors do."""
     return _factors(dim, n, [dim.parts[k:] for k in range(1, len(dim.parts))] if isinstance(dim, Product) else [])
 
 

@@ -17,17 +17,17 @@ from tpcompiler.layout import Dim, Mesh
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter or buffer, once, however many names it has."""
+    """A parameter or buffer of the model. Tied weights are one `Parameter` with several names."""
 
-    name: str  # as `named_parameters()` or `named_buffers()` says it
-    node: str  # its placeholder in the graph
-    shape: tuple[int, ...]  # global
+    name: str  # its first name in `named_parameters()` or `named_buffers()`
+    node: str  # the name of its placeholder in the graph
+    shape: tuple[int, ...]  # of the plain model, before any split
     dtype: torch.dtype
     aliases: tuple[str, ...] = ()  # its other names (tied weights)
     trainable: bool = True  # requires_grad
     buffer: bool = False
-    persistent: bool = True  # stands in state_dict
-    value: torch.Tensor | None = field(default=None, compare=False)  # buffers: the value the constructor computed, real
+    persistent: bool = True  # whether `state_dict()` has it
+    value: torch.Tensor | None = field(default=None, compare=False)  # of a buffer: what the constructor computed
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,6 +48,7 @@ class Capture:
         module   the qualified name of the module whose forward ran it ("" = the root)
         stack    tuple of (qualified name, class name, call number), outermost first
         line     (file, line number, source text) of the user's model, or None
+    A placeholder's `meta` also has `kind` ("parameter", "buffer" or "input") and `shown`, its name for the reader.
     Sizes are read from inputs only (`sym_size` of an input placeholder). No node names a device: factory calls
     take `device=None`, which an executor replaces. Training-only values are `Training(on, off)` arguments.
     """
@@ -55,19 +56,19 @@ class Capture:
     graph: fx.Graph
     parameters: tuple[Parameter, ...]  # buffers among them
     inputs: tuple[str, ...]  # placeholders of the tensor inputs, in order
-    in_spec: pytree.TreeSpec  # of (args, kwargs), flattening to `inputs` and constants
+    in_spec: pytree.TreeSpec  # of (args, kwargs); its leaves are `input_leaves`
     out_spec: pytree.TreeSpec
-    input_leaves: tuple[Any, ...]  # flattened example: a placeholder's name (as `InputLeaf`) or a constant
+    input_leaves: tuple[Any, ...]  # the leaves of the example inputs: an `InputLeaf` for a tensor, or a constant
     model: str  # the model's class name
     source: str  # where the model stands, for messages
-    arg_names: tuple[str, ...]  # the forward's own names of the tensor inputs
+    arg_names: tuple[str, ...]  # what the model's forward calls the tensor inputs
 
     def __str__(self) -> str:
         return f"{self.model}\n" + "\n".join(map(_printed, self.graph.nodes))
 
     @cached_property
     def differentiable(self) -> frozenset[str]:
-        """Placeholders that a gradient may be asked of: trainable parameters, and inputs of a floating-point type."""
+        """Placeholders that may need a gradient: trainable parameters, and inputs of a floating-point type."""
         nodes = self.graph.find_nodes(op="placeholder")
         return self.trainable | {n.name for n in nodes if n.name in self.inputs and _is_floating(n.meta.get("val"))}
 
@@ -78,7 +79,7 @@ class Capture:
 
     @cached_property
     def asked(self) -> frozenset[str]:
-        """Placeholders that a gradient is asked of at the example: trainable parameters, and inputs that require it."""
+        """Placeholders that need a gradient in the example: trainable parameters, and inputs with `requires_grad`."""
         nodes = self.graph.find_nodes(op="placeholder")
         return self.trainable | {n.name for n in nodes if n.name in self.inputs and n.meta["val"].requires_grad}
 
@@ -98,7 +99,7 @@ def _is_floating(value: Any) -> bool:
 
 
 def _key(key: Any) -> str:
-    """One step of a path in a pytree: a dictionary's key, a place, or an attribute."""
+    """One step of a path in a pytree: a dictionary's key, an index, or an attribute."""
     return str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)))
 
 
@@ -129,9 +130,9 @@ class Collective:
     node: str  # the program node that does it
     block: str  # the block it belongs to, e.g. "h.0 · attention"
     reason: str
-    bytes: int = 0  # a rank, at the example's batch and sequence
-    count: int = 1  # of equal layers, when they are listed as one
-    halved: bool = False  # for each half of an even batch by itself
+    bytes: int = 0  # per rank, at the example's batch and sequence
+    count: int = 1  # how many collectives this record stands for, when those of equal layers are listed once
+    halved: bool = False  # whether each half of an even batch has this collective by itself
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Placed:
 
     layouts: tuple[tuple[Dim, ...], ...] = ()  # one layout for each tensor result, a `Dim` for each dimension of it
     note: str = ""  # what the node does across ranks, for the reader: "all-reduce", "partial over tensor"
-    cause: Cause | None = None  # of a collective
+    cause: Cause | None = None  # why the node communicates; None for a node that does not
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Program:
     capture: Capture
     dims: dict[str, tuple[Dim, ...]]  # parameter name → layout
     collectives: tuple[Collective, ...] = ()
-    left_sharded: frozenset[int] = frozenset()  # places of the outputs that the spec leaves as each rank has them
+    left_sharded: frozenset[int] = frozenset()  # indices of the outputs that the spec leaves sharded
 
     def __str__(self) -> str:
         return f"{self.capture.model} over {self.mesh}\n" + "\n".join(map(_printed, self.graph.nodes))

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from math import prod
 
 PRODUCT, CONCAT = "product", "concat"
-_PIECES = 64  # the most pieces that a shift may take a term apart into
+_PIECES = 64  # a shift may not take a term apart into more pieces than this
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Why an axis must stay whole."""
+    """The node and the reason why an axis must stay whole."""
 
     node: str
     why: str
@@ -28,6 +28,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Binding:
+    """What a term is made of."""
+
     kind: str  # PRODUCT or CONCAT
     parts: tuple[int, ...]
 
@@ -56,7 +58,7 @@ class Terms:
         return self._bound.get(self.find(t))
 
     def leaves(self, t: int) -> Iterator[int]:
-        """The axes that a term is made of, major first. An axis of several segments comes several times."""
+        """The axes that a term is made of, major first. An axis that stands in several segments comes once for each."""
         root = self.find(t)
         bound = self._bound.get(root)
         if bound is None:
@@ -98,7 +100,7 @@ class Terms:
         return t
 
     def unify(self, a: int, b: int, node: str) -> None:
-        """Makes two terms one. Their sizes agree, which rules check beforehand."""
+        """Makes two terms of equal size one. Rules compare the sizes beforehand."""
         a, b = self.find(a), self.find(b)
         if a == b:
             return
@@ -124,7 +126,7 @@ class Terms:
             self._distribute(list(segments.parts), list(factors.parts), node)
 
     def _refine(self, kind: str, left: list[int], right: list[int], node: str) -> None:
-        """Unifies two sequences of parts of one term at their common refinement, major first."""
+        """Unifies two ways to take one term apart, piece by piece and major first, at their common refinement."""
         left.reverse()
         right.reverse()
         while left and right:
@@ -134,7 +136,7 @@ class Terms:
                 continue
             if self._size[a] < self._size[b]:
                 a, b, left, right = b, a, right, left
-            # a is longer: take b off its front
+            # a is longer: b becomes its first part
             bound = self._bound.get(a)
             if bound is not None and bound.kind == kind:
                 left.extend(reversed(bound.parts))
@@ -152,9 +154,10 @@ class Terms:
             left.append(tail)
 
     def _shifted(self, a: int, at: int, rest: list[int]) -> bool:
-        """Whether the other side repeats the same term after a short shift: `(a | x)` and `(b | a)` with a short b.
+        """Whether term `a` is laid over a shift of itself, as by `(a | x)` and `(b | a)` with a short b.
 
-        Unification would take the term apart into pieces as long as the shift, for a sequence without limit.
+        Unification would then take `a` apart into pieces as long as the shift, which never ends for a long sequence.
+        `at` is the shift, and `rest` is what follows on the other side.
         """
         todo = list(rest)
         while todo and at * _PIECES < self._size[a]:

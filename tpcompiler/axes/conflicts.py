@@ -1,4 +1,4 @@
-"""Which axes stand beside each other in a tensor, and cannot both be split over the same ranks."""
+"""Finds axes that stand in different factors of one tensor. Such axes cannot both be split over the same ranks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ Pairs = frozenset[tuple[int, int]]
 
 
 def find_conflicts(terms: Terms, seen: Iterable[tuple[Dims, str]]) -> tuple[Pairs, Pairs]:
-    """Finds pairs of axes that stand in different factors of one tensor (smaller first), and (major, minor) neighbours
-    in a product. Marks an axis that stands twice in one tensor. Segments of one concatenation do not conflict.
+    """The pairs of axes that stand in different factors of one tensor (smaller first), and the pairs (major, minor) of
+    neighbours in a product. Segments of one concatenation do not conflict. Marks an axis that stands twice in one
+    tensor.
 
     `seen` holds the dimensions of every tensor, as it is and as ops see it, each with a node that has such a tensor.
     """
@@ -33,14 +34,14 @@ class _Walk:
         self._terms: dict[int, tuple[frozenset[int], set[int]]] = {}
 
     def tensor(self, dims: Dims) -> set[int]:
-        """The axes that stand twice in a tensor."""
+        """The axes that stand twice in a tensor. Records the conflicts within it."""
         if dims not in self._tensors:
             parts = [self.term(t) for t in dims if t is not None]
             self._tensors[dims] = set().union(*(b for _, b in parts), self.cross([a for a, _ in parts]))
         return self._tensors[dims]
 
     def term(self, t: int) -> tuple[frozenset[int], set[int]]:
-        """The axes of a term, and those that stand twice in it."""
+        """The axes of a term, and those that stand twice in it. Records conflicts and neighbours within the term."""
         root = self.terms.find(t)
         if root not in self._terms:
             bound = self.terms.binding(root)

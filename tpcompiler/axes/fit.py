@@ -15,7 +15,7 @@ from tpcompiler.ops.record import OpCall
 
 
 class Fit(Measured):
-    """A pattern fitted to one call. A letter gets its term when an operand or result that contains it is asked for.
+    """A pattern fitted to one call. `operand` and `result` give terms to the letters of one side.
 
     Raises `RuleError` as `Measured` does.
     """
@@ -31,19 +31,21 @@ class Fit(Measured):
     ) -> None:
         super().__init__(f"{op_name(node)} at {node.name}", pattern, sizes, call, dynamic)
         self.terms, self.node = terms, node
-        self.atoms: dict[str, int] = {}  # letter → its term
+        self.letter_terms: dict[str, int] = {}  # letter → its term
 
     def term(self, item: Letter | LetterGroup) -> int:
+        """The term of a letter or a group. A letter without a term gets a new one."""
         if isinstance(item, Letter):
-            if item.name not in self.atoms:
-                self.atoms[item.name] = self.terms.new(self.sizes.get(item.name, 1))
-            return self.atoms[item.name]
+            if item.name not in self.letter_terms:
+                self.letter_terms[item.name] = self.terms.new(self.sizes.get(item.name, 1))
+            return self.letter_terms[item.name]
         parts = [self.term(p) for p in item.parts]
         build = self.terms.product if item.kind == "product" else self.terms.concat
         return build(parts, self.node.name)
 
     def operand(self, side: Side, mine: Dims | None) -> Dims:
-        """An operand's dimensions as the op sees them, unified with those it has (`mine`; None for a constant)."""
+        """An operand's dimensions as the op sees them. Unifies them with the operand's own, `mine`, which is None for a
+        constant."""
         out: list[int | None] = []
         for i, (item, n) in enumerate(side):
             if n == 1 or isinstance(item, str):
@@ -51,7 +53,7 @@ class Fit(Measured):
                 continue
             own = None if mine is None else mine[i]
             if own is not None and isinstance(item, Letter):
-                self.atoms.setdefault(item.name, own)
+                self.letter_terms.setdefault(item.name, own)
             term = self.term(item)
             if own is not None:
                 self.terms.unify(own, term, self.node.name)
@@ -62,4 +64,4 @@ class Fit(Measured):
         return tuple(None if n == 1 or isinstance(item, str) else self.term(item) for item, n in side)
 
     def terms_of(self, names: Iterable[str]) -> tuple[int, ...]:
-        return tuple(self.atoms[x] for x in sorted(names) if x in self.atoms)
+        return tuple(self.letter_terms[x] for x in sorted(names) if x in self.letter_terms)

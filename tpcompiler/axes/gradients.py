@@ -10,7 +10,7 @@ from tpcompiler.ops.table import UNKNOWN, find
 
 
 def carries(node: fx.Node) -> bool:
-    """Whether gradients exist for the type of a node's value: real or, for rotations, complex."""
+    """Whether a node's value is of a type that has gradients: floating-point, or complex as rotations are."""
     return any(v.dtype.is_floating_point or v.dtype.is_complex for v in tensors(node.meta.get("val")))
 
 
@@ -23,7 +23,7 @@ def passes(node: fx.Node) -> bool:
 
 
 def _read(node: fx.Node) -> list[fx.Node]:
-    """The operands whose values matter: a gradient goes to no other."""
+    """The operands whose values a node reads. No other operand gets a gradient."""
     unread = (find(node.target) or UNKNOWN).unread if node.op == "call_function" else frozenset()
     if not unread:
         return node.all_input_nodes
@@ -31,7 +31,7 @@ def _read(node: fx.Node) -> list[fx.Node]:
 
 
 def carriers(graph: fx.Graph, sources: frozenset[str]) -> frozenset[str]:
-    """Names of the nodes that gradients pass on their way back to a placeholder in `sources`."""
+    """The names of the nodes through which gradients flow back to a placeholder in `sources`."""
     out: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -45,8 +45,8 @@ def carriers(graph: fx.Graph, sources: frozenset[str]) -> frozenset[str]:
 
 
 def reached(graph: fx.Graph) -> frozenset[str]:
-    """Names of the nodes that a gradient of an output reaches. What a model computes under `no_grad` or detaches, such
-    as the cycles of a recurrent model, is not among them."""
+    """The names of the nodes that a gradient of an output reaches. What a model detaches or computes under `no_grad`,
+    such as the cycles of a recurrent model, is not among them."""
     out: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or (node in out and passes(node)):

@@ -1,4 +1,4 @@
-"""The axes of a captured graph: every rule is applied once and unifies dimensions (docs/architecture.md).
+"""Infers the axes of a captured graph: the rule of each node unifies dimensions (docs/architecture.md).
 
 Only *live* values take part: those that depend on a parameter. Masks, positions and rotary tables do not. Any rank can
 slice a constant at no cost, so constants must not join the axes of different layers.
@@ -29,7 +29,7 @@ __all__ = ["AxisMap", "Dims", "Operand", "Relation", "bind", "infer_axes", "op_n
 
 
 def infer_axes(capture: Capture, cut: frozenset[str] = frozenset()) -> AxisMap:
-    """Applies the rule of every live node. The capture is not changed.
+    """Applies the rule of every live node. The capture is not changed. Raises `RuleError` for a rule that does not fit.
 
     `cut` names nodes that merge copies with what was copied (heads = kv heads · group). The axes of their results are
     then not tied to those of their operands: every rank runs the node whole and takes its slice of the result.
@@ -127,7 +127,7 @@ class _Inference:
         return self.fitted(node, fit, [n for n in operands if n is not None], rule, call)
 
     def opaque(self, node: fx.Node, operands: list[fx.Node | None], why: str) -> Relation:
-        """Without a rule every operand and result stays whole, which costs parallelism but never correctness."""
+        """The relation of a node without a rule: all its operands and results stay whole, for the reason `why`."""
         mark = Mark(node.name, why)
         seen = []
         for n in operands:
@@ -142,7 +142,8 @@ class _Inference:
         return Relation(UNKNOWN, "?", tuple(seen), results, (), ())
 
     def fitted(self, node: fx.Node, fit: Fit, given: list[fx.Node], rule: OpRule, call: OpCall) -> Relation:
-        """Unifies dimensions that share a letter of the pattern. Live operands come first: letters get their axes."""
+        """The relation of a node with a rule. Dimensions that share a letter of the pattern are unified. Live operands
+        come first, so that letters get their terms."""
         seen: dict[int, Operand] = {}
         for i in sorted(range(len(given)), key=lambda i: given[i].name not in self.live):
             name, side = given[i].name, fit.operands[i]
@@ -160,7 +161,7 @@ class _Inference:
         if not rule.form:
             self.mark(node, special, "has no form for a part of it")
         bound = rule.bound(call.args).items()
-        sizes = tuple((*place, fit.atoms[letter]) for letter, place in bound if letter in fit.atoms)
+        sizes = tuple((*place, fit.letter_terms[letter]) for letter, place in bound if letter in fit.letter_terms)
         operands = tuple(seen[i] for i in range(len(given)))
         return Relation(rule, fit.pattern.text, operands, results, contracted, special, sizes)
 
@@ -185,7 +186,7 @@ class _Inference:
             self.copied[node.name] = tuple(found)
 
     def severed(self, node: fx.Node, relation: Relation) -> tuple[Dims, ...]:
-        """The result's dimensions, with a new axis for the dimension that copies were merged into."""
+        """The results' dimensions, with a new axis in place of one that copies were merged into."""
         merged = set(self.copied[node.name])
         return tuple(
             tuple(self.terms.new(self.terms.size(t)) if t is not None and t in merged else t for t in dims)

@@ -16,14 +16,14 @@ _LARGE = 2**24  # larger than any size of a model
 
 
 class Primes:
-    """Represents every distinct example size by a prime of its own, so that nothing fits by accident.
+    """Represents every distinct example size by a prime of its own, so that no two sizes fit each other by accident.
 
-    Symbols with one example size (the batch of ids and of labels) are one size to the model.
+    Symbols with the same example size, such as the batch of ids and that of labels, are one size to the model.
     """
 
     def __init__(self, apart: int = 1) -> None:
         """`apart` is the least distance between primes, so that no size plus a few elements equals another size."""
-        # so large that a few thousandths of it (chunks of a sequence) are large too
+        # The primes are so large that a few thousandths of one (a chunk of a sequence) are large as well.
         self._primes = _primes_above(2**36, apart)
         self._symbols: dict[Any, int] = {}
         self._cache: dict[Any, int] = {}
@@ -42,8 +42,8 @@ class Primes:
         values = {symbol: self._prime(known.get(symbol, symbol)) for symbol in settled.free_symbols}
         number = int(settled.subs(values))
         if not values or all(int(settled.subs({s: n * k for s, n in values.items()})) == number for k in (2, 3, 5)):
-            return number  # 256 · n // n does not depend on n
-        if number < _LARGE:  # such as a remainder: a small number would fit other sizes by accident
+            return number  # a constant: 256 · n // n does not depend on n
+        if number < _LARGE:  # such as a remainder; a small number would fit other sizes by accident
             number = next(self._primes)
         self.dynamic[number] = str(expr)
         return number
@@ -55,12 +55,13 @@ class Primes:
         return self._symbols[example]
 
     def shape(self, value: torch.Tensor) -> Shape:
+        """A value's shape with a number for each symbolic size."""
         return tuple(self(n) for n in value.shape)
 
 
 def _settled(expr: Any, known: Mapping[Any, Any]) -> Any:
-    """Replaces each maximum and minimum by the term that it selects at the traced sizes, as another one might win at a
-    prime: `64 - Max(0, 64 - s)` becomes `s`."""
+    """Replaces each maximum and minimum by the term that it selects at the traced sizes, because it might select
+    another one at a prime: `64 - Max(0, 64 - s)` becomes `s`."""
 
     def winner(*terms: Any, greatest: bool) -> Any:
         return (max if greatest else min)(terms, key=lambda t: int(t.subs(known)))

@@ -25,7 +25,7 @@ def whole(*names: str) -> Callable[[OpCall], Line]:
 
 
 def _same_or_reduced(call: OpCall, d: list[str]) -> Line:
-    """One line for results that keep all dimensions, keep marked ones as `1`, or drop them."""
+    """The line of an op whose results keep every dimension, keep marked ones with one element, or drop marked ones."""
     sides = []
     for shape in call.results:
         if len(shape) == call.rank():
@@ -37,7 +37,7 @@ def _same_or_reduced(call: OpCall, d: list[str]) -> Line:
 
 
 def reduction(call: OpCall) -> Line:
-    """sum, mean: contracts the dimensions in `dim`."""
+    """`sum` and `mean`: the dimensions in `dim` are contracted."""
     over, keep, d = call.dims(), bool(call.args.get("keepdim", False)), letters(call.rank())
     return line(d, [("1" if i in over else x) for i, x in enumerate(d) if keep or i not in over])
 
@@ -51,6 +51,7 @@ def matmul(call: OpCall) -> Line:
 
 
 def addmm(call: OpCall) -> Line:
+    """`addmm` and `baddbmm`: a product plus a bias, which is broadcast from the right."""
     batch = "b " if call.rank(1) == 3 else ""
     out = f"{batch}m n".split()
     bias = out[len(out) - call.rank(0) :]
@@ -74,7 +75,7 @@ def _spaced(term: str) -> str:
 
 
 def attention(call: OpCall) -> Line:
-    """The scores need s, t and d whole, and heads are a batch. Grouped heads are (kv group)."""
+    """`scaled_dot_product_attention`. The scores need s, t and d whole; heads are a batch; grouped heads are (kv g)."""
     n = call.rank(0)
     lead = letters(n - 2)
     q, k = call.shape(0), call.shape(1)
@@ -82,7 +83,7 @@ def attention(call: OpCall) -> Line:
     heads, kv = list(lead), list(lead)
     sizes: dict[str, int] = {}
     if n >= 3 and q[-3] != k[-3]:
-        if k[-3] == 1:  # one for all: broadcast
+        if k[-3] == 1:  # one kv head, broadcast to all heads
             heads[-1], kv[-1], sizes = "g", "1", {"g": q[-3]}
         elif call.args.get("enable_gqa"):
             heads[-1], kv[-1] = "(kv g)", "kv"
@@ -97,7 +98,7 @@ def attention(call: OpCall) -> Line:
 
 
 def layer_norm(call: OpCall) -> Line:
-    """A norm over one dimension has a form for a part of it, which reduces the statistics."""
+    """`layer_norm` and `rms_norm`. A norm over one dimension has a form for a part of it, which reduces statistics."""
     lead = call.rank() - len(call.args["normalized_shape"])
     mark = "+" if call.rank() - lead == 1 else "!"
     d = [x if i < lead else x + mark for i, x in enumerate(letters(call.rank()))]
@@ -106,14 +107,14 @@ def layer_norm(call: OpCall) -> Line:
 
 
 def weight_norm(call: OpCall) -> Line:
-    """Each row along `dim` of `v` gets the length that `g` says: the other dimensions are needed whole."""
+    """`_weight_norm`: scales each slice of `v` along `dim` to the length in `g`, so other dimensions stay whole."""
     d = [x if i == call.args["dim"] else x + "!" for i, x in enumerate(letters(call.rank()))]
     lengths = [x if i == call.args["dim"] else "1" for i, x in enumerate(d)]
     return f"{' '.join(d)}, {' '.join(lengths)} -> {' '.join(d)}"
 
 
 def cross_entropy(call: OpCall) -> Line:
-    """The classes are dimension 1, or dimension 0 of a single sample, and have a form for a part of them."""
+    """Dimension 1 holds the classes (dimension 0 for a single sample). The op has a form for a part of them."""
     if call.floating[1]:
         return None  # targets are probabilities
     n = call.rank()
@@ -131,6 +132,6 @@ def last_two_whole(call: OpCall) -> Line:
 
 
 def grouped_product(call: OpCall) -> Line:
-    """Rows times the matrix of their group. Other ranks of operands, a bias or another dtype have no rule."""
+    """Multiplies each row by the matrix of its group. There is no rule for other ranks, a bias or an output dtype."""
     plain = call.rank(0) == 2 and call.rank(1) == 3 and len([s for s in call.operands if s is not None]) == 3
     return "m k, e! k n, e! -> m n" if plain and call.args.get("out_dtype") is None else None

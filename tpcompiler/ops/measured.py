@@ -14,11 +14,11 @@ Side = list[tuple[Item, int]]  # one tensor: for each dimension, an item of the 
 
 
 class Measured:
-    """The sides of a pattern, and the sizes of its letters. `operands` are those that the call gives, None where the
-    pattern says that an operand's values do not matter.
+    """The sides of a pattern, and the sizes of its letters. `operands` has a side for each operand that the call gives,
+    or None where the op does not read its values.
 
-    `dynamic` holds sizes that stand for ones known at run time only. Raises `RuleError`, with the pattern, the shapes
-    and `where`, when the pattern does not fit.
+    `dynamic` holds the sizes that stand for ones known at run time only. Raises `RuleError`, which says `where`, the
+    pattern and the shapes, when the pattern does not fit the call.
     """
 
     def __init__(
@@ -41,23 +41,24 @@ class Measured:
 
     @property
     def contracted(self) -> set[str]:
-        """Letters that are summed: operands have them, results do not."""
+        """The letters that the op sums over: operands have them, results do not."""
         return _names(self.operands) - _names(self.results) - self.whole - self.pattern.dropped
 
     @property
     def copies(self) -> set[str]:
-        """Letters along which the op copies: results have them, operands do not."""
+        """The letters along which the op copies: results have them, operands do not."""
         return _names(self.results) - _names(self.operands) - self.whole
 
     def size(self, item: Letter | LetterGroup) -> int:
+        """The elements of a letter or of a group."""
         if isinstance(item, Letter):
             return self.sizes.get(item.name, 1)
         sizes = [self.size(p) for p in item.parts]
         return prod(sizes) if item.kind == "product" else sum(sizes)
 
     def flops(self, rule: OpRule, call: OpCall) -> int:
-        """Floating-point operations of the op's products: one multiplication and one addition for each combination of
-        the letters of two operands."""
+        """Floating-point operations of the op's products: for each product, one multiplication and one addition for
+        every combination of the letters of its two operands."""
         sides = [*self.operands, *self.results]
         if rule.products:
             return sum(2 * self._volume(_names([sides[i], sides[j]])) for i, j in rule.products)
@@ -71,7 +72,7 @@ class Measured:
         return prod(self.sizes.get(name, 1) for name in names)
 
     def _side(self, items: tuple[Item, ...], shape: Shape) -> Side:
-        """The letters that `...` covers are numbered from the right."""
+        """Pairs the items of a side with the sizes of a shape. The letters for `...` are numbered from the right."""
         dots = sum(item in (ELLIPSIS, WHOLE_ELLIPSIS) for item in items)
         extra = len(shape) - len(items) + dots
         if extra < 0 or (not dots and extra):
@@ -85,7 +86,7 @@ class Measured:
         return list(zip(flat, shape, strict=True))
 
     def _part(self, dynamic: Container[int]) -> None:
-        """Replaces a letter with two sizes, which are equal only at run time, by two letters that are needed whole."""
+        """Replaces a letter with several sizes, equal at run time only, by a letter for each size, needed whole."""
         sides = [x for x in self.operands if x is not None] + self.results
         found: dict[str, set[int]] = {}
         for item, n in (pair for side in sides for pair in side):
@@ -110,7 +111,8 @@ class Measured:
                     self._solve(item, n)
 
     def _solve(self, group: LetterGroup, n: int) -> None:
-        """Deduces the one size that a group of known size leaves open, and checks the rest."""
+        """Computes the one unknown size in a group of `n` elements. Raises `RuleError` if there are several, or if the
+        sizes do not make up `n`."""
         unknown = list(dict.fromkeys(x.name for x in group.letters() if x.name not in self.sizes))
         if len(unknown) > 1:
             raise self.misfit(f"sizes of {' and '.join(unknown)} are open")
@@ -127,7 +129,7 @@ def _names(sides: Sequence[Side | None]) -> set[str]:
 
 
 def _present(pattern: Pattern, operands: Sequence[Shape | None]) -> tuple[tuple[Item, ...] | None, ...]:
-    """A pattern's operands without those that the call leaves out, such as a bias or a mask."""
+    """The sides of a pattern without those of operands that the call leaves out, such as a bias or a mask."""
     if len(pattern.operands) == sum(s is not None for s in operands):
         return pattern.operands
     return tuple(items for items, s in zip(pattern.operands, operands, strict=False) if s is not None)

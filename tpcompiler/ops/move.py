@@ -13,7 +13,7 @@ from tpcompiler.ops.views import Shape, view_pattern
 
 def view(call: OpCall) -> Line:
     before = call.shape()
-    if 0 in before or prod(before) != prod(call.results[0]):  # sizes that are equal at run time only
+    if 0 in before or prod(before) != prod(call.results[0]):  # empty, or of sizes that are equal at run time only
         return None
     return view_pattern(before, call.results[0])
 
@@ -98,8 +98,11 @@ def slice_scatter(call: OpCall) -> Line:
 
 
 def stretch(call: OpCall, before: Shape, after: Shape, *, steps: bool) -> tuple[str, str, dict[str, int]]:
-    """How dimension `dim`, and the part of it from `start` on, are made of letters: of what is before, in and after the
-    part, or of every k-th element."""
+    """Dimension `dim` before the op, the part of it that starts at `start`, and the sizes of their letters.
+
+    The dimension is `(p | q | r)`: what lies before the part, the part, and what lies after it. If the part is every
+    k-th element, which needs `steps`, the dimension is `(q k!)`.
+    """
     n, m, step, start = before[call.dim()], after[call.dim()], call.args.get("step") or 1, call.args.get("start") or 0
     if n == m:
         return "n", "n", {}
@@ -109,11 +112,11 @@ def stretch(call: OpCall, before: Shape, after: Shape, *, steps: bool) -> tuple[
         return f"({' | '.join(sizes)})", "q", sizes
     if steps and n == m * step and start < step:
         return "(q k!)", "q", {"q": m, "k": step}
-    return "n!", "m!", {}  # it starts or ends where is known at run time only
+    return "n!", "m!", {}  # its start or end is known at run time only
 
 
 def split(call: OpCall) -> Line:
-    """split, split_with_sizes, chunk: segments of a dimension."""
+    """`split`, `split_with_sizes` and `chunk`: the results are segments of dimension `dim`."""
     sizes = {f"s{k}": shape[call.dim()] for k, shape in enumerate(call.results) if shape[call.dim()]}
     if len(sizes) == 1:
         return None
@@ -142,7 +145,7 @@ def stack(call: OpCall) -> Line:
 
 
 def index(call: OpCall) -> Line:
-    """x[…, i, …] with tensors: indexed dimensions are needed whole, the others stay."""
+    """`x[…, i, …]` with tensors of indices: the indexed dimensions are needed whole, the others stay."""
     slots = [*call.args["indices"], *[None] * (call.rank() - len(call.args["indices"]))]
     used = [i for i, s in enumerate(slots) if s is not None]
     if used != list(range(used[0], used[-1] + 1)):

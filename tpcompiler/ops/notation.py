@@ -2,14 +2,14 @@
 
     linear   "... i, o i, o -> ... o"         a letter is a dimension; shared letters are one axis; i is contracted
     softmax  "... n! -> ... n!"               ! = needed whole
-    lookup   "v+ h, ... -> ... h"             + = split only by a form of the op made for it
+    lookup   "v+ h, ... -> ... h"             + = may be split, because the runtime has a form of the op for a part
     split    "... (q | k) -> ... q, ... k"    a concatenation
     view     "b (h d) -> b h d"               a product, major first
-    repeat   "< n > -> < (n r) >"             < and > = the dimensions before and after the argument `dim`
-    type_as  "..., _ -> ..."                  _ = an operand whose values do not matter
+    repeat   "< n > -> < (n r) >"             < and > = the dimensions before and after dimension `dim`
+    type_as  "..., _ -> ..."                  _ = an operand whose values the op does not read
 
-`...` stands for any dimensions, aligned at the right and broadcast, and `...!` for dimensions that are all needed
-whole; `1` is a dimension of one element.
+`...` stands for any number of dimensions, which are aligned at the right and broadcast. `...!` stands for dimensions
+that are all needed whole. `1` is a dimension of one element.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ _TOKEN = re.compile(r"\.\.\.!?|[A-Za-z][A-Za-z0-9]*[!+]?|1|[()|_]")
 
 @dataclass(frozen=True)
 class Letter:
+    """A letter of a rule: a dimension or a factor of one."""
+
     name: str
-    whole: bool = False
-    special: bool = False
+    whole: bool = False  # marked `!`
+    special: bool = False  # marked `+`
 
 
 @dataclass(frozen=True)
 class LetterGroup:
-    """`(a b)` or `(a | b)`."""
+    """A dimension made of several letters: a product `(a b)` or a concatenation `(a | b)`."""
 
     kind: str  # "product" | "concat"
     parts: tuple[Letter | LetterGroup, ...]
@@ -47,8 +49,10 @@ Item = Letter | LetterGroup | str  # str: "...", "...!" or "1"
 
 @dataclass(frozen=True)
 class Pattern:
+    """A rule's line, parsed: one side for each operand and result, one item for each dimension."""
+
     text: str
-    operands: tuple[tuple[Item, ...] | None, ...]  # None: `_`
+    operands: tuple[tuple[Item, ...] | None, ...]  # None for `_`
     results: tuple[tuple[Item, ...], ...]
 
     def letters(self, side: tuple[tuple[Item, ...] | None, ...]) -> set[str]:
@@ -56,11 +60,12 @@ class Pattern:
 
     @property
     def dropped(self) -> set[str]:
-        """Letters of segments that do not reach the result: the op leaves them out and does not sum them."""
+        """The letters of segments that no result has. The op leaves such segments out; it does not sum them."""
         segments = {x.name for items in self.operands for item in items or () for x in _segments(item)}
         return segments - self.letters(self.results)
 
     def marked(self, attribute: str) -> set[str]:
+        """The letters that are "whole" or "special" in any place."""
         sides = (*self.operands, *self.results)
         return {x.name for items in sides for item in items or () for x in letters_of(item) if getattr(x, attribute)}
 
@@ -78,7 +83,7 @@ def _segments(item: Item) -> tuple[Letter, ...]:
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Pattern:
-    """Parse a rule. Raises `RuleError` naming the part that cannot be read."""
+    """Parses a rule's line. Raises `RuleError`, which names the part that cannot be read."""
     sides = text.split("->")
     if len(sides) != 2:
         raise RuleError(f"rule {text!r}: needs exactly one '->'")
@@ -129,6 +134,6 @@ def _letter(token: str) -> Letter:
 
 
 def check_line(text: str) -> set[str]:
-    """The letters of a line that may have `<` and `>`. Raises `RuleError` as `parse` does."""
+    """The letters of a line, which may contain `<` and `>`. Raises `RuleError` as `parse` does."""
     pattern = parse(re.sub(r"<|(?<!-)>", "", text))
     return pattern.letters((*pattern.operands, *pattern.results))

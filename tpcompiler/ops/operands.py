@@ -9,7 +9,7 @@ from torch import fx
 
 
 def op_name(node: fx.Node) -> str:
-    """The name of a node's op: `linear`, or `mylib::rotate` for an op of another library."""
+    """The name of a node's op: `linear` for one of ATen, `mylib::rotate` for one of another library."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.replace("aten::", "")
@@ -37,7 +37,8 @@ def argument_place(node: fx.Node, name: str) -> int:
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node | None]:
-    """Tensor operands in schema order, lists flattened, None for those left out. Without a schema: as fx lists them."""
+    """The tensor operands in schema order: lists are flattened, and an operand that is left out is None. Operands of a
+    node without a schema come in fx's order."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     out: list[fx.Node | None] = []

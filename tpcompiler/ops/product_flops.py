@@ -1,4 +1,4 @@
-"""Floating-point operations of one call, as the op's record tells them."""
+"""Counts the floating-point operations of one call from the op's record."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from tpcompiler.ops.views import Shape
 
 
 def product_flops(node: fx.Node, shapes: Callable[[fx.Node], Sequence[Shape]]) -> int:
-    """2·m·n·k for each matrix product of the call, 0 for other ops. `shapes` gives those of a node's tensor results.
+    """Floating-point operations of one call: 2·m·n·k for each matrix product in it, 0 for other ops.
 
-    Attention counts whole even where it is causal, as the paper does (arXiv 1909.08053; the formula of
-    arXiv 2104.04473, §5.1).
+    `shapes` gives the shapes of a node's tensor results.
+    Causal attention counts as if no score were masked, as in arXiv 1909.08053 and in the formula of arXiv 2104.04473,
+    §5.1.
     """
     rule = find(node.target) or UNKNOWN
     if not rule.sums and not rule.products:

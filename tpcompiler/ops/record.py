@@ -14,11 +14,11 @@ PARTS = ("", "span", "segments")
 
 @dataclass(frozen=True)
 class OpCall:
-    """One call of an op: the shapes of its tensor operands in schema order, lists flattened, None where left out."""
+    """One call of an op, as its rule sees it."""
 
-    operands: tuple[Shape | None, ...]
+    operands: tuple[Shape | None, ...]  # shapes of tensors in schema order, lists flattened; None for one left out
     results: tuple[Shape, ...]
-    args: Mapping[str, Any]  # every argument by its schema name, defaults filled in; tensors are left as nodes
+    args: Mapping[str, Any]  # every argument by its schema name, with defaults filled in; a tensor is its node
     floating: tuple[bool, ...] = ()  # whether each operand has a floating dtype
 
     def shape(self, i: int = 0) -> Shape:
@@ -33,14 +33,14 @@ class OpCall:
         return int(self.args[name]) % max(self.rank(), 1)
 
     def dims(self, name: str = "dim") -> list[int]:
-        """The dimensions that an argument lists. As in torch, none listed means all of them."""
+        """The dimensions that an argument lists. As in torch, an empty list or None stands for all dimensions."""
         given, n = self.args.get(name), self.rank()
         if given is None or given == [] or n == 0:
             return list(range(n))
         return [i % n for i in (given if isinstance(given, list | tuple) else [given])]
 
 
-Line = str | tuple[str, dict[str, int]] | None  # with sizes of letters; None: no rule for these arguments
+Line = str | tuple[str, dict[str, int]] | None  # a line, perhaps with sizes of letters; None: these arguments have none
 
 
 @dataclass(frozen=True)
@@ -60,31 +60,31 @@ class OpRule:
     `line` is in the notation of `notation.py`, or a function that writes it for one call.
 
     What the dimensions are
-        sizes     letter → the argument that is its size; a list gives the sizes of `r0`, `r1`, …. When the letter is
-                  split, the partitioner replaces the argument by this rank's size.
+        sizes     letter → the argument that is its size; an argument that is a list has the sizes of `r0`, `r1`, ….
+                  When the letter is split, the partitioner replaces the argument by this rank's size
         shape     the argument that lists the result's sizes, from dimension `dim` on if the op has such an argument
         part      "span": `start` and `end` are positions along dimension `dim`; "segments": the results are segments
                   of dimension `dim`, as `split_with_sizes` gives them
     What the op computes
-        sums      a contracted letter may be split: the partial results of the ranks add up
-        average   the sum is divided by the number of elements that are summed
+        sums      a contracted letter may be split, since the result is the sum of the ranks' partial results
+        average   the op divides the sum by the number of elements that are summed
         scales    arguments that must be 1 for the sum to be one of products and a bias
         form      the runtime's operator for a part of a letter marked `+`: "lookup", "layer_norm", "rms_norm", "loss".
                   It reads the op's arguments by the names that torch's own op has
         product   the op is `x @ weight + bias`
-        products  pairs of operands that are multiplied (-1: the result) where `sums` does not say it: for FLOPs. Two
-                  pairs are attention
-        linear    the operands in each of which the op is linear while the others stay
+        products  pairs of operands that are multiplied (-1 is the result), for counting FLOPs, where `sums` does not
+                  say it. An op with two pairs is attention
+        linear    the operands in which the op is linear, each while the others are fixed
     What happens around it
-        gradient  whether a gradient of the result becomes one of the operands'
-        forgets   backward needs none of the op's values, as a sum's does not
+        gradient  gradients flow through the op to its operands
+        forgets   backward needs neither the op's operands nor its result, as for a sum
         kept      selective recomputation keeps the result for backward instead of computing it again
-        constant  the op reads no values, only given sizes: any rank can compute it
-        sizes_alone  the op reads the sizes of its operand, and none of its values
+        constant  the op reads no values, so that any rank can compute it
+        sizes_alone  the op reads the sizes of its operand and none of its values
     Along the sequence, for generation token by token
-        moves     the op gives values of its one operand, all or some of them, and computes nothing
-        neutral   the value with which elements of a dimension marked `!` leave all the other results as they are
-        scan      along such a dimension, an element's result depends on those up to it alone
+        moves     the op returns values of its one operand, all or some of them, and computes nothing
+        neutral   the value at which an element along a dimension marked `!` does not change the other results
+        scan      along such a dimension, a result depends only on the elements up to its own
     """
 
     line: str | Callable[[OpCall], Line]
@@ -114,7 +114,7 @@ class OpRule:
 
     @property
     def unread(self) -> frozenset[int]:
-        """The operands whose values do not matter (`_` in the line)."""
+        """The indices of the operands whose values the op does not read (`_` in the line)."""
         sides = self.line.split("->")[0].split(",") if isinstance(self.line, str) else ()
         return frozenset(i for i, side in enumerate(sides) if side.strip() == "_")
 
@@ -123,7 +123,7 @@ class OpRule:
         return self.sums and all(args[name] == 1 for name in self.scales)
 
     def bound(self, args: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
-        """For each letter whose size is an argument: the argument, and the place in it when it is a list."""
+        """For each letter whose size is an argument: the argument's name, and an index when the argument is a list."""
         out: dict[str, tuple[str, int | None]] = {}
         for letter, name in self.sizes.items():
             if isinstance(args[name], list | tuple):
@@ -133,7 +133,8 @@ class OpRule:
         return out
 
     def pattern(self, call: OpCall) -> tuple[str, dict[str, int]] | None:
-        """The line of one call, and the sizes that shapes alone do not tell. None when no rule covers the call."""
+        """The line for one call, and the sizes of letters that shapes alone do not tell. None if the record has no line
+        for such arguments."""
         said = self.line if isinstance(self.line, str) else self.line(call)
         text, sizes = said if isinstance(said, tuple) else (said, {})
         if text is not None and "<" in text:
@@ -147,7 +148,7 @@ class OpRule:
 
 
 def _around(text: str, call: OpCall) -> str | None:
-    """A line with `<` and `>` written out as the letters before and after the first operand's dimension `dim`."""
+    """The line with `<` and `>` written out as the first operand's dimensions before and after dimension `dim`."""
     name = "dim" if "dim" in call.args else "dimension"
     if call.args.get(name) is None:
         return None

@@ -1,7 +1,7 @@
 """The table of ops: one `OpRule` for each, whose line is a function where it depends on the op's arguments.
 
-An op that torch itself tags as pointwise needs no line. Any other op that is not in the table is never split, which is
-no error. Users add ops of their own with `rule`.
+An op that torch itself tags as pointwise needs no line. Any other op that is not in the table still runs, but is never
+split. Users add ops of their own with `rule`.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ RULES: dict[str, OpRule] = {
     **_each("scatter.src scatter.value scatter_add scatter_reduce.two", OpRule(writes.scatter)),
     "aten::index_put": OpRule(writes.index_put),
     **_each("index_add index_copy", OpRule("< n! >, m!, < m! > -> < n! >")),
-    # values of one operand only
+    # only the values of the first operand are read
     **_each("type_as to.other", OpRule("..., _ -> ...")),
-    # sizes of one operand only
+    # only the sizes of the first operand are read, or no gradient flows
     "aten::detach": OpRule(compute.pointwise, gradient=False, moves=True),
     **_each("zeros_like ones_like full_like empty_like", OpRule(compute.pointwise, gradient=False, sizes_alone=True)),
     **_each("new_empty new_zeros new_ones new_full", OpRule("_ -> ...", constant=True, sizes_alone=True)),
@@ -143,7 +143,7 @@ RULES: dict[str, OpRule] = {
     **_each("greater.Tensor greater.Scalar less.Tensor less.Scalar", _POINTWISE),
 }
 
-UNKNOWN = OpRule("")  # of an op without a rule
+UNKNOWN = OpRule("")  # the record of an op that has none
 
 
 def rule(op: str, line: str | OpRule, **known: Any) -> None:
@@ -152,9 +152,9 @@ def rule(op: str, line: str | OpRule, **known: Any) -> None:
         tpc.rule("mylib::rotate", "... h! -> ... h!")
         tpc.rule("mylib::project", "... i, i o -> ... o", sums=True, linear=(0, 1))
 
-    `op` is `namespace::name` or `namespace::name.overload`. The operands of the line are the op's tensor arguments, in
-    order. `known` are fields of `OpRule`, which may also be given whole in place of the line. The checker does not
-    trust it. Raises `RuleError` when the line cannot be read or a field is not known.
+    `op` is `namespace::name` or `namespace::name.overload`. The operands in the line are the op's tensor arguments, in
+    order. `known` gives other fields of `OpRule`; a whole `OpRule` may stand in place of the line. The checker does not
+    trust the rule. Raises `RuleError` when the line cannot be read, or for a field that `OpRule` does not have.
     """
     try:
         record = line if isinstance(line, OpRule) else OpRule(line, **known)
@@ -168,7 +168,7 @@ def rule(op: str, line: str | OpRule, **known: Any) -> None:
 
 
 def find(op: object) -> OpRule | None:
-    """The record of an op: the table's, or a pointwise one when torch itself tags the op so."""
+    """The record of an op: the table's, else a pointwise one if torch tags the op as pointwise, else None."""
     if not isinstance(op, torch._ops.OpOverload):
         return None
     name, overload = op._schema.name, op._overloadname

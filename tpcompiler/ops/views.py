@@ -1,4 +1,4 @@
-"""The rule of views, which no single line can express: both shapes of a view in common factors."""
+"""The rule of views, which no single line can express: it writes both shapes of a view in common factors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ Shape = tuple[int, ...]
 
 
 def view_pattern(before: Shape, after: Shape) -> tuple[str, dict[str, int]]:
-    """A pattern and its letters' sizes for `x.view(after)` of a tensor of shape `before`, both of known sizes.
+    """The pattern of `x.view(after)` for a tensor of shape `before`, and the sizes of its letters.
 
-    Both shapes are cut into the shortest groups of equal product. A group whose cuts, seen from the minor side, divide
-    one another has common factors; one whose cuts do not (4·6 seen as 3·8) has none, and its dimensions stay whole.
+    Both shapes are taken apart into the shortest groups of dimensions with equal products. A dimension begins and ends
+    at a *cut*: the product of all dimensions of its group to the right. If the cuts of both shapes divide one another,
+    the group has common factors. If they do not (4·6 seen as 3·8), its dimensions stay whole.
     """
     left: list[str] = ["1" if n == 1 else "" for n in before]
     right: list[str] = ["1" if n == 1 else "" for n in after]
@@ -68,7 +69,7 @@ def _cuts(shape: Shape, dims: list[int]) -> set[int]:
 
 
 def _spans(shape: Shape, dims: list[int]) -> list[tuple[int, int, int]]:
-    """(dimension, its high cut, its low cut) for each dimension, major first."""
+    """(dimension, its upper cut, its lower cut) for each dimension, major first."""
     out, low = [], 1
     for d in reversed(dims):
         high = low * shape[d]

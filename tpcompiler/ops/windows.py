@@ -1,4 +1,4 @@
-"""Lines of ops that read a neighbourhood (convolutions, pooling, unfolding): space stays whole, channels need not."""
+"""Lines of ops that read a neighbourhood (convolutions, pooling, unfolding): space stays whole, channels may split."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tpcompiler.ops.record import Line, OpCall, letters
 
 
 def convolution(call: OpCall) -> Line:
-    """Output channels may be split, and so may groups of channels: with one channel a group, each is a batch."""
+    """Output channels may be split, and so may groups of channels. With one channel per group, channels are a batch."""
     places = call.rank(1) - 2
     if call.rank() != places + 2 or call.args.get("transposed"):
         return None
@@ -23,7 +23,7 @@ def im2col(call: OpCall) -> Line:
 
 
 def pooled(places: int) -> Callable[[OpCall], Line]:
-    """An op that changes the sizes of the last `places` dimensions. All results are alike."""
+    """The line of an op that changes the sizes of the last `places` dimensions. All its results have one shape."""
 
     def rule(call: OpCall) -> Line:
         lead = letters(call.rank() - places)

@@ -1,5 +1,5 @@
-"""Lines of ops that write a value into a part of another. They need the dimension that is written along whole, unless
-what is written is one stretch of it, a segment."""
+"""Lines of ops that write a value into a part of another. The dimension along which they write stays whole, unless the
+part is one segment of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tpcompiler.ops.record import Line, OpCall, letters
 
 
 def scatter(call: OpCall) -> Line:
-    """scatter, scatter_add: along the other dimensions an element keeps its place, if the sizes agree."""
+    """`scatter` and `scatter_add`. Dimensions other than `dim` may be split where the operands' sizes agree."""
     i, shapes = call.dim(), [s for s in call.operands if s is not None]
     sides = []
     for name, shape in zip("dps", shapes, strict=False):
@@ -19,7 +19,7 @@ def scatter(call: OpCall) -> Line:
 
 
 def index_put(call: OpCall) -> Line:
-    """x[…, i, …] = y: what is indexed is needed whole."""
+    """`x[…, i, …] = y`: the indexed dimensions are needed whole."""
     slots = [*call.args["indices"], *[None] * (call.rank() - len(call.args["indices"]))]
     used = [i for i, s in enumerate(slots) if s is not None]
     if not used or used != list(range(used[0], used[-1] + 1)):

@@ -2,11 +2,11 @@
 
 The op's record (`ops`) says what the op does to a split axis. This stage knows the four consequences:
 
-    contracted    the result is partial                   → `reduce`, and a bias is added once after it
-    special       the op has a special form               → `lookup`, `cross_entropy`, and norms that reduce statistics
-    lacked        an operand that needs a gradient lacks an axis that the result or the contraction has
-                                                          → the operand enters, once for each value
-    leaves whole  a sharded output                        → `gather`
+    The axis is contracted                → the result is partial; `reduce` sums it, then a bias is added once.
+    The op has a special form for a part  → the runtime's `lookup`, `cross_entropy` or norm takes the op's place.
+    An operand that needs a gradient lacks an axis of the result or of the contraction
+                                          → the operand gets an `enter`, one for all its users.
+    An output that must be whole is split → `gather`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One rank's graph while it is built: the local form of every plain value, and the nodes that any rewrite may add."""
+"""Builds one rank's graph: keeps the local form of every plain value, and adds the nodes that any rewrite may need."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tpcompiler.program import Capture, Cause, Placed
 
 
 class CannotSplit(PlanError):
-    """Raised for axes that have no form on one rank, which only a plan's layouts show. The next plan excludes them."""
+    """Raised for axes that have no form on one rank. Only a plan's layouts show this. The next plan excludes them."""
 
     def __init__(self, node: str, why: str, leaves: tuple[int, ...]) -> None:
         super().__init__(f"{why} (at {node})")
@@ -30,7 +30,7 @@ class CannotSplit(PlanError):
 
 @dataclass(frozen=True)
 class Applied:
-    """A node of the plain graph that a rule was applied to, and its operands on this rank."""
+    """A node of the plain graph with the relation that its rule gave, and its operands on this rank."""
 
     node: fx.Node
     relation: Relation
@@ -47,7 +47,7 @@ class Applied:
 
 
 class Builder:
-    """The graph and the nodes in it. A value enters at most once, and is taken at most once, for all its users."""
+    """One rank's graph while it is built. All users of a value share its `enter` and its `take`."""
 
     def __init__(self, capture: Capture, axes: AxisMap, plan: Plan) -> None:
         self.capture, self.axes, self.plan = capture, axes, plan
@@ -57,7 +57,7 @@ class Builder:
         self._entered: dict[tuple[fx.Node, Over], fx.Node] = {}
         self._taken: dict[tuple[fx.Node, int, Dim], fx.Node] = {}
 
-    # -- the plan, asked about terms --------------------------------------------------------------------------------
+    # -- what the plan says about terms -----------------------------------------------------------------------------
 
     def dim(self, term: int | None) -> Dim:
         return self.plan.dim(self.axes, term)
@@ -69,27 +69,29 @@ class Builder:
         return tuple(dict.fromkeys(leaf for t in terms for leaf in self.axes.leaves(t) if leaf in self.plan.split))
 
     def over(self, terms: Sequence[int | None]) -> Over:
-        """Mesh dimensions that split any axis of these terms."""
+        """The mesh dimensions that split any axis of these terms."""
         return self.in_order({n for leaf in self.split_axes(terms) for n in self.plan.split[leaf]})
 
     def in_order(self, names: set[str]) -> Over:
         return tuple(n for n in self.plan.mesh.names if n in names)
 
     def lacking(self, terms: Sequence[int | None], present: Over) -> Over:
-        """Mesh dimensions of `present` that split none of these terms."""
+        """The mesh dimensions in `present` that split none of these terms."""
         mine = self.over(terms)
         return tuple(n for n in present if n not in mine)
 
     def refuse(self, node: fx.Node, why: str, *terms: int | None) -> CannotSplit:
+        """The error for the split axes of these terms, ready to raise."""
         return CannotSplit(node.name, why, self.split_axes(terms))
 
     # -- nodes ------------------------------------------------------------------------------------------------------
 
     def call(self, target: Any, *args: Any) -> fx.Node:
-        """A node without metadata yet."""
+        """Adds a call. Its node has no metadata yet."""
         return call(self.graph, target, args)
 
     def copy(self, node: fx.Node) -> fx.Node:
+        """Adds a plain node as it is, on this rank's operands."""
         return self.describe(self.graph.node_copy(node, self.env.__getitem__), node)
 
     def describe(
@@ -125,11 +127,14 @@ class Builder:
         dims: Sequence[Dim] | None = None,
         cause: Cause | None = None,
     ) -> fx.Node:
-        """Adds a call of a runtime operator. `cause` says which op and axes need it, for the list of collectives."""
+        """Adds a call of a runtime operator. `cause` tells the list of collectives which op and axes need it."""
         return self.describe(self.call(target, *args), like, dims, note, cause)
 
     def enter(self, value: fx.Node, source: fx.Node, over: Over, cause: Cause) -> fx.Node:
-        """The value, with a gradient that is summed over ranks (Megatron's f). `source` is the plain value."""
+        """The value with a gradient that is summed over ranks: the operator *f* of Megatron-LM (arXiv 1909.08053, §3).
+
+        `source` is the plain value.
+        """
         if (value, over) not in self._entered:
             self._entered[value, over] = self.insert(
                 runtime.enter, (value, over), source, "backward: all-reduce", layout_of(value), cause

@@ -1,4 +1,4 @@
-"""Ops over a split axis: their partial results are summed over the ranks, and a bias or a division comes after."""
+"""Ops that contract a split axis. Their partial results are summed over the ranks; a bias or a division comes after."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def contraction(b: Builder, op: Applied, partial: Over) -> fx.Node:
-    """The op on this rank's part, with its partial result reduced."""
+    """Computes the op on this rank's part, and reduces the partial result over the mesh dimensions in `partial`."""
     product = op.relation.rule.product
     if op.relation.rule.average:
         return _average(b, op, partial)
@@ -36,7 +36,7 @@ def multiplied(b: Builder, product: WeightProduct, x: fx.Node, weight: fx.Node) 
 
 
 def reduced(b: Builder, op: Applied, new: fx.Node, over: Over) -> fx.Node:
-    """The sum over ranks of `new`, a partial form of the op's result."""
+    """Sums `new`, this rank's partial result of the op, over the ranks along `over`."""
     dims = b.dims(op.relation.results[0])
     b.describe(new, op.node, dims, partial_note(over))
     cause = Cause(op.name, b.split_axes(op.relation.contracted), op.relation.rule.form)
@@ -44,7 +44,7 @@ def reduced(b: Builder, op: Applied, new: fx.Node, over: Over) -> fx.Node:
 
 
 def _add_bias(b: Builder, op: Applied, out: fx.Node, bias: fx.Node) -> fx.Node:
-    """Adds the bias once, after the reduction. The bias may lack an axis that the result has, and then enters."""
+    """Adds the bias once, after the reduction. A bias that lacks a split axis of the result gets an `enter`."""
     value = b.env[bias]
     (result,) = op.relation.results
     mine = next(o for o in op.relation.operands if o.node == bias.name)
@@ -56,7 +56,7 @@ def _add_bias(b: Builder, op: Applied, out: fx.Node, bias: fx.Node) -> fx.Node:
 
 
 def _average(b: Builder, op: Applied, partial: Over) -> fx.Node:
-    """An average: the sum of this rank's part, all-reduced, over the whole count, since parts may differ in length."""
+    """Sums this rank's part, reduces it, and divides by the whole count, because ranks' parts may differ in length."""
     args = op.args
     shape, given = b.axes.sizes[args["self"].name][0], args.get("dim")
     dims: list[int] = list(range(len(shape))) if given in (None, []) else _listed(given)

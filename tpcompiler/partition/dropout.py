@@ -1,4 +1,4 @@
-"""Dropout on one rank. Its mask is counter-based: that of an element depends on its place in the whole value."""
+"""Dropout on one rank. Masks are counter-based: an element's mask depends on its place in the whole value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def dropout(b: Builder, node: fx.Node) -> fx.Node:
-    """The runtime's dropout, which is told the global elements that this rank holds and where the samples are."""
+    """Adds the runtime's dropout. Its arguments say which global elements this rank holds and where the samples are."""
     source, p, mode = node.args[:3]
     assert isinstance(source, fx.Node)
     layout = b.dims(b.axes.values[node.name][0]) if node.name in b.axes.values else ()
@@ -38,12 +38,13 @@ def dropout(b: Builder, node: fx.Node) -> fx.Node:
     new = call(b.graph, runtime.dropout, args, _samples(b, node, [a.at for a in undo]))
     for opened in reversed(undo):
         new = b.describe(together(b.graph, new, opened), node, layout)
-    return b.describe(new, node, layout or None)  # a constant has none
+    return b.describe(new, node, layout or None)  # a constant has no layout
 
 
 def _samples(b: Builder, node: fx.Node, moved: Sequence[int]) -> dict[str, Any]:
-    """Arguments that say where a value has its samples, so that the mask depends on the samples of the step and not on
-    its division into micro-batches. The batch is dimension 0 of the first input, and a factor of a dimension here."""
+    """The arguments that say where a value has its samples. With them, the mask depends on the samples of the step and
+    not on its division into micro-batches. The batch is dimension 0 of the first input. In the value it may be a factor
+    of a dimension."""
     first = next(n for n in b.capture.graph.nodes if n.name == b.capture.inputs[0])
     batch = first.meta["val"].shape[0] if first.meta["val"].dim() else None
     shape = node.meta["val"].shape
@@ -55,7 +56,7 @@ def _samples(b: Builder, node: fx.Node, moved: Sequence[int]) -> dict[str, Any]:
         place = i + sum(at <= i for at in moved)
         where = {"batch_dim": place} if place else {}
         if expr == symbol or (expr is not None and symbol in expr.free_symbols and i in [at - 1 for at in moved]):
-            return where  # the dimension itself, or (b heads) opened into b, heads
+            return where  # the dimension is the batch, or it is (b heads) and was opened into b and heads
         if expr is not None and symbol in expr.free_symbols:
             size = b.call(aten.sym_size.int, b.env[first], 0)
             size.meta["val"] = batch

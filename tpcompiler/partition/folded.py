@@ -1,4 +1,4 @@
-"""Axes that a view has folded into the batch: `(b heads)` is opened before the work on heads and folded after it."""
+"""Axes that a view has folded into the batch: `(b heads)` is opened for work on heads and folded again after it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Apart:
     """A value in which the axis to work on is a dimension of its own."""
 
     value: fx.Node
-    at: int
-    dim: Dim
-    flat: int | None  # the first of the two dimensions that must become one again
+    at: int  # that dimension
+    dim: Dim  # its layout
+    flat: int | None  # the first of the two dimensions that must become one again; None when nothing was opened
 
 
 def apart(graph: fx.Graph, value: fx.Node, i: int, dim: Dim, *, whole: bool) -> Apart:
-    """Opens dimension `i` into two dimensions if it is a batch times an axis.
+    """Opens dimension `i` of a value into two dimensions if it is a batch times an axis.
 
-    `whole` says that the value has all of the axis rather than this rank's part. Raises `Folded` when the batch stands
+    `whole` says whether the value holds all of the axis or only this rank's part. Raises `Folded` when the batch stands
     between factors of the axis.
     """
     if not dim.dynamic_size:

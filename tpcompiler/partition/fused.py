@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Fused:
-    """A dimension `(before (part | part | …) after)` with some segments split and others whole."""
+    """A dimension `(before (part | part | …) after)` in which some segments are split and others are whole."""
 
     before: tuple[Dim, ...]
     parts: tuple[Dim, ...]
@@ -36,29 +36,31 @@ class Fused:
 
     @property
     def plain(self) -> bool:
+        """Whether the segments are the whole dimension."""
         return not self.before and not self.after
 
     @property
     def place(self) -> int:
-        """The place of the segments among the dimensions that this one is opened into."""
+        """The index of the segments among the dimensions that this one is opened into."""
         return int(bool(self.before))
 
     @property
     def last(self) -> int:
-        """The last of those dimensions."""
+        """The index of the last of those dimensions."""
         return self.place + int(bool(self.after))
 
     def around(self, part: Dim) -> Dim:
+        """The dimension `(before part after)`."""
         return part if self.plain else Product((*self.before, part, *self.after))
 
     def sizes(self, part: Dim) -> list[LocalSize | int]:
-        """Sizes of the dimensions that the fused one is opened into, with `part` in place of the segments."""
+        """The local sizes of the dimensions that the fused one is opened into, with `part` in place of the segments."""
         dims = [Product(d) if len(d) > 1 else d[0] for d in (self.before, (part,), self.after) if d]
         return [size_argument(d) for d in dims]
 
 
 def uneven_segments(dim: Dim) -> Fused | None:
-    """The segments of a dimension, when they are not all split alike."""
+    """The segments of a dimension if they are not all split alike, else None."""
     if isinstance(dim, Concat) and split_in_part(dim):
         return Fused((), _flat(dim), ())
     if isinstance(dim, Product):
@@ -81,8 +83,8 @@ def split_in_part(dim: Dim) -> bool:
 
 
 def is_mixed(b: Builder, relation: Relation) -> bool:
-    """Whether the result is split in some of its segments only while an operand is not split. The operand's gradient
-    would then count the whole segments once for each rank."""
+    """Whether only some segments of the result are split, while an operand that needs a gradient is whole. The
+    operand's gradient would then count the whole segments once for each rank."""
     if not any(uneven_segments(d) for dims in relation.results for d in b.dims(dims)):
         return False
     present = b.over([t for dims in relation.results for t in dims])
@@ -90,9 +92,10 @@ def is_mixed(b: Builder, relation: Relation) -> bool:
 
 
 def take_apart(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
-    """Replaces a product with a fused weight by one product for each segment, each with an `enter` of its own.
+    """Replaces a product with a fused weight by one product for each segment. A product that is split gets an `enter`
+    of its own.
 
-    Raises `CannotSplit` for an op that is no such product.
+    Raises `CannotSplit` for an op that is not such a product.
     """
     terms = relation.results[0]
     *lead, last = dims = b.dims(terms)
@@ -140,7 +143,7 @@ def _piece(
 
 
 def _segments(b: Builder, source: fx.Node, along: int, fused: Fused) -> list[fx.Node]:
-    """A parameter's segments as views: `(kv (q | k | v) d)` becomes `(kv q d)`, `(kv k d)` and `(kv v d)`."""
+    """The segments of a parameter as views: `(kv (q | k | v) d)` becomes `(kv q d)`, `(kv k d)` and `(kv v d)`."""
     value = b.env[source]
     layout = layout_of(value)
     assert layout is not None

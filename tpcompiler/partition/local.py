@@ -1,4 +1,4 @@
-"""The op on this rank's parts: arguments that are sizes or positions become this rank's, as the op's record says."""
+"""Runs an op on this rank's parts. The op's record says which arguments are sizes or positions; they become local."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _sizes(b: Builder, op: Applied, new: fx.Node) -> None:
 
 
 def _shape(b: Builder, op: Applied, new: fx.Node, name: str, dims: Sequence[Dim]) -> None:
-    """Replaces the argument that lists the sizes of the result, or of the dimensions that take the place of `dim`."""
+    """Replaces the argument that lists sizes: those of the result, or of the dimensions that replace `dim`."""
     given, whole = op.args[name], op.node.meta["val"].shape
     sizes = given if isinstance(given, list | tuple) else [given]
     at = op.args["dim"] % op.args["self"].meta["val"].dim() if "dim" in op.args else 0
@@ -72,10 +72,10 @@ def _shape(b: Builder, op: Applied, new: fx.Node, name: str, dims: Sequence[Dim]
 
 
 def _local_sizes(b: Builder, given: Sequence[Any], dims: Sequence[Dim], whole: Sequence[Any]) -> list[Any]:
-    """A list of sizes with this rank's sizes for the split dimensions. `whole` lists the plain graph's."""
+    """`given` with this rank's sizes for the split dimensions. `whole` lists the plain graph's sizes."""
     sizes = [LocalSize(d) if d.over else n for n, d in zip(given, dims, strict=True)]
     dynamic = [i for i, d in enumerate(dims) if d.over and d.dynamic_size]
-    for i in dynamic:  # known only at run time: the one size that torch computes
+    for i in dynamic:  # a size known at run time only becomes -1, which one size of a shape may be
         open_ = [j for j, n in enumerate(given) if j != i and isinstance(n, int) and n == -1 and not dims[j].over]
         found = [_known(b, whole[j]) for j in open_]
         if len(dynamic) > 1 or None in found:

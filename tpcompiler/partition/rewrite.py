@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 
 def partition(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec) -> Program:
-    """One graph for all ranks. Raises `CannotSplit` for axes without a form on one rank, naming the node."""
+    """Makes one graph for all ranks. Raises `CannotSplit`, which names a node, for axes without a form on one rank."""
     b = Builder(capture, axes, plan)
     left = _left_sharded(capture, spec)
     for node in capture.graph.nodes:
@@ -36,7 +36,7 @@ def partition(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec) -> Progra
             _output(b, node, left)
         else:
             b.env[node] = _rewrite(b, node)
-    erase_dead(b.graph)  # such as the enter of a bias that is added after the reduction
+    erase_dead(b.graph)  # such as an `enter` of a bias, which is added after the reduction instead
     dims = {
         p.name: tuple(Factor(n) for n in p.shape) if p.buffer else b.dims(axes.values[p.node][0])
         for p in capture.parameters
@@ -76,8 +76,8 @@ def _op(b: Builder, node: fx.Node, relation: Relation) -> fx.Node:
 def _operands(b: Builder, node: fx.Node, relation: Relation) -> dict[fx.Node, fx.Node]:
     """The operands in the form that the op needs.
 
-    A live operand enters if it lacks an axis that the op splits and needs a gradient. Every rank holds a constant whole
-    and takes its part.
+    A live operand gets an `enter` if it needs a gradient and lacks a split axis of the op's results or contraction. A
+    constant is whole on every rank, and the rank takes its part.
     """
     everywhere = [t for dims in relation.results for t in dims] + list(relation.contracted)
     present = b.over(everywhere)
@@ -97,7 +97,7 @@ def _operands(b: Builder, node: fx.Node, relation: Relation) -> dict[fx.Node, fx
                 value = b.enter(value, source, lacking, cause)
         else:
             touched = [*everywhere, *operand.dims]
-            if source.name in b.axes.grads and b.over(touched):  # made of inputs that may need a gradient
+            if source.name in b.axes.grads and b.over(touched):  # it depends on an input that may need a gradient
                 value = b.enter(value, source, b.over(touched), Cause(op_name(node), b.split_axes(touched)))
             for i, term in enumerate(operand.dims):
                 if b.over([term]):
@@ -107,7 +107,7 @@ def _operands(b: Builder, node: fx.Node, relation: Relation) -> dict[fx.Node, fx
 
 
 def _sliced(b: Builder, node: fx.Node, value: fx.Node) -> fx.Node:
-    """This rank's slice of a value that every rank computes whole. The value's gradient is a sum over ranks."""
+    """Takes this rank's slice of a value that every rank computes whole. The value's gradient is summed over ranks."""
     terms = b.axes.values[node.name][0]
     over = b.over(terms)
     if over and node.name in b.axes.grads:
@@ -138,7 +138,7 @@ def _output(b: Builder, node: fx.Node, left: frozenset[int]) -> None:
 
 
 def _whole(b: Builder, value: fx.Node) -> fx.Node:
-    """The value of the plain model, with every split dimension gathered."""
+    """Gathers every split dimension of a value, so that each rank has the plain model's value."""
     new = b.env[value]
     for i, dim in enumerate(layout_of(new) or ()):
         if dim.over:

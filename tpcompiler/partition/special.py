@@ -1,4 +1,4 @@
-"""Ops with a special form for a part of an axis: lookups, the vocabulary-parallel loss, norms over split axes."""
+"""Ops that have a special form for a part of an axis: lookups, the vocabulary-parallel loss, norms over split axes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tpcompiler.program import Cause
 
 
 def special_form(b: Builder, op: Applied, over: Over) -> fx.Node:
-    """The runtime's operator that the op's record names as its form."""
+    """Calls the runtime's operator that the op's record names as its form."""
     return _FORMS[op.relation.rule.form](b, op, over)
 
 
 def _lookup(b: Builder, op: Applied, over: Over) -> fx.Node:
-    """Rows that other ranks hold are zero here, so that the sum over ranks is the embedding."""
+    """Looks up the rows that this rank holds. Rows of other ranks are zero here; the sum over ranks has all of them."""
     table = next(o for o in op.relation.operands if o.node == op.args["weight"].name)
     assert table.dims is not None
     rows = LocalRuns(b.dim(table.dims[0]))
@@ -29,7 +29,7 @@ def _lookup(b: Builder, op: Applied, over: Over) -> fx.Node:
 
 
 def _norm(b: Builder, op: Applied, over: Over) -> fx.Node:
-    """Sums statistics over ranks, one number for each token, and never the value itself."""
+    """A norm over a split axis. It sums statistics over the ranks, a number for each token, never the value itself."""
     args, inputs = op.args, op.inputs
     (size,) = args["normalized_shape"]
     form = op.relation.rule.form

@@ -1,9 +1,9 @@
 """The plan: which axes to split over which mesh dimensions under the spec, and why the other axes stay whole.
 
 The axes of equal layers are one decision. Two axes that stand in different factors of one tensor exclude each other on
-a mesh dimension. Among the axes that may and should be split, the plan takes the heaviest set without exclusions. The
-weight of an axis is what its matrices save, less what its collectives cost. Both are counted in elements per token, so
-that a small model is planned like a large one of the same shape.
+a mesh dimension. Among the axes that may and should be split, the plan takes the heaviest set in which no two exclude
+each other. The weight of an axis is what splitting its matrices saves, less what its collectives cost. Both are counted
+in elements per token, so that a small model is planned like a large one of the same shape.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Candidates for splitting: the axes of equal layers together, and pairs of neighbouring axes that share the degree."""
+"""Makes the candidates for splitting: axes of equal layers, and pairs of neighbouring axes that share the degree."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TENSOR = "tensor"
 
 @dataclass(frozen=True)
 class Candidate:
-    """Axes that are split together or not at all, each over its mesh dimensions."""
+    """Axes that are split together or not at all."""
 
-    split: tuple[tuple[int, tuple[str, ...]], ...]
+    split: tuple[tuple[int, tuple[str, ...]], ...]  # each axis with the mesh dimensions that split it
     weight: float
     asked: bool  # whether the spec names it
 
@@ -29,7 +29,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pair:
-    """Neighbours in a product: `factor` ranks split the major axes, the rest of the degree splits the minor ones."""
+    """Neighbours in a product: `factor` ranks split the major axes, degree / `factor` ranks split the minor ones."""
 
     factor: int
     majors: list[AxisFacts]
@@ -37,7 +37,7 @@ class Pair:
 
 
 def make_candidates(facts: Facts, wishes: Wishes, spec: Spec) -> tuple[Mesh, list[Candidate]]:
-    """All candidates and their mesh, whose tensor dimension is taken apart into factors where pairs need that."""
+    """All candidates, and their mesh. Its tensor dimension is taken apart into factors where pairs need that."""
     degree = spec.mesh.tensor
     groups = _groups(facts, wishes)
     pairs = _pairs(groups, facts, degree) if not spec.allow_empty else []
@@ -65,9 +65,9 @@ def _groups(facts: Facts, wishes: Wishes) -> list[list[AxisFacts]]:
         if fact.marks or fact.dynamic or leaf in wishes.no or fact.size < 2:
             continue
         if fact.sums > 0 and not fact.batchwise and leaf not in wishes.asked:
-            continue  # a residual stream or features of the input would need a reduction at every use
+            continue  # a residual stream, or features of the input: every use would need a reduction
         if ATTENTION in fact.kinds and not fact.batchwise and leaf not in wishes.asked:
-            continue  # to split the width of a value head is legal, but every rank would compute all scores
+            continue  # the width of a value head: splitting it is legal, but every rank would compute all scores
         classes[fact.signature, leaf in wishes.asked].append(fact)
     return [part for members in classes.values() for part in _independent(members, facts)]
 
@@ -86,7 +86,7 @@ def _candidate(members: list[tuple[AxisFacts, tuple[str, ...]]], wishes: Wishes)
 
 
 def _fine_dims(degree: int, cuts: list[int]) -> tuple[tuple[str, int], ...]:
-    """The tensor dimension of the mesh in factors, so that a shorter axis can be split over some of them."""
+    """Takes the mesh's tensor dimension apart into factors, so that a shorter axis can be split over some of them."""
     sizes, last = [], 1
     for f in [*cuts, degree]:
         if f // last > 1:
@@ -96,7 +96,7 @@ def _fine_dims(degree: int, cuts: list[int]) -> tuple[tuple[str, int], ...]:
 
 
 def _pairs(groups: list[list[AxisFacts]], facts: Facts, degree: int) -> list[Pair]:
-    """Neighbours in a product that are long enough together while the major one (kv heads) is too short alone."""
+    """Neighbours in a product that are long enough together, while the major one (kv heads) alone is too short."""
     where = {f.leaf: i for i, members in enumerate(groups) for f in members}
     found: dict[tuple[int, int], set[tuple[int, int]]] = defaultdict(set)
     for a, b in facts.products:
@@ -115,17 +115,17 @@ def _pairs(groups: list[list[AxisFacts]], facts: Facts, degree: int) -> list[Pai
 
 
 def best_factor(major: int, minor: int, degree: int) -> int | None:
-    """The number of ranks, a divisor of `degree`, that split the major axis. The remaining factor splits the minor one.
+    """How many ranks split the major axis: a divisor of `degree`. The remaining factor splits the minor axis.
 
-    Every rank gets a part of both. The most even split comes first, then the one that copies least. None if no divisor
-    fits.
+    Every rank gets a part of both axes. The most even split is preferred; of equally even ones, the one that splits the
+    major axis most, because it copies least. None if no divisor fits.
     """
     fits = [f for f in range(1, major + 1) if degree % f == 0 and degree // f <= minor]
     return min(fits, key=lambda f: (-(-major // f) * -(-minor // (degree // f)), -f), default=None)
 
 
 def unfit_products(facts: Facts, degree: int) -> frozenset[tuple[int, int]]:
-    """(kv heads, group) pairs that are long enough together but that no factoring of the degree fits."""
+    """The (kv heads, group) pairs that are long enough together, but that no factoring of the degree fits."""
     out = set()
     for a, b in facts.grouped_heads:
         major, minor = facts.axes[a].size, facts.axes[b].size

@@ -9,11 +9,11 @@ import networkx as nx
 from tpcompiler.plan.candidates import Candidate
 from tpcompiler.plan.weighing import Facts
 
-_EXACT = 40  # up to this number of connected candidates, the heaviest set is found exactly
+_EXACT = 40  # the heaviest set of up to so many connected candidates is found exactly, of more greedily
 
 
 def choose(candidates: list[Candidate], facts: Facts) -> dict[int, tuple[str, ...]]:
-    """The mesh dimensions that split each chosen axis. Axes that the spec names come first, whatever their weight."""
+    """Maps each chosen axis to the mesh dimensions that split it. Axes that the spec names outweigh all others."""
     graph = nx.Graph()
     useful = [c for c in candidates if c.split and (c.asked or c.weight > 0)]
     scale = 1000 / max((abs(c.weight) for c in useful), default=1)

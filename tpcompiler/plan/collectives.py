@@ -1,4 +1,4 @@
-"""The collectives of a program, read off its graph. `tpc shard` lists them, and a run is checked against the list."""
+"""Reads a program's collectives off its graph. `tpc shard` lists them; `tpc verify` checks a run against the list."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FORWARD, BACKWARD = "forward", "backward"
 
 
 def list_collectives(program: Program, plan: Plan) -> tuple[Collective, ...]:
-    """Every collective of a forward and backward in the graph's order, with bytes of rank 0 at the example's sizes."""
+    """All collectives of one forward and backward in the graph's order, with rank 0's bytes at the example's sizes."""
     reader = CollectiveReader(program, plan)
     return tuple(c for node in program.graph.nodes if node.op == "call_function" for c in reader.of(node))
 
 
 def folded(collectives: tuple[Collective, ...], plan: Plan) -> tuple[Collective, ...]:
-    """The collectives with those of equal layers listed once, with their count and the first one's node."""
+    """The collectives, with those of equal layers listed once. The entry has their count and the first one's node."""
     out: dict[tuple[Any, ...], Collective] = {}
     for c in collectives:
         name, _, kind = c.block.partition(" · ")
@@ -38,7 +38,7 @@ def folded(collectives: tuple[Collective, ...], plan: Plan) -> tuple[Collective,
 
 
 def _plan_name(plan: Plan, kind: str, name: str) -> str:
-    """The name of the plan's block that a layer's block belongs to: h.3.mlp → h.*.mlp, or its own name without one."""
+    """The name of the plan's block that a layer's block belongs to: h.3.mlp → h.*.mlp. Without one, its own name."""
     for b in plan.blocks:
         if b.kind == kind and any(p == name or p.startswith(name + ".") for p in b.parameters):
             return b.name
@@ -46,8 +46,11 @@ def _plan_name(plan: Plan, kind: str, name: str) -> str:
 
 
 class CollectiveReader:
-    """Reads the collectives of one node after the other. Symbolic sizes are the example's unless `number` says them,
-    and the mesh is the program's unless `mesh` is given."""
+    """Reads the collectives of single nodes, with shapes and bytes on rank 0.
+
+    `number` gives a symbolic size its value, by default the example's. `mesh` is by default the program's. `live` are
+    the nodes that gradients flow through, by default at the example's inputs.
+    """
 
     KINDS = (
         runtime.reduce,
@@ -84,6 +87,7 @@ class CollectiveReader:
         self.rules: dict[Any, Callable[[fx.Node], Iterator[Collective]]] = dict(zip(self.KINDS, methods, strict=True))
 
     def of(self, node: fx.Node) -> Iterator[Collective]:
+        """The collectives of one node, forward before backward."""
         rule = self.rules.get(node.target)
         return iter(()) if rule is None else rule(node)
 
@@ -184,7 +188,7 @@ class CollectiveReader:
 
 
 def _halved(graph: fx.Graph) -> set[fx.Node]:
-    """What the layers between the marks of a batch that is computed in halves do."""
+    """The nodes of layers between `cut_batch` and `join_batch`: they run once for each half of a batch."""
     found: set[fx.Node] = set()
     around: int | None = None
     for node in graph.nodes:

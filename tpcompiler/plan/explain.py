@@ -1,4 +1,4 @@
-"""Why a parameter is split or not: the axes of its dimensions, and the line of the model that keeps each one whole."""
+"""Explains why a parameter is split or not: by the axes of its dimensions, and what keeps each one whole."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Axis:
     over: tuple[str, ...]
     kinds: tuple[str, ...]
     reasons: tuple[str, ...]
-    stands_in: tuple[str, ...]  # the parameters that have it, which are split together or not at all
+    stands_in: tuple[str, ...]  # the parameters that have this axis: it is split in all of them or in none
 
 
 @dataclass(frozen=True)
 class Explained:
-    """A parameter's layout. `layout` writes each dimension in axes, as `(3 heads/tensor 96)`."""
+    """A parameter's layout. `layout` writes each dimension as a product of axes, such as `(3 heads/tensor 96)`."""
 
     name: str
     shape: tuple[int, ...]
     bytes: int
     layout: tuple[str, ...]
-    axes: tuple[tuple[Axis, ...], ...]  # per dimension, major first, each once
+    axes: tuple[tuple[Axis, ...], ...]  # of each dimension, major first
     split: bool
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _axis(leaf: int, plan: Plan, lines: dict[str, Any]) -> Axis:
 
 
 def _reasons(leaf: int, plan: Plan, lines: dict[str, Any]) -> tuple[str, ...]:
-    """The marks of an axis. An unmarked axis could be split, so that the reason lies in the plan's choice."""
+    """The marks of an axis. If it has none, it could be split, and the reason lies in the plan's choice."""
     fact = plan.facts.axes[leaf]
     marks = tuple(dict.fromkeys(_told(mark, lines) for mark in fact.marks))
     if marks:

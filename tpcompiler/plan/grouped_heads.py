@@ -1,8 +1,8 @@
-"""The axes of a capture under a spec. Grouped heads are cut when their kv heads fit no factoring of the degree.
+"""The axes of a capture under a spec. Grouped heads become one axis where no factoring of the degree fits them.
 
-With 3 kv heads in groups of 2 over 5 ranks, for example, heads are split as one axis. Every rank computes all keys and
-values, repeats them to all heads, and takes the heads that it needs. The gradients of keys and values are summed over
-ranks.
+With 3 kv heads in groups of 2 over 5 ranks, for example, the 6 heads are split as one axis. Every rank computes all
+keys and values, repeats them to all heads, and takes the heads that it needs. The gradients of keys and values are
+summed over ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from tpcompiler.spec import Spec
 
 
 def infer_for(capture: Capture, spec: Spec) -> tuple[Capture, AxisMap]:
-    """The axes of a capture, cut where the spec's degree needs it, and the capture that they belong to."""
+    """The capture, rewritten where the spec's degree needs it, and its axes. Keys and values that are repeated to all
+    heads have axes of their own there (`cut` of `infer_axes`)."""
     axes = infer_axes(capture)
     degree = spec.mesh.tensor
     if degree == 1 or spec.allow_empty or not unfit_products(gather_facts(capture, axes), degree):

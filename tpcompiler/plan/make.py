@@ -22,7 +22,7 @@ _ORDER = ("embedding", "attention", "mlp", "other", "head")
 
 
 def make_plan(capture: Capture, axes: AxisMap, spec: Spec) -> Plan:
-    """The plan for a spec. Raises `SpecError` or `PlanError` when the spec asks for a split that is not possible."""
+    """The plan for a spec. Raises `SpecError` or `PlanError` when the spec asks for a split that cannot be made."""
     facts = gather_facts(capture, axes)
     wishes = read_wishes(capture, axes, facts, spec)
     mesh, split = spec.ranks, dict[int, tuple[str, ...]]()

@@ -82,7 +82,7 @@ def _refuse_axes(plan: Plan, spec: Spec, wishes: Wishes) -> None:
 
 
 def _uneven(plan: Plan, spec: Spec) -> None:
-    """Warns of blocks whose axis does not divide by its degree, or refuses the first, as `uneven` says."""
+    """Warns of every block whose axis does not divide by its degree, or refuses the first one, as `uneven` says."""
     for block in plan.uneven if spec.uneven != "allow" else ():
         degree = len(block.local)
         divides = next(d for d in range(degree, 0, -1) if block.size % d == 0)
@@ -114,7 +114,7 @@ def _why_no_block(plan: Plan, kind: str) -> str:
         legal = [f for f in legal if f.batchwise] or legal
     best = max(legal, key=lambda f: f.size)
     longest, what = best.size, f"its longest axis has {best.size}"
-    for a, b in plan.facts.grouped_heads if kind == ATTENTION else ():  # together they are the heads
+    for a, b in plan.facts.grouped_heads if kind == ATTENTION else ():  # kv heads · group = heads
         major, minor = plan.facts.axes[a].size, plan.facts.axes[b].size
         if major * minor > longest:
             longest, what = major * minor, f"it has {major} · {minor} = {major * minor} heads"

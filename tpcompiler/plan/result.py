@@ -14,12 +14,12 @@ from tpcompiler.plan.weighing import Facts
 class Block:
     """A split axis of one layer or of several equal layers."""
 
-    kind: str
+    kind: str  # attention | mlp | embedding | head | other
     name: str  # the common part of its parameters' names, with * for layer numbers
     layers: int
-    axis: str
-    size: int
-    over: tuple[str, ...]
+    axis: str  # its name for the reader
+    size: int  # its elements, over all ranks
+    over: tuple[str, ...]  # mesh dimensions
     local: tuple[int, ...]  # elements of each rank along `over`
     parameters: tuple[str, ...]
 
@@ -35,6 +35,8 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Plan:
+    """Which axes are split over which mesh dimensions, and what follows from that for the reader."""
+
     mesh: Mesh
     split: dict[int, tuple[str, ...]]  # axis → the mesh dimensions it is split over
     names: dict[int, str]  # axis → its name for the reader
@@ -44,7 +46,7 @@ class Plan:
 
     @property
     def uneven(self) -> tuple[Block, ...]:
-        """The blocks of which some ranks hold more than others."""
+        """The blocks whose axis does not divide evenly, so that some ranks hold more of it than others."""
         return tuple(block for block in self.blocks if len(set(block.local)) > 1)
 
     @property
@@ -66,6 +68,7 @@ class Plan:
         return Product(parts) if bound.kind == "product" else Concat(parts)
 
     def dims(self, axes: AxisMap, dims: Dims) -> tuple[Dim, ...]:
+        """The layout of a tensor under this plan."""
         return tuple(self.dim(axes, t) for t in dims)
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
-"""One pass over the relations counts, for each axis, what it is for and what splitting it saves and costs.
+"""Counts in one pass over the relations what each axis is for, and what splitting it saves and costs.
 
-Gains and costs have one unit, elements per token, so that a plan does not depend on the model's scale. Reducing a value
-of width n costs n. Splitting a product with a weight of n · m elements saves 4 · √(n · m), which grows like n.
+The unit of gains and costs is elements per token, so that a plan does not depend on the model's scale. To reduce a
+value of width n costs n. To split a product with a weight of n · m elements saves 4 · √(n · m), which grows like n.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tpcompiler.axes.map import AxisMap, Operand, Relation
 from tpcompiler.ops.operands import op_name
 
 ATTENTION, MLP, EMBEDDING, HEAD, OTHER = "attention", "mlp", "embedding", "head", "other"
-_LONG = 1024  # elements of a second sequence
-_TOKENS = 1000  # tokens of a step: work that is done once a step counts this much less
-_SMALL = 8  # a table this many times smaller than the largest stays whole: splitting it saves little memory, no time
+_LONG = 1024  # the length that a second sequence, as in scores, is assumed to have
+_TOKENS = 1000  # the tokens that a step is assumed to have: work done once a step costs this much less per token
+_SMALL = 8  # a table so many times smaller than the largest one stays whole: a split saves little memory and no time
 
 
 class Tally:
-    """Adds to `roles`, which counts where and in which ops an axis stands. Axes of equal layers have equal roles."""
+    """The counts for each axis. `roles` counts where and in which ops an axis stands; it is equal for equal layers."""
 
     def __init__(
         self,
@@ -35,9 +35,9 @@ class Tally:
         self.axes, self.nodes, self.roles, self.largest_table = axes, nodes, roles, largest_table
         self.kinds: dict[int, set[str]] = defaultdict(set)
         self.fed = _fed(nodes)
-        self.products: Counter[int] = Counter()  # products of activations that have the axis in their result
-        self.made: Counter[int] = Counter()  # weights whose product has the axis in its result
-        self.used: Counter[int] = Counter()  # weights whose product contracts it
+        self.products: Counter[int] = Counter()  # how many products of activations have the axis in their result
+        self.made: Counter[int] = Counter()  # how many products with a weight have the axis in their result
+        self.used: Counter[int] = Counter()  # how many products with a weight contract the axis
         self.gain: dict[int, float] = defaultdict(float)
         self.forward: dict[int, float] = defaultdict(float)
         self.entering: dict[int, set[str]] = defaultdict(set)
@@ -82,8 +82,8 @@ class Tally:
     # -- one relation -----------------------------------------------------------------------------------------------
 
     def _static(self, name: str) -> tuple[int, bool]:
-        """The elements of a value per token, and whether it is the same for any input. A third dynamic dimension is a
-        second sequence (as in scores), and counts as long."""
+        """The elements of a value per token, and whether the value is the same for any input. A third dynamic dimension
+        is a second sequence, as in scores, and counts with an assumed length."""
         val = self.nodes[name].meta["val"]
         fixed = [n for n in val.shape if isinstance(n, int)]
         dynamic = len(val.shape) - len(fixed)
@@ -96,8 +96,8 @@ class Tally:
         return frozenset(symbol for n in sizes for symbol in n.node.expr.free_symbols)
 
     def _share(self, name: str) -> float:
-        """The share of a step's tokens that a value has rows for. In a model with values [b, s, …], a value [b, …] or
-        [s, …] has few rows. Rows that are picked by value may be many."""
+        """A value's rows per token of a step. In a model with values [b, s, …], a value [b, …] or [s, …] has few rows.
+        Rows that are picked by value count as one per token."""
         val = self.nodes[name].meta["val"]
         return 1.0 if len(self._symbols(name)) >= self.depth or free_unbacked_symbols(val) else 1 / _TOKENS
 
@@ -128,14 +128,14 @@ class Tally:
         self.made.update(mine - contracted if not looked_up else ())
 
     def _rows(self, node: fx.Node, relation: Relation, elements: int) -> float:
-        """The rows per token that a weight multiplies. It is more than one where a fixed number of rows, such as the
-        patches of an image, belongs to each sample."""
+        """How many rows per token a weight multiplies. There are more than one where each sample has a fixed number of
+        rows, such as the patches of an image."""
         made = elements / prod(self.axes.terms.size(t) for t in relation.contracted)
         return max(1.0, self._static(node.name)[0] / made)
 
     def _attention(self, relation: Relation, inside: set[int], *, fused: bool) -> None:
-        """Counts products of activations. An axis in the results of both products of attention is a batch (heads).
-        Fused attention is both products at once, and the last dimension of its result comes from the values alone."""
+        """Counts products of activations. An axis in the results of both products of attention is a batch, as heads.
+        Fused attention is both products in one op; the last dimension of its result comes from the values alone."""
         acting = [o for o in relation.operands if o.live and o.dims is not None and not self._static(o.node)[1]]
         if len(acting) < 2:
             return
@@ -147,8 +147,8 @@ class Tally:
 
 
 def _fed(nodes: Mapping[str, fx.Node]) -> frozenset[str]:
-    """Floating-point values that depend on an input's values. A model may fix its batch and sequence: then no symbol
-    tells them from weights. Integers, such as where each expert's rows end, are no factor of a product."""
+    """The floating-point values that depend on an input's values. Where a model fixes its batch and sequence, no symbol
+    in their shapes tells them from weights. Integers, such as where each expert's rows end, are not multiplied."""
     found: set[str] = set()
     for name, node in nodes.items():
         given = node.op == "placeholder" and node.meta.get("kind") == "input"

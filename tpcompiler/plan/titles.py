@@ -10,7 +10,8 @@ from tpcompiler.plan.weighing import AxisFacts, Facts
 
 
 def axis_names(facts: Facts, split: Mapping[int, tuple[str, ...]]) -> dict[int, str]:
-    """A short name for every axis. Axes of equal layers share one. Axes in `split` have first claim to a plain name."""
+    """A short name for every axis. Axes of equal layers share one. Where several others would have the same name, the
+    first keeps it, an axis in `split` before all others, and the rest are numbered (`heads2`)."""
     out: dict[int, str] = {}
     used: dict[str, object] = {}
     majors = {a for a, _ in facts.grouped_heads}
@@ -38,7 +39,7 @@ def _base_name(fact: AxisFacts, minor: bool, major: bool) -> str:
 
 
 def common_name(names: Iterable[str]) -> str:
-    """The common part of qualified names, with `*` for numbers: h.0.mlp.c_fc.weight, h.1.mlp.… → h.*.mlp"""
+    """The common part of qualified names, with `*` for numbers: h.0.mlp.c_fc.weight, h.1.mlp.… → h.*.mlp."""
     split = [n.split(".") for n in names]
     first = Counter(parts[0] for parts in split).most_common(1)[0][0]
     split = [parts for parts in split if parts[0] == first]

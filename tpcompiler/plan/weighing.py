@@ -1,4 +1,4 @@
-"""The facts that the plan chooses by: the purpose of each axis, and what splitting it saves and costs.
+"""Gathers the facts that the plan chooses by: the purpose of each axis, and what splitting it saves and costs.
 
 The kind of an axis comes from the graph, never from names. An axis of a product of two activations (scores, or values
 weighted by them) is `attention`. An axis that indexes a table is `embedding`. An axis that the loss contracts or that
@@ -22,13 +22,13 @@ from tpcompiler.program import Capture
 
 @dataclass(frozen=True)
 class AxisFacts:
-    """One axis of parameters. Its cost and gain are elements per token, which does not depend on the hardware."""
+    """What is known of one axis of parameters. Gain and cost are in elements per token, whatever the hardware."""
 
-    leaf: int
+    leaf: int  # its term
     size: int
     dynamic: bool  # a batch or sequence
     kinds: tuple[str, ...]
-    sums: int  # products that contract it, less products that make it: large for the residual stream
+    sums: int  # how many more products contract it than have it in their result: large for the residual stream
     batchwise: bool  # attention treats it as a batch (heads), unlike the width of a value head
     parameters: tuple[str, ...]  # names of the parameters that have it
     signature: int  # axes of equal layers have equal signatures and are one decision
@@ -39,13 +39,15 @@ class AxisFacts:
 
 @dataclass(frozen=True)
 class Facts:
+    """The facts of every axis, and which axes exclude each other or are neighbours."""
+
     axes: dict[int, AxisFacts]
     conflicts: frozenset[tuple[int, int]]  # pairs that stand in different factors of one tensor, smaller first
     products: frozenset[tuple[int, int]]  # (major, minor) neighbours in a product
 
     @cached_property
     def grouped_heads(self) -> frozenset[tuple[int, int]]:
-        """(kv heads, group) pairs: neighbours that attention both treats as a batch."""
+        """The (kv heads, group) pairs: neighbours in a product that attention treats as a batch, both of them."""
         heads = {leaf for leaf, fact in self.axes.items() if fact.batchwise and not fact.marks}
         return frozenset((a, b) for a, b in self.products if a in heads and b in heads)
 

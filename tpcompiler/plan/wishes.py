@@ -1,4 +1,4 @@
-"""What the spec says about each axis: whether it may be split, and whether it is asked for by name.
+"""Reads what the spec says about each axis: whether it may be split, and whether the spec names it.
 
 A name that the model does not have is refused here.
 """
@@ -17,14 +17,14 @@ from tpcompiler.spec.schema import AxisSpec, Override, Spec, covers
 
 @dataclass(frozen=True)
 class Wishes:
-    """For each axis: `no` says why it must stay whole, `asked` is the key of the spec that names it."""
+    """The spec's words about axes: `no` says why an axis must stay whole, `asked` is the key that asks to split it."""
 
     no: dict[int, str] = field(default_factory=dict)
     asked: dict[int, tuple[str | int, ...]] = field(default_factory=dict)
 
 
 def read_wishes(capture: Capture, axes: AxisMap, facts: Facts, spec: Spec) -> Wishes:
-    """Reads the sections `shard`, `override` and `axes` in this order. Later entries overrule earlier ones.
+    """Reads the sections `shard`, `override` and `axes` in this order. A later entry overrules earlier ones.
 
     Raises `SpecError` for names that the model does not have.
     """
@@ -77,7 +77,8 @@ def _axis(wishes: Wishes, i: int, entry: AxisSpec, capture: Capture, axes: AxisM
 def _factor(
     i: int, entry: AxisSpec, p: Parameter, leaves: tuple[int, ...], facts: Facts, spec: Spec
 ) -> tuple[int, ...]:
-    """The factors of a dimension that an entry names, by index or by name, or else the first that can be split."""
+    """The factors of a dimension that an entry means: the one it names by index or by name; without one, all factors
+    for `replicate`, and for `shard` the first that can be split."""
     if isinstance(entry.factor, int):
         if not -len(leaves) <= entry.factor < len(leaves):
             what = f"dimension {entry.dimension} of {p.name} has {len(leaves)} factors"
