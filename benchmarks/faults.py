@@ -371,7 +371,7 @@ def strided(dim: Dim) -> Dim | None:
     "lookup, take or loss of other rows",
     lambda p: (
         n
-        for n in nodes_of(p, runtime.lookup, runtime.take, runtime.cross_entropy)
+        for n in nodes_of(p, runtime.lookup, runtime.take, runtime.cross_entropy, runtime.linear_cross_entropy)
         if any(strided(n.args[i].dim) is not None for i in runs_at(n))
     ),
 )
@@ -464,7 +464,8 @@ def _(program: Program, node: fx.Node) -> None:
 
 # -- vocabulary -------------------------------------------------------------------------------------------------------
 
-losses = calls(runtime.cross_entropy)
+losses = calls(runtime.cross_entropy, runtime.linear_cross_entropy)
+joined_losses = calls(runtime.linear_cross_entropy)
 
 
 def degree(program: Program) -> int:
@@ -483,7 +484,7 @@ def _(program: Program, node: fx.Node) -> None:
     after(node, aten.div.Tensor, node, degree(program))
 
 
-@on_nodes("label smoothing over the local vocabulary", losses)
+@on_nodes("label smoothing over the local vocabulary", calls(runtime.cross_entropy))
 def _(program: Program, node: fx.Node) -> None:
     smoothing = node.kwargs.get("label_smoothing", 0.0)
     node.update_kwarg("label_smoothing", smoothing * degree(program) if smoothing else 0.05)  # type: ignore[operator, arg-type]
@@ -497,6 +498,30 @@ def _(program: Program, node: fx.Node) -> None:
 @on_nodes("ignored targets counted (sum for mean)", losses)
 def _(program: Program, node: fx.Node) -> None:
     node.update_kwarg("reduction", "mean" if node.kwargs.get("reduction") == "sum" else "sum")
+
+
+@on_nodes("loss of an input that entered already", joined_losses)
+def _(program: Program, node: fx.Node) -> None:
+    if len(node.args) > 3:
+        x = node.args[0]
+        with node.graph.inserting_before(node):
+            entered = node.graph.call_function(runtime.enter, (x, node.args[3]))
+        entered.meta = dict(x.meta)  # type: ignore[union-attr]
+        node.update_arg(0, entered)
+
+
+@on_nodes("loss over the classes of one rank", joined_losses)
+def _(program: Program, node: fx.Node) -> None:
+    node.args = node.args[:3]
+
+
+@on_nodes("targets in another order", losses)
+def _(program: Program, node: fx.Node) -> None:
+    place = 2 if node.target is runtime.linear_cross_entropy else 1
+    with node.graph.inserting_before(node):
+        flipped = node.graph.call_function(aten.flip.default, (node.args[place], [0]))
+    flipped.meta = dict(node.args[place].meta)  # type: ignore[union-attr]
+    node.update_arg(place, flipped)
 
 
 @on_nodes("padding row of an embedding", calls(runtime.lookup))

@@ -43,6 +43,7 @@ from tpcompiler.train.run.reporter import peak_memory
 from tpcompiler.train.run.training_run import TrainingRun, set_up
 from tpcompiler.train.settings import Train
 from tpcompiler.train.step.flops import flops_per_token, peak_tflops
+from tpcompiler.train.step.traced import traced
 
 OVERLAP: dict[str, bool | str] = {"false": False, "true": True, "halves": "halves"}
 
@@ -176,13 +177,8 @@ def measure(
     if a.profile:
         profile(run, batches, a.warm_up + a.steps)
     seconds = statistics.median(times)
-    tokens = a.batch * a.sequence
-    capture = engine.compiled.capture
-    shapes = {
-        n: tuple(batches[0][0].tensors[t].shape) for n, t in zip(capture.inputs, engine.compiled.takes, strict=True)
-    }
-    rows = batches[0][0].rows
-    flops = flops_per_token(capture.graph, shapes, rows * a.sequence) * tokens
+    flops = flops_of(run, batches[0][0])
+    seen = traced(lambda: engine.step(a.warm_up + a.steps, batches[0]))[0] if cuda and run.place.world > 1 else None
     peak = peak_tflops(torch.cuda.get_device_name() if cuda else "", a.precision)
     return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -193,6 +189,7 @@ def measure(
         "alone": a.alone is not None,
         "parameters_a_rank": sum(p.numel() for p in engine.storage.masters.values()),
         "overlap": overlap,
+        "traced": None if seen is None else seen.as_dict(),  # communication beside computation, by the profiler
         "ms_on_wire": round(on_wire * 1e3, 3),  # what the step's collectives take together
         "dropout": dropout,
         "compile": compile,
@@ -216,6 +213,15 @@ def measure(
         "set_up_s": round(set_up_seconds, 1),
         "first_step_s": round(first, 1),
     }
+
+
+def flops_of(run: TrainingRun, batch: Any) -> float:
+    """Model FLOPs of a step of all ranks."""
+    compiled, train = run.engine.compiled, run.train
+    names = zip(compiled.capture.inputs, compiled.takes, strict=True)
+    shapes = {placeholder: tuple(batch.tensors[name].shape) for placeholder, name in names}
+    tokens = batch.rows * train.sequence
+    return flops_per_token(compiled.capture.graph, shapes, tokens) * train.batch * train.sequence
 
 
 def profile(run: TrainingRun, batches: list[Any], step: int) -> None:

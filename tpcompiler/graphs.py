@@ -37,9 +37,9 @@ def operand(node: fx.Node, i: int = 0) -> fx.Node:
     return found
 
 
-def over(node: fx.Node) -> Over:
-    """The mesh dimensions that an `enter`, `reduce` or `gather` communicates over."""
-    names: Any = node.args[1]
+def over(node: fx.Node, place: int = 1) -> Over:
+    """The mesh dimensions that an operator of the runtime communicates over: the argument in that place."""
+    names: Any = node.args[place]
     return tuple(names)
 
 

@@ -17,7 +17,7 @@ from tpcompiler.api import Sharded, compile_capture
 from tpcompiler.capture import capture
 from tpcompiler.check import check
 from tpcompiler.program import Program
-from tpcompiler.runtime import cross_entropy, dropout, lookup, reduce
+from tpcompiler.runtime import dropout, linear_cross_entropy, lookup, reduce
 from tpcompiler.spec.schema import Spec
 
 aten = torch.ops.aten
@@ -53,7 +53,7 @@ GRAPHS: dict[str, Callable[[Program], object]] = {
     "a dropout missing": lambda p: skip(first(p, dropout)),
     "a dropout at another site": lambda p: first(p, dropout).update_arg(4, 17),
     "torch's own dropout": lambda p: own_dropout(first(p, dropout)),
-    "another ignored index": lambda p: first(p, cross_entropy).update_kwarg("ignore_index", -1),
+    "another ignored index": lambda p: first(p, linear_cross_entropy).update_kwarg("ignore_index", -1),
     "a padding row": lambda p: setattr(n := first(p, lookup), "args", (*n.args, 3)),
     "a cast through bfloat16": lambda p: bfloat16(first(p, aten.gelu.default)),
 }

@@ -98,11 +98,11 @@ def test_a_program_whose_sizes_follow_from_values_is_not_recorded() -> None:
 GPU = torch.device("cuda", 0)
 
 
-def started(device: torch.device, **train: Any) -> tuple[Engine, Corpus]:
+def started(device: torch.device, attention_dropout: str = "exact", **train: Any) -> tuple[Engine, Corpus]:
     """A small GPT-2 in 16 bits, dropout on."""
     sizes = {**GPT2, "model": {**GPT2["model"], "hidden": 64, "dropout": 0.1}}
     settings = {**TRAIN, "precision": "bf16", "batch": 8, "micro_batch": 8, **train}
-    spec = Spec.load({"mesh": {"tensor": 1}, **sizes, "attention_dropout": "exact", "train": settings})
+    spec = Spec.load({"mesh": {"tensor": 1}, **sizes, "attention_dropout": attention_dropout, "train": settings})
     wanted = spec.section(Train)
     loaded = load_model(str(ROOT / "models" / "gpt2.py"), spec)
     corpus = open_corpus(wanted)
@@ -169,7 +169,32 @@ def test_a_replayed_run_is_the_run(compile: str, micro_batch: int, precision: st
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("setting", [{"activation_checkpointing": "layer"}, {"precision": "fp32"}])
+@pytest.mark.parametrize("compile", ["none", "layers", "whole"])
+@pytest.mark.parametrize("recompute", ["layer", "attention"])
+def test_a_replayed_run_that_computes_again_is_the_run(compile: str, recompute: str) -> None:
+    settings = {"compile": compile, "activation_checkpointing": recompute, "micro_batch": 4}
+    issued = run(*started(GPU, **settings, cuda_graphs=False), steps=8)
+    engine, corpus = started(GPU, **settings)
+    replayed = run(engine, corpus, 8)
+    assert engine.recorded
+    torch.testing.assert_close(torch.tensor(replayed[0]), torch.tensor(issued[0]), rtol=2e-3, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "recompute", "repeats"),
+    [("exact", "layer", True), ("fused", "layer", False), ("fused", "none", True)],
+)
+def test_what_draws_from_torch_and_is_computed_again_is_not_recorded(
+    dropout: str, recompute: str, repeats: bool
+) -> None:
+    engine, _ = started(torch.device("cpu"), dropout, activation_checkpointing=recompute)
+    assert engine._repeats() == repeats
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "setting", [{"activation_checkpointing": "layer", "attention_dropout": "fused"}, {"precision": "fp32"}]
+)
 def test_what_is_not_the_same_work_every_time_is_not_recorded(setting: dict[str, Any]) -> None:
     engine, corpus = started(GPU, **setting)
     run(engine, corpus, 4)

@@ -116,6 +116,13 @@ def _(f: Forms, a: Arguments) -> Any:
     return a["self"] if other is None else f.reshape(a["self"], other.shape)
 
 
+@means("to", "_to_copy", "float", "double")
+def _(f: Forms, a: Arguments) -> Any:
+    dtype = a.get("dtype")
+    laid_out = a.get("memory_format") is not None or a.get("other") is not None
+    return f.cast(a["self"], dtype) if isinstance(dtype, torch.dtype) and not laid_out else NotImplemented
+
+
 @means("transpose", "swapaxes", "swapdims")
 def _(f: Forms, a: Arguments) -> Any:
     x: Term = a["self"]

@@ -10,6 +10,7 @@ Each equality holds for all values and sizes (`tests/check/test_check_normal_for
 * Nested sums are one sum of all addends in any order. A view, slice or dropout of a sum is the sum of the addends'.
 * A product's bias is an addend. A product with rows of a weight is those rows of the whole product.
 * A mean is a sum divided by the count. Dropout of a reshaped value is the reshaped dropout.
+* A cast is one operation under many names. A reshape of a cast value is the cast of the reshaped value.
 """
 
 from __future__ import annotations
@@ -45,11 +46,17 @@ class Forms(TermStore):
             return x
         if x.op == "reshape":
             return self.reshape(x.args[0], shape)
+        if x.op == "cast":
+            return self.cast(self.reshape(x.args[0], shape), x.dtype)
         if x.op == "sum":
             moved = [self._reshaped_addend(v, x.shape, shape) for _, v in x.args[0]]
             if all(m is not None for m in moved):
                 return self._sum(((c, m) for (c, _), m in zip(x.args[0], moved, strict=True)), shape, x.dtype)
         return self.make("reshape", (x, shape), shape, x.dtype)
+
+    def cast(self, x: Term, dtype: torch.dtype) -> Term:
+        """`x` in another dtype. A cast to its own is kept: at run time it may have another."""
+        return self.make("cast", (x, dtype), x.shape, dtype)
 
     def _reshaped_addend(self, v: Term, old: Shape, new: Shape) -> Term | None:
         """An addend in the new shape of its sum. It has the sum's whole shape, or is broadcast over leading dimensions.

@@ -94,7 +94,7 @@ class OneRank(Translator):
         assert signature is not None
         given = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty} | a
         over: tuple[str, ...] = ()
-        if "group" in given:
+        if given.get("group") is not None:
             group = given["group"]
             over = given["group"] = group.over if isinstance(group, Group) else tuple(group)
         described = self._described(target, given, over)
@@ -103,7 +103,7 @@ class OneRank(Translator):
             given["rows"] = self.groups_rows(given["rows"], over)
         elif target is runtime.dropout:
             given["rows"] = tuple((d, n, self.rows(r)) for d, n, r in given["rows"])
-        elif "rows" in given:
+        elif given.get("rows") is not None:
             given["rows"] = self.rows(given["rows"])
         name, arguments = f"runtime.{target.__name__}", tuple(sorted(given.items()))
         several = isinstance(described, list)
@@ -120,6 +120,8 @@ class OneRank(Translator):
             return (*a["ids"].shape, *a["weight"].shape[1:]), a["weight"].dtype
         if target is runtime.entered_linear:
             return [((*x.shape[:-1], w.shape[0]), x.dtype) for w in a["weights"]]
+        if target is runtime.linear_cross_entropy:
+            return (), a["dtype"] or x.dtype
         if target is runtime.cross_entropy:
             return (a["target"].shape if a["reduction"] == "none" else ()), x.dtype
         if target in (runtime.take, runtime.gather, runtime.gather_sequence, runtime.scatter_sequence):

@@ -310,7 +310,7 @@ class _Still(Group):
     def _no(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise Refused(Refusal("the source", "", "communication by the runtime's operators", "a group that is called"))
 
-    all_reduce = begin_all_reduce = finish = all_gather = reduce_scatter = _no
+    all_reduce = begin_all_reduce = begin_all_gather = finish = all_gather = reduce_scatter = _no
 
 
 _RNG = Rng(0)

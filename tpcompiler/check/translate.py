@@ -127,20 +127,34 @@ class Translator:
             vectors = (a.get("weight"), a.get("bias"), a.get("eps", 1e-5))
             return self.call(aten.layer_norm.default, (a["x"], (a["size"],), *vectors), {}, None)
         if target is runtime.cross_entropy:
+            self._rows(a["rows"], a["logits"].shape[min(1, a["logits"].rank - 1)])
             return self._loss(a)
+        if target is runtime.linear_cross_entropy:
+            return self._head(a)
         if target is runtime.entered_linear:
             pairs = zip(a["weights"], a["biases"], strict=True)
             return tuple(self.call(aten.linear.default, (a["x"], w, b), {}) for w, b in pairs)
         return self.own(f"runtime.{target.__name__}", tuple(sorted(a.items())), known, lambda: (target, (), a))
 
     def _loss(self, a: dict[str, Any]) -> Any:
-        logits = a["logits"]
-        self._rows(a["rows"], logits.shape[min(1, logits.rank - 1)])
         if a["target"].dtype.is_floating_point:
             raise ValueError("the loss for class probabilities cannot be computed on split classes")
         kind = ("none", "mean", "sum").index(a.get("reduction", "mean"))
         rest = (a.get("ignore_index", -100), float(a.get("label_smoothing", 0.0)))
-        return self.call(aten.cross_entropy_loss.default, (logits, a["target"], a.get("weight"), kind, *rest), {})
+        return self.call(aten.cross_entropy_loss.default, (a["logits"], a["target"], a.get("weight"), kind, *rest), {})
+
+    def _head(self, a: dict[str, Any]) -> Any:
+        """The product, a row a token, in the dtype that the call says, and the loss of it."""
+        made = self.call(aten.linear.default, (a["x"], a["weight"], a.get("bias")), {})
+        if a["target"].rank != 1:
+            raise ValueError("the targets are not one a token")
+        logits = self.forms.reshape(made, (*a["target"].shape, made.shape[-1]))
+        if a.get("rows") is not None:
+            self._rows(a["rows"], made.shape[-1])
+        if a.get("dtype") is not None:
+            logits = self.forms.cast(logits, a["dtype"])
+        given: dict[str, Any] = {k: a[k] for k in ("target", "reduction", "ignore_index") if k in a}
+        return self._loss(given | {"logits": logits})
 
     def _rows(self, rows: Any, size: int) -> None:
         if not isinstance(rows, LocalRuns):

@@ -20,7 +20,9 @@ _TWO_PROGRAMS = 160  # columns; from this width on, two programs are shown side 
 _HANG = 4  # columns by which the rest of a long line is indented further
 _ALIKE = 0.55  # similarity above which two lines count as one changed line
 # Calls of the runtime's operators, which a program imports by name; `F.cross_entropy` is torch's.
-_FORWARD = re.compile(r"(?<![.\w])(reduce|gather|gather_sequence|scatter_sequence|cross_entropy)\(")
+_FORWARD = re.compile(
+    r"(?<![.\w])(reduce|gather|gather_sequence|scatter_sequence|cross_entropy|linear_cross_entropy)\("
+)
 _BACKWARD = re.compile(r"(?<![.\w])enter\(")
 _ALIKE_LAYERS = re.compile(r"\((\d+) alike\)")  # in the docstring of an emitted class
 _TOKEN = re.compile(r"\w+|\s+|[^\w\s]")

@@ -26,6 +26,7 @@ STATE = {2: (2, 4, 8), 4: (0, 4, 8)}  # bytes a parameter by the computation's w
 UPDATE = 28 + 2  # bytes of traffic a parameter of one 16-bit update and of its norm (train/optim/update.py)
 SHARDED_UPDATE = 28 + 12  # the same of torch's update, which clips in a pass of its own
 LOGITS = 10  # bytes a logit at the peak: in 16 bits, its log-softmax and its gradient in 32
+BESIDE = (runtime.entered_linear, runtime.linear_cross_entropy)  # whose backward communicates beside products
 RESERVE = 0.25 * 2**30  # what the libraries keep: workspaces of products and of collectives, and blocks in part filled
 
 
@@ -162,7 +163,7 @@ class Model:
                 seconds = rates.crossing(c.kind, size, degree, 1)
                 times = repeated if c.direction == "forward" else count
                 hidden = 0.0
-                if layout.overlap and node.target is runtime.entered_linear:
+                if layout.overlap and c.direction == "backward" and node.target in BESIDE:
                     hidden = min(seconds, beside.get(node, 0.0)) * rates.machine.hidden
                 exposed += times * (seconds - hidden)
                 total += times * seconds
@@ -196,6 +197,7 @@ class Model:
             gradients = (4 * held + rates.width * layer) if steps > 1 else rates.width * held
         activations = self._activations(rates, layout.recompute)
         loss = sum(LOGITS * rates.sizes.elements(k.reads[0]) for k in self.work.kernels if k.kind == "loss")
+        loss += sum(int(rates.width * rates.logits(k.node)) for k in self.work.kernels if k.kind == "head")
         if steps == 1 and (layout.data == 1 or layout.whole):  # gradients come as activations go
             gradients = max(0, gradients - activations - loss)
         return Memory(parameters, gradients, optimizer, activations, loss)
@@ -223,8 +225,8 @@ def _crossing_bytes(c: Collective, node: torch.fx.Node, width: int, overlap: boo
     sends it (`overlap`).
     """
     numbers = c.bytes // c.dtype.itemsize
-    if c.direction == "backward" and node.target in (runtime.enter, runtime.entered_linear):
+    if c.direction == "backward" and node.target in (runtime.enter, *BESIDE):
         rule = find(operand(node).target) or UNKNOWN
-        wide = rule.form in ("layer_norm", "rms_norm") and not (overlap and node.target is runtime.entered_linear)
+        wide = rule.form in ("layer_norm", "rms_norm") and not (overlap and node.target in BESIDE)
         return numbers * (4 if wide else width)
     return numbers * (width if node.target in (runtime.reduce, runtime.gather) else c.dtype.itemsize)

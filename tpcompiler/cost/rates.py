@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from torch import fx
@@ -41,6 +42,8 @@ class Rates:
     def price(self, kernel: Kernel) -> Price:
         if kernel.kind == "product":
             return self._product(kernel)
+        if kernel.kind == "head":
+            return self._head(kernel)
         if kernel.kind == "attention":
             return self._attention(kernel)
         if kernel.kind == "loss":
@@ -91,6 +94,21 @@ class Rates:
         matrices = [n for n in kernel.wanted if len(tensors(n.meta["val"])[0].shape) > 1]
         trained = sum(n.op == "placeholder" for n in matrices)
         return Price(one, one * min(len(matrices), 2), one * min(trained, 1), flops)
+
+    def logits(self, head: fx.Node) -> float:
+        """How many logits a rank's output layer makes, that is joined with its loss."""
+        x, weight = (self.sizes.shapes(n)[0] for n in head.all_input_nodes[:2])
+        return prod(x[:-1]) * weight[0]
+
+    def _head(self, kernel: Kernel) -> Price:
+        """A product, its two gradients, and each logit read once for its sums and once to become its gradient."""
+        x, weight = kernel.node.all_input_nodes[:2]
+        logits, flops = self.logits(kernel.node), 2.0 * self.logits(kernel.node) * self.sizes.shapes(x)[0][-1]
+        elements = [self.sizes.elements(x), self.sizes.elements(weight), logits]
+        one = self.multiplying(flops, flops / 2 / max(elements), self.width * sum(elements))
+        trained = 2 if kernel.wanted else 0
+        again = self.moving(self.width * logits * (3 if trained else 1))
+        return Price(one + again, one * trained, one if trained else 0.0, flops)
 
     def _attention(self, kernel: Kernel) -> Price:
         m, flops = self.machine, float(product_flops(kernel.node, self.sizes.shapes))

@@ -23,10 +23,11 @@ from tpcompiler.ops.operands import tensor_operands
 from tpcompiler.ops.table import UNKNOWN, find
 from tpcompiler.program import Program
 
-Kind = Literal["product", "attention", "lookup", "loss", "collective", "fused", "view"]
+Kind = Literal["product", "attention", "lookup", "head", "loss", "collective", "fused", "view"]
 _RUNTIME: dict[Any, Kind] = {
     runtime.entered_linear: "product",
     runtime.lookup: "lookup",
+    runtime.linear_cross_entropy: "head",
     runtime.cross_entropy: "loss",
     runtime.reduce: "collective",
     runtime.gather: "collective",
@@ -160,7 +161,7 @@ class Reader:
             kind = self.kinds[group[0]]
             if kind == "fused":
                 self._keep_fused(group, kept)
-            elif kind in ("product", "attention") and group[0].name in self.live:
+            elif kind in ("product", "head", "attention") and group[0].name in self.live:
                 kept.update(dict.fromkeys(filter(self._computed, self._reads(group))))
                 if kind == "attention":
                     kept[group[0]] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from tpcompiler.passes.fuse_losses import fuse_losses
 from tpcompiler.passes.halve_batches import halve_batches
 from tpcompiler.passes.hoist_enters import hoist_enters
 from tpcompiler.passes.merge_reductions import merge_reductions
@@ -18,7 +19,7 @@ HIDING: Mapping[bool | Literal["halves"], tuple[Callable[[Program], Program], ..
     True: (overlap_enters,),
     "halves": (overlap_enters, halve_batches),
 }
-PASSES = (drop_joined_segments, sink_reductions, merge_reductions, hoist_enters)
+PASSES = (drop_joined_segments, sink_reductions, merge_reductions, hoist_enters, fuse_losses)
 
 
 def run_passes(program: Program, overlap: bool | Literal["halves"] = False) -> Program:

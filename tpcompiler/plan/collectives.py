@@ -16,6 +16,7 @@ from tpcompiler.graphs import cause_of, example_size, layout_of, operand, over
 from tpcompiler.layout import Mesh
 from tpcompiler.plan import Plan, common_name
 from tpcompiler.program import Cause, Collective, Program
+from tpcompiler.runtime.head import CHUNK
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -58,6 +59,7 @@ class CollectiveReader:
         runtime.entered_linear,
         runtime.gather,
         runtime.cross_entropy,
+        runtime.linear_cross_entropy,
         runtime.rms_norm,
         runtime.layer_norm,
     )
@@ -81,6 +83,7 @@ class CollectiveReader:
             self.entered_linear,
             self.gather,
             self.cross_entropy,
+            self.linear_cross_entropy,
             self.norm,
             self.norm,
         )
@@ -130,6 +133,19 @@ class CollectiveReader:
         yield self.make(node, "all_reduce", FORWARD, names, (tokens,), dtype, reason)
         reason = f"sums of the loss, {rows} numbers a token"
         yield self.make(node, "all_reduce", FORWARD, names, (rows * tokens + 1 + weighted,), dtype, reason)
+
+    def linear_cross_entropy(self, node: fx.Node) -> Iterator[Collective]:
+        if len(node.args) < 4:
+            return  # every rank has all classes
+        x, names = operand(node), over(node, 3)
+        tokens = prod(self.number(n) for n in operand(node, 2).meta["val"].shape)
+        dtype = _accumulated(node.kwargs.get("dtype") or x.meta["val"].dtype)  # type: ignore[arg-type]
+        for done in range(0, tokens, CHUNK):
+            shape = (self.mesh.degree(names), 3, min(CHUNK, tokens - done))
+            yield self.make(node, "all_gather", FORWARD, names, shape, dtype, "sums of the loss, 3 numbers a token")
+        if x.name in self.carriers:
+            reason = f"gradient of what enters {self.axis_names(node)}, beside the weight's"
+            yield self.make(node, "all_reduce", BACKWARD, names, self.local(x), x.meta["val"].dtype, reason)
 
     # -- of a node --------------------------------------------------------------------------------------------------
 

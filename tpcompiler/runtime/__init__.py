@@ -3,6 +3,7 @@
 from tpcompiler.runtime.expert_products import grouped_mm
 from tpcompiler.runtime.groups import Group, Ranks
 from tpcompiler.runtime.halves import Halves, cut_batch, join_batch
+from tpcompiler.runtime.head import linear_cross_entropy
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.module import Parameters
 from tpcompiler.runtime.norms import layer_norm, rms_norm
@@ -29,6 +30,7 @@ __all__ = [
     "grouped_mm",
     "join_batch",
     "layer_norm",
+    "linear_cross_entropy",
     "load",
     "lookup",
     "reduce",

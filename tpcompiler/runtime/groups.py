@@ -66,8 +66,12 @@ class Group:
         """A sum that may be under way still: nobody reads it before `finish`, nor writes `x`."""
         return self.all_reduce(x, direction=direction)
 
+    def begin_all_gather(self, x: Tensor, direction: str = FORWARD) -> Tensor:
+        """All ranks' `x`, of one shape, along dimension 0 in an order that all share; under way like the sum."""
+        return self.all_gather(x, 0, direction=direction)
+
     def finish(self, x: Tensor) -> Tensor:
-        """The result of `begin_all_reduce`, once it is there. Not collective."""
+        """What was begun, once it is there. Not collective."""
         return x
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None, direction: str = FORWARD) -> Tensor:
@@ -102,6 +106,9 @@ class ProcessGroup(Group):
 
     def begin_all_reduce(self, x: Tensor, direction: str = FORWARD) -> Tensor:
         return private_apis.begin_all_reduce(x, self.name)
+
+    def begin_all_gather(self, x: Tensor, direction: str = FORWARD) -> Tensor:
+        return private_apis.begin_all_gather(x, self.size, self.name)
 
     def finish(self, x: Tensor) -> Tensor:
         return private_apis.finish(x)

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["all_gather", "all_reduce", "begin_all_reduce", "finish", "is_factory", "pytree", "reduce_scatter"]
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "begin_all_gather",
+    "begin_all_reduce",
+    "finish",
+    "is_factory",
+    "pytree",
+    "reduce_scatter",
+]
 
 # `pytree`: nested arguments and results, flat and back. There is no `torch.utils.pytree`, and `torch.fx` has only
 # `map_arg`, which knows no keys and gives no structure to compare.
@@ -31,8 +40,14 @@ def begin_all_reduce(x: Tensor, group: str) -> Tensor:
     return started
 
 
+def begin_all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """An `all_gather` that is under way until `finish`."""
+    started: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)
+    return started
+
+
 def finish(x: Tensor) -> Tensor:
-    """The result of `begin_all_reduce`."""
+    """The result of what was begun."""
     return _wait(x)
 
 

@@ -56,6 +56,11 @@ def is_steady(target: Callable[..., object] | str) -> bool:
     return not (isinstance(target, torch._ops.OpOverload) and torch.Tag.data_dependent_output in target.tags)
 
 
+def draws_numbers(target: Callable[..., object] | str) -> bool:
+    """Whether an operator may draw from torch's own generator. Public way tried: none, as for `is_steady`."""
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
 def depends_on_values(node: fx.Node) -> bool:
     """Whether a size of a node's value is known at run time only. Public way tried: none; torch.export keeps unbacked
     symbols for itself."""

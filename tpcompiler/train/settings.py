@@ -223,8 +223,8 @@ class Train(Section):
     cuda_graphs: bool = Field(
         default=True,
         description="Whether the host issues a step's work once and the device then repeats it: with one data rank, in "
-        "16 bits, where nothing is computed again, micro-batches have one size, and no size depends on a value. "
-        "Elsewhere it changes nothing.",
+        "16 bits, where micro-batches have one size, no size depends on a value, and nothing that draws random numbers "
+        "inside of fused attention is computed again. Elsewhere it changes nothing.",
     )
     tokenizer: str = Field(
         default="bytes", min_length=1, description="`bytes`, or the path of a tokenizer.json or of its directory."

@@ -21,6 +21,7 @@ _BY_OPERATOR = dict.fromkeys(_MASKS, "mask") | {
     "arange": "positions",
     "cross_entropy_loss": "loss",
     "cross_entropy": "loss",
+    "linear_cross_entropy": "loss",
     "cos": "cos",
     "sin": "sin",
     "topk": "top",

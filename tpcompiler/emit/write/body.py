@@ -21,8 +21,8 @@ from tpcompiler.emit.write.scope import Scope
 
 # The result of these operators is another thing than their operand, so it does not take over the operand's name.
 _NEW_THING = set(
-    """scaled_dot_product_attention cross_entropy_loss cross_entropy embedding lookup matmul bmm einsum
-    eq ne lt le gt ge""".split()
+    """scaled_dot_product_attention cross_entropy_loss cross_entropy linear_cross_entropy embedding lookup matmul bmm
+    einsum eq ne lt le gt ge""".split()
 )
 
 

@@ -24,7 +24,7 @@ from tpcompiler.train.private_torch import equal_layers_share_a_graph
 from tpcompiler.train.settings import Train
 from tpcompiler.train.step.compiled import Compiled, select
 from tpcompiler.train.step.prepare import prepare
-from tpcompiler.train.step.replay import Device, Recorder, on_stream, steady
+from tpcompiler.train.step.replay import Device, Recorder, draws, on_stream, steady
 from tpcompiler.weights.manifest import DATA
 
 Read = Callable[[str, Slice], Tensor]
@@ -59,7 +59,8 @@ class Engine:
         program = compiled.sharded.program
         names = {p.name: p.aliases for p in program.capture.parameters if not p.buffer}
         self.module: nn.Module = compiled.module(ranks, self.rng)
-        prepare(self.module, train, hooked=ranks.mesh.degree((DATA,)) > 1)
+        self._draws = draws(program.graph)
+        prepare(self.module, train, hooked=ranks.mesh.degree((DATA,)) > 1, draws=self._draws)
         self.storage = hold(self.module, names, ranks, train, device)
         fill_buffers(self.module, program, ranks.coords)
         mesh = program.mesh
@@ -82,7 +83,7 @@ class Engine:
     def _repeats(self) -> bool:
         """Whether all steps are the same work for the device, which is then recorded."""
         train = self.train
-        wanted = train.cuda_graphs and train.activation_checkpointing == "none"
+        wanted = train.cuda_graphs and (train.activation_checkpointing == "none" or not self._draws)
         alike = train.batch % -(-train.batch // train.micro_batch) == 0  # micro-batches have one size
         return wanted and alike and self.storage.steady and steady(self.compiled.capture.graph)
 

@@ -14,22 +14,24 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tpcompiler.ops.table import UNKNOWN, find
 from tpcompiler.runtime.halves import twins_of
+from tpcompiler.runtime.head import chunk_losses, chunk_numbers
 from tpcompiler.train.hold.layers import layers_of
 from tpcompiler.train.settings import Train
 
 Forward = Callable[..., Any]
 
 
-def prepare(module: nn.Module, train: Train, hooked: bool) -> None:
+def prepare(module: nn.Module, train: Train, hooked: bool, draws: bool = True) -> None:
     """Recomputation and compilation, as the run's settings say. In place; parameters keep their names.
 
     Each distinct layer is compiled once, and all layers that are equal share the result. Or the program is compiled as
     one graph; with `hooked` layers (FSDP2's hooks run between them) there is none, and layers are compiled instead.
+    `draws`: the program draws from torch's own generator, whose state recomputation then puts back.
     """
     layers = [*layers_of(module), *twins_of(module)]
     if train.activation_checkpointing != "none":
         for layer in layers:
-            _replace(layer, partial(_recomputing, train.activation_checkpointing == "attention"))
+            _replace(layer, partial(_recomputing, train.activation_checkpointing == "attention", draws))
     if train.compile == "none":
         return
     if train.compile == "whole" and not hooked:
@@ -52,12 +54,21 @@ def _compile_loss(module: nn.Module) -> None:
     """
     plain: Any = module.forward
     own = plain.__func__
-    names = own.__globals__ | {"F": _Functional()}
-    if "cross_entropy" in names:
-        names["cross_entropy"] = torch.compile(names["cross_entropy"])
-    changed = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-    changed.__kwdefaults__ = own.__kwdefaults__
-    module.forward = MethodType(changed, module)
+    there = own.__globals__
+    names: dict[str, Any] = {"F": _Functional()}
+    if "cross_entropy" in there:
+        names["cross_entropy"] = torch.compile(there["cross_entropy"])
+    if "linear_cross_entropy" in there:
+        pieces = {f.__name__: torch.compile(f) for f in (chunk_numbers, chunk_losses)}
+        names["linear_cross_entropy"] = _finding(there["linear_cross_entropy"], pieces)
+    module.forward = MethodType(_finding(own, names), module)
+
+
+def _finding(fn: FunctionType, names: dict[str, Any]) -> FunctionType:
+    """The same function, which finds other things under these names."""
+    changed = FunctionType(fn.__code__, fn.__globals__ | names, fn.__name__, fn.__defaults__, fn.__closure__)
+    changed.__kwdefaults__ = fn.__kwdefaults__
+    return changed
 
 
 class _Functional:
@@ -70,13 +81,13 @@ class _Functional:
         return getattr(F, name)
 
 
-def _recomputing(selective: bool, forward: Forward) -> Forward:
+def _recomputing(selective: bool, draws: bool, forward: Forward) -> Forward:
     """`forward`, whose activations are not kept but computed again in backward (Chen et al., arXiv 1604.06174).
 
     `selective` keeps the products of matrices and what other ranks sent, and computes again what lies between them:
     attention, norms, activations (Korthikanti et al., arXiv 2205.05198, §5).
     """
-    how: dict[str, Any] = {"use_reentrant": False}
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
     if selective:
         how["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from tpcompiler.errors import TpcError
-from tpcompiler.train.private_torch import depends_on_values, is_steady
+from tpcompiler.program import Training
+from tpcompiler.train.private_torch import depends_on_values, draws_numbers, is_steady
 
 _WARM_UP = 2  # calls before the recorded one: compilation, NCCL's connections, the libraries' choice of kernels
 
@@ -131,6 +132,21 @@ def _first(e: BaseException) -> BaseException:
 def steady(graph: fx.Graph) -> bool:
     """Whether a program issues the same work whatever its inputs hold: no size depends on a value."""
     return all(is_steady(node.target) and not depends_on_values(node) for node in graph.nodes)
+
+
+def draws(graph: fx.Graph) -> bool:
+    """Whether a program in training draws from torch's own generator.
+
+    What is computed again would have to draw the same numbers again, and a recording cannot put the generator back.
+    """
+    return any(draws_numbers(n.target) and _drops(n) for n in graph.nodes)
+
+
+def _drops(node: fx.Node) -> bool:
+    if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
+        return True
+    p = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+    return bool(p.on if isinstance(p, Training) else p)
 
 
 def on_stream(device: Device | None) -> AbstractContextManager[None]:
