@@ -103,6 +103,16 @@ class Wire(dist.ProcessGroup):
         out.view(self.size(), -1).copy_(mine.reshape(1, -1).expand(self.size(), -1))
         return self._carry(out, out.nbytes)
 
+    def allgather_into_tensor_coalesced(self, outs: list[Tensor], mine: list[Tensor], opts: Any = None) -> Any:
+        for out, x in zip(outs, mine, strict=True):
+            out.view(self.size(), -1).copy_(x.reshape(1, -1).expand(self.size(), -1))
+        return self._carry(outs, sum(out.nbytes for out in outs))
+
+    def reduce_scatter_tensor_coalesced(self, outs: list[Tensor], wholes: list[Tensor], opts: Any = None) -> Any:
+        for out, whole in zip(outs, wholes, strict=True):
+            out.copy_(whole.reshape(self.size(), -1)[0].view(out.shape))
+        return self._carry(outs, sum(whole.nbytes for whole in wholes))
+
     def _reduce_scatter_base(self, out: Tensor, whole: Tensor, opts: Any = None) -> Any:
         out.copy_(whole.reshape(self.size(), -1)[0].view(out.shape))
         return self._carry(out, whole.nbytes)
