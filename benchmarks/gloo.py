@@ -156,11 +156,11 @@ def stepping(model: nn.Module, name: str, inputs: dict[str, Tensor]) -> Callable
         if name == "ours":
             loss = model(**inputs)
             loss.backward()
-            return float(loss)
+            return float(loss.detach())
         with loss_parallel():
             loss = model(**inputs)
             loss.backward()
-        return float(loss.full_tensor())
+        return float(loss.detach().full_tensor())
 
     return step
 

@@ -95,8 +95,11 @@ def test_loss_and_gradients_stay_with_dropout(name: str, degree: int, samples: i
     inputs = batch_of(name, samples)
     log: list[Any] = []
     same(trained(compiled(name, degree, "halves"), inputs, log=log), trained(compiled(name, degree, False), inputs))
-    reduces = [c for c in executed(log) if c.kind == "all_reduce" and c.direction == "forward"]
-    listed = [c for c in compiled(name, degree, "halves").program.collectives if c.direction == "forward"]
+    program = compiled(name, degree, "halves").program
+    reduces, listed = (
+        [c for c in found if c.kind == "all_reduce" and c.direction == "forward"]
+        for found in (executed(log), program.collectives)
+    )
     assert len(reduces) == len(listed) + sum(c.halved for c in listed) * (samples % 2 == 0)
     assert degree == 1 or any(c.halved for c in listed)
 

@@ -148,7 +148,7 @@ class Translator:
         made = self.call(aten.linear.default, (a["x"], a["weight"], a.get("bias")), {})
         if a["target"].rank != 1:
             raise ValueError("the targets are not one a token")
-        logits = self.forms.reshape(made, (*a["target"].shape, made.shape[-1]))
+        logits = self.forms.reshape(made, (-1, made.shape[-1]))
         if a.get("rows") is not None:
             self._rows(a["rows"], made.shape[-1])
         if a.get("dtype") is not None:

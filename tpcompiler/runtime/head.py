@@ -42,7 +42,7 @@ def linear_cross_entropy(
     group = Group() if group is None else group
     rows = ((0, weight.shape[0]),) if rows is None else rows
     kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind)
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     if autocast:
         low = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
