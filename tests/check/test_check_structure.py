@@ -96,18 +96,15 @@ SOURCES = {
     "training scaled": ("return x + dropout(y", "return x * (2.0 if self.training else 1.0) + dropout(y"),
     "not trained": (WPE, f"{WPE}.requires_grad_(False)"),
     "bfloat16": (WPE, f"{WPE}.to(torch.bfloat16)"),
-    "untied": (
-        "logits = F.linear(x, self.wte.weight)",
-        "logits = F.linear(x, self.wte.weight.detach())",
-    ),
+    "untied": ("entropy(x, self.wte.weight,", "entropy(x, self.wte.weight.detach(),"),
     "in place": ("x = self.h[0](x)\n", "x = self.h[0](x).mul_(1)\n"),
     "state": ("x = self.h[0](x)\n", "self.seen = self.h[0](x)\n        x = self.seen\n"),
     "a hook": ("        x = self.h[0](x)\n", "        x = self.h[0](x)\n        x.register_hook(print)\n"),
     "no gradient": ("x = self.h[0](x)\n", "x = self.h[0](x).data\n"),
-    "keys cut": ("enter(F.layer_norm(x, (32,), self.ln_f", "enter(F.layer_norm(x[:, :1000], (32,), self.ln_f"),
-    "features rolled": ("logits = logits.flatten(0, 1)", "logits = logits.roll(1, -1).flatten(0, 1)"),
+    "keys cut": ("= F.layer_norm(x, (32,), self.ln_f", "= F.layer_norm(x[:, :1000], (32,), self.ln_f"),
+    "labels rolled": ("labels.flatten()", "labels.roll(1, -1).flatten()"),
     "a reduction twice": ("reduce(y, self.tensor)", "reduce(reduce(y, self.tensor), self.tensor)"),
-    "an ignored class": ("self.tensor, self.vocab_rows)\n", "self.tensor, self.vocab_rows, ignore_index=-1)\n"),
+    "an ignored class": ("rows=self.vocab_rows)\n", "rows=self.vocab_rows, ignore_index=-1)\n"),
     "another module": ("import torch\n", "import os\nimport torch\n"),
 }  # fmt: skip
 
