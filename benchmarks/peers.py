@@ -227,8 +227,18 @@ def report(
             found["tflops"] = round(flops / ms / 1e9, 1)
         if "trace" in name.split(":") and a.device == "cuda":
             found["hidden"] = traced(contestants[name][0], 2)[0].as_dict()
+            print(f"{name}: milliseconds of a step by kernel", *top(traced(contestants[name][0], 2)[1]), sep="\n")
         found |= {"torch": torch.__version__, "device": torch.cuda.get_device_name() if a.device == "cuda" else "cpu"}
         print(json.dumps(found), flush=True)
+
+
+def top(kernels: list[tuple[str, float, float]], steps: int = 2, most: int = 22) -> list[str]:
+    """The kernels that take longest: milliseconds and launches a step, and the name."""
+    found: dict[str, list[float]] = {}
+    for name, start, end in kernels:
+        found.setdefault(name, []).append((end - start) / 1000)
+    ordered = sorted(found.items(), key=lambda p: -sum(p[1]))[:most]
+    return [f"{sum(t) / steps:8.2f} {len(t) // steps:5d}  {name[:110]}" for name, t in ordered]
 
 
 def wait() -> None:

@@ -171,6 +171,10 @@ def operators() -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any], list[Any
         loss = {"logits": X, "target": Y, "group": group, "rows": split}
         yield over, runtime.cross_entropy, loss, [(4, 6), ((4,), I64)]
         yield over, runtime.cross_entropy, {**loss, "reduction": "none"}, [(4, 6), ((4,), I64)]
+        head = {"x": X, "weight": Y, "target": Z, "group": group, "rows": split}
+        yield over, runtime.linear_cross_entropy, head, [(4, 5), (6, 5), ((4,), I64)]
+        summed = {**head, "bias": W, "reduction": "sum"}
+        yield over, runtime.linear_cross_entropy, summed, [(4, 5), (6, 5), ((4,), I64), (6,)]
         products = {"x": X, "group": group, "weights": (Y, Z), "biases": (W, None)}
         yield over, runtime.entered_linear, products, [(4, 6), (5, 6), (6, 6), (5,)]
         masked = {"x": X, "p": 0.5, "training": True, "rng": RngSlot, "site": 0}

@@ -281,6 +281,26 @@ def _(s: Site) -> Fact:
     return Entered(claims, ((),) * len(s.given), group=s.group(), products=tuple(products))
 
 
+@states("runtime.linear_cross_entropy", ranked=True)
+def _(s: Site) -> Fact:
+    """A loss of classes that ranks compute together, from a value that enters: its gradient is added over the group."""
+    used = [s.a[n] for n in ("x", "weight", "target", "bias") if s.a.get(n) is not None]
+    x, weight, target = used[:3]
+    group = () if s.local.get("group") is None else s.group()
+    _alike(s, s.given[x.i].claim, group)
+    if s.given[target.i].operand.dtype.is_floating_point:
+        raise RefutedError("no fact speaks of class probabilities")
+    shape = s.shape(weight)
+    operands = [(0, plain(s.shape(x), [None] * s.rank(x))), (1, plain(shape, ["c", None]))]
+    operands.append((2, plain(s.shape(target), [None] * s.rank(target))))
+    if len(used) > 3:
+        operands.append((3, plain(s.shape(used[3]), ["c"])))
+    rows = {"c": s.rows_argument(s.local["rows"], shape[0])} if group else {}
+    form = Form(operands, [()], rows=rows, together={"c": group})
+    fact = derive(s.geometry, form, [s.given[u.i] for u in used], s.made)
+    return Entered(fact.claims, ((),) * len(s.given), group=group, products=((fact, tuple(u.i for u in used)),))
+
+
 _OPERATORS = """enter reduce cut_batch join_batch take gather gather_sequence scatter_sequence lookup rms_norm
-layer_norm cross_entropy dropout entered_linear"""
+layer_norm cross_entropy linear_cross_entropy dropout entered_linear"""
 NAMES = {getattr(runtime, name): f"runtime.{name}" for name in _OPERATORS.split()}
