@@ -117,6 +117,7 @@ def rank(index: int, a: argparse.Namespace, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(index)}
     os.environ |= {"WORLD_SIZE": str(a.ranks), "LOCAL_RANK": str(index)}
     torch.set_num_threads(a.threads)
+    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (a.ranks,), mesh_dim_names=("tensor",))
 
     def plain() -> GPT2:
