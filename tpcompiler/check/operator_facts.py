@@ -295,8 +295,9 @@ def _(s: Site) -> Fact:
     operands.append((2, plain(s.shape(target), [None] * s.rank(target))))
     if len(used) > 3:
         operands.append((3, plain(s.shape(used[3]), ["c"])))
-    rows = {"c": s.rows_argument(s.local["rows"], shape[0])} if group else {}
-    form = Form(operands, [()], rows=rows, together={"c": group})
+    form = Form(operands, [()], together={"c": group})
+    if group:
+        form.rows["c"] = s.rows_argument(s.local["rows"], shape[0])
     fact = derive(s.geometry, form, [s.given[u.i] for u in used], s.made)
     return Entered(fact.claims, ((),) * len(s.given), group=group, products=((fact, tuple(u.i for u in used)),))
 
