@@ -42,6 +42,10 @@ nightly: $(READY) ## what takes hours: hundreds of cases, kills, all zoo models 
 
 mutants: $(READY) ## faults planted in correct programs, and what the checker lets through
 	$(BIN)/python -m benchmarks.mutants --sites 1 -o out/mutants.json
+	$(BIN)/python -W ignore -m benchmarks.source_faults --sites 2 -o out/source_faults.json
+
+widths: $(READY) ## families of transformers at their published widths: is what is right accepted?
+	$(BIN)/python -W ignore -m benchmarks.widths --out out/widths.json
 
 soak: $(READY) ## two hours of faults against one small run, which must end as if there had been none
 	$(BIN)/python -m benchmarks.soak --minutes 120 -o out/soak
@@ -73,4 +77,4 @@ docs: $(READY) ## the documentation's pages, in site/
 clean: ## what the other targets made, the virtual environment included
 	rm -rf .venv out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo test nightly mutants soak families compatibility fuzz bench pictures lint docs clean
+.PHONY: help setup demo test nightly mutants widths soak families compatibility fuzz bench pictures lint docs clean

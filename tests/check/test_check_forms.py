@@ -89,6 +89,7 @@ CASES: list[Case] = [
     (aten.max_pool1d.default, (X, (2,)), [(4, 6, 8)]),
     (aten.embedding.default, (X, Y), [(7, 6), ((4, 3), I64)]),
     (aten.cross_entropy_loss.default, (X, Y, None, 0), [(4, 6, 3), ((4, 3), I64)]),
+    (aten.embedding.default, (X, Y, -1, True, False), [(7, 6), ((4, 3), I64)]),
     (aten.one_hot.default, (X, 7), [((4, 6), I64)]),
     (aten.view.default, (X, (4, 3, 2)), [(4, 6)]),
     (aten.view.default, (X, (4, LocalSize(Factor(3, "h", ("t",))), 2)), [(4, 6)]),
@@ -296,3 +297,14 @@ def test_what_a_fact_says_of_an_operator_is_seen_when_ranks_run() -> None:
             found += judge(geometry, call, given, rng)
         held[op.__name__] = held.get(op.__name__, 0) + found
     assert min(held.values()) >= 2, sorted(held.items())
+
+
+def test_an_operation_without_a_fact_takes_whole_operands_only() -> None:
+    geometry = Geometry(MESHES[0])
+    held = geometry.of_dim(Factor(6, "h", ("t",)))
+    for op in (aten.fft_fft.default, aten.cdist.default, aten.nonzero.default):
+        call = make_call(op, (X, X) if op is aten.cdist.default else (X,), ())
+        for rows, known in (((None, None), True), ((None, held), False), ((held, None), False)):
+            given = (Given(TensorInfo((6, 6), F32, True), Claim(rows)),)
+            made = (TensorInfo((6, 6), F32, True),)
+            assert isinstance(certified(geometry, call, call, given, made), Wrong) != known

@@ -301,9 +301,11 @@ def _(s: Site) -> Form:
 def _(s: Site) -> Form:
     weight, ids = s.a["weight"], s.a["indices"]
     shape = s.shape(ids)
+    whole = range(len(shape)) if s.a["scale_grad_by_freq"] else ()  # its gradient counts how often an id occurs
+    rows = numbered(shape, whole=tuple(whole))
     return Form(
-        [(ids.i, numbered(shape)), (weight.i, plain(s.shape(weight), [None, "h"]))],
-        [(*numbered(shape), (("h", s.shape(weight)[1]),))],
+        [(ids.i, rows), (weight.i, plain(s.shape(weight), [None, "h"]))],
+        [(*rows, (("h", s.shape(weight)[1]),))],
     )
 
 

@@ -81,18 +81,21 @@ def hints(capture: Capture) -> dict[Any, int]:
                 if isinstance(n, torch.SymInt):
                     for symbol in n.node.expr.free_symbols:
                         found[symbol] = _hint(n, symbol)
-    of_run = {s: None for node in capture.graph.nodes for s in _symbols(node.meta.get("val")) if s not in found}
+    known: set[Any] = set()  # the sizes that were looked into
+    vals = [node.meta.get("val") for node in capture.graph.nodes]
+    of_run = {s: None for val in vals for s in _symbols(val, known) if s not in found}
     free = (p for p in _PRIMES if p not in set(found.values()))
     return found | dict(zip(of_run, free, strict=False))
 
 
-def _symbols(val: Any) -> Iterator[Any]:
-    """The symbols of a value's shape, or of a size, in an order that repeats."""
+def _symbols(val: Any, known: set[Any]) -> Iterator[Any]:
+    """The symbols of a value's shape, or of a size, in an order that repeats; none of a size that is `known`."""
     sizes: tuple[Any, ...] = tuple(val.shape) if isinstance(val, Tensor) else (val,)
     if isinstance(val, (tuple, list)):
         sizes = tuple(n for v in val if isinstance(v, Tensor) for n in v.shape)
     for n in sizes:
-        if isinstance(n, torch.SymInt):
+        if isinstance(n, torch.SymInt) and n.node.expr not in known:
+            known.add(n.node.expr)
             yield from sorted(n.node.expr.free_symbols, key=str)
 
 

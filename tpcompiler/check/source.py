@@ -22,7 +22,7 @@ from tpcompiler.check.calls import runtime_signature
 from tpcompiler.check.claims import Geometry
 from tpcompiler.check.decompose import Decomposer, TensorSlot
 from tpcompiler.check.fields import Fields, fields_of
-from tpcompiler.check.forward import Refused
+from tpcompiler.check.forward import Refused, line_of
 from tpcompiler.check.grammar import Guarded, read_source
 from tpcompiler.check.normal_form import OPEN, Forms
 from tpcompiler.check.one_rank import OneGraph, OneRank, RankClass, RankRows, rank_classes
@@ -197,22 +197,31 @@ class _Run:
         if graph != source:  # the order need not be compared: it is the text's, and so the same on all ranks
             odd = next(iter((graph - source) + (source - graph)))
             claimed = f"the source communicates {odd} of {_operands(odd)}, {graph[odd]} times"
-            raise Refused(Refusal("the source", "", claimed, f"{source[odd]} times{self._missing(odd)}", self.where))
+            self._refuse(odd, claimed, f"{source[odd]} times")
         for i, (x, y) in enumerate(zip(got, expected, strict=True)):
             if x is not y and (isinstance(x, Term) or isinstance(y, Term) or x != y):
-                true = f"it is {x}{self._missing(y)}"
-                raise Refused(Refusal("the source", "", f"output {i} is {y} of the graph", true, self.where))
+                self._refuse(y, f"output {i} is {y} of the graph", f"it is {x}")
 
-    def _missing(self, term: Any) -> str:
-        """Names the first value that this one is computed from and that the source does not compute."""
+    def _refuse(self, term: Any, claimed: str, true: str) -> NoReturn:
+        """Refuses for the first value that the source does not compute, of those that `term` is made of."""
+        cause = self._missing(term)
+        if cause is None:
+            raise Refused(Refusal("the source", "", claimed, true, self.where))
+        node = next((n for n in self.program.graph.nodes if n.name == cause.name), None)
+        name, line = (cause.name, line_of(node)) if node is not None else ("the source", "")
+        said = f"{claimed}, so {true}" if cause is term else f"{claimed}, which is made of it: {true}"
+        missing = f"the source does not compute {described(cause)}"
+        raise Refused(Refusal(name, line, f"the source computes {cause.op}", missing, f"{self.where}; {said}"))
+
+    def _missing(self, term: Any) -> Term | None:
+        """The first value that this one is computed from, itself included, that the source does not compute."""
+        found: Term | None = None
         seen: set[Term] = set()
-        while isinstance(term, Term) and term not in seen:
+        while isinstance(term, Term) and term not in seen and term not in self.known and term.op != "leaf":
             seen.add(term)
-            operand = next((t for t in children(term.args) if t not in self.known and t.op != "leaf"), None)
-            if operand is None:
-                return f": it does not compute {described(term)}"
-            term = operand
-        return ""
+            found = term
+            term = next((t for t in children(term.args) if t not in self.known and t.op != "leaf"), None)
+        return found
 
 
 def _operands(t: Term) -> str:

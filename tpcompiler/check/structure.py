@@ -118,7 +118,8 @@ def _outputs(node: fx.Node, model: Model, env: Mapping[fx.Node, Any]) -> None:
         if isinstance(expected, Term) or isinstance(value, Term):
             if value is not expected:
                 at = _stranger(got, model, env) if isinstance(got, fx.Node) else node
-                _refuse(at, "a value of the model", "no value of the model", f"output {i} is computed from it")
+                made = getattr(at.target, "__name__", at.target) if at.op == "call_function" else at.op
+                _refuse(at, "a value of the model", f"{made} makes no value of the model", f"output {i} is made of it")
         elif value != expected:
             _refuse(node, f"output {i} is {expected}", f"{value}")
 
