@@ -47,8 +47,13 @@ _ASKING = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tens
 
 def compare_source(program: Program, text: str, geometry: Geometry, taken: set[int]) -> None:
     """Raises `Refused` for the first difference between the source and the graph."""
-    with all_nonzero():
-        _compare(program, text, geometry, taken)
+    try:
+        with all_nonzero():
+            _compare(program, text, geometry, taken)
+    except Refused:
+        raise
+    except Exception as e:  # such as a constructor that fails
+        raise Refused(Refusal("the source", "", "a module that can be built", f"{type(e).__name__}: {e}")) from None
 
 
 def _compare(program: Program, text: str, geometry: Geometry, taken: set[int]) -> None:
