@@ -46,7 +46,7 @@ def test_a_first_spec_works_and_names_what_the_model_has(tmp_path: Path, capsys:
     assert main.main(["shard", GPT2, "--spec", str(out), "--json"]) == 0
     before = out.read_text()
     assert main.main(["init", GPT2, "-o", str(out)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert out.read_text() == before
 
 

@@ -39,7 +39,7 @@ def test_the_machine_at_hand_is_described(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--device", "tpu"), "--device tpu: is cuda or cpu"),
+        (("--device", "tpu"), "--device tpu: not a kind of device; write cuda or cpu"),
         (("--base", "h2000"), "--base h2000"),
         (("-o", "machine.json"), "a .yaml file"),
         pytest.param(

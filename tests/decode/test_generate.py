@@ -246,7 +246,7 @@ def test_from_the_command_line_each_finished_text_is_a_line_of_the_file(
         (i + 1, p, t) for i, (p, t) in enumerate(zip(("ab", "wxyz", "q"), expected, strict=True))
     ]
     assert main(command(tmp_path, *given)) == 2  # the results are not written over
-    assert "is there already" in json.loads(capsys.readouterr().out)["error"]
+    assert "exists already" in json.loads(capsys.readouterr().out)["error"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`tpc calibrate`: measures the machine at hand and writes its description."""
+"""`tpc calibrate`: measures the machine that it runs on and writes a description of it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ def calibrate(
         "machine.yaml"
     ),
     base: Annotated[
-        str, typer.Option("--base", metavar="H", help="The description that gives what is not measured.")
+        str, typer.Option("--base", metavar="H", help="The description that supplies the keys that are not measured.")
     ] = "h100",
-    device: Annotated[str | None, typer.Option("--device", metavar="D", help="cuda or cpu.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="D", help="cuda or cpu. Default: cuda if there is a GPU.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure this machine and write a description of it for `hardware:` and `tpc plan --hardware`.
 
-    Products, attention, memory; under torchrun with several ranks also all-reduces. Takes some seconds.
+    Measures products, attention and memory, and under torchrun with several ranks also all-reduces. Takes some seconds.
     """
     import torch.distributed as dist
 
@@ -43,7 +45,7 @@ def calibrate(
     with screen.open():
         spec = Spec.load({"mesh": {"tensor": 1}}).put(("hardware",), {"base": base}, f"--base {base}")
         if out.suffix not in (".yaml", ".yml"):
-            raise TpcError(f"-o {out}: a description is a .yaml file, by which `hardware:` knows it")
+            raise TpcError(f"-o {out}: a description must be a .yaml file, so that `hardware:` can name it")
         where, name = _device(device)
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if ranks > 1:
@@ -69,7 +71,7 @@ def _device(asked: str | None) -> tuple[torch.device, str]:
     import torch
 
     if asked not in (None, "cpu", "cuda"):
-        raise TpcError(f"--device {asked}: is cuda or cpu")
+        raise TpcError(f"--device {asked}: not a kind of device; write cuda or cpu")
     if asked == "cuda" and not torch.cuda.is_available():
         raise TpcError("--device cuda: torch finds no GPU here; `tpc doctor` says what there is")
     if asked != "cpu" and torch.cuda.is_available():
@@ -79,7 +81,7 @@ def _device(asked: str | None) -> tuple[torch.device, str]:
 
 
 def _same(device: str, base: str) -> bool:
-    """Whether a device is of the kind that a description is of, so that the maker's bandwidth holds."""
+    """Whether a description is one of this kind of device, so that its maker's bandwidth holds."""
     return base.upper() in device.upper()
 
 

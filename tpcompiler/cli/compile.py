@@ -61,7 +61,8 @@ def shard(
 ) -> None:
     """Compile a model for the ranks of a spec.
 
-    Shows blocks, collectives, memory a rank and what stays replicated; writes program, manifest and weights.
+    Shows blocks, collectives, memory per rank and what stays replicated. With -o, writes the program, its manifest and
+    the weights.
     """
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
@@ -98,9 +99,9 @@ def diff(
     settings: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show plain and sharded program side by side.
+    """Show the plain and the sharded program side by side.
 
-    Inserted collectives are in colour, equal layers are folded.
+    Collectives are in colour, and equal layers are shown once.
     """
     from tpcompiler.cli import sides
 
@@ -131,7 +132,7 @@ def verify(
     distributed: Annotated[
         bool,
         typer.Option(
-            "--distributed", help="Also run the emitted source with written weights, in real processes (gloo)."
+            "--distributed", help="Also run the emitted source with written weights, each rank in its own process."
         ),
     ] = False,
     settings: Set = None,
@@ -139,7 +140,7 @@ def verify(
 ) -> None:
     """Run all ranks and compare with the plain model.
 
-    Outputs, loss and every gradient must agree; exit code 1 when they do not.
+    Outputs, loss and every gradient must agree. If they do not, the exit code is 1.
     """
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
@@ -174,7 +175,8 @@ def explain(
 ) -> None:
     """Show why a parameter is split or not.
 
-    Prints what its dimensions are made of, and which line of the model keeps an axis whole.
+    Prints the axes that its dimensions are made of, and for each axis that is whole the line of the model that needs it
+    whole.
     """
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:

@@ -1,4 +1,4 @@
-"""`tpc eval` and `tpc plot`: the results of runs."""
+"""`tpc eval` and `tpc plot`: measure a trained model, and draw the loss curves of runs."""
 
 from __future__ import annotations
 
@@ -20,22 +20,27 @@ class EvalOptions(RankOptions):
 
     weights: Annotated[
         Path,
-        typer.Option("--weights", "-w", metavar="DIR", help="A run, a checkpoint, what `tpc shard` wrote, or a file."),
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="DIR",
+            help="A run, a checkpoint, an output of `tpc shard`, or a file of weights.",
+        ),
     ]
     perplexity: Annotated[
         Path | None,
-        typer.Option("--perplexity", metavar="FILE", help="A text, for its perplexity over overlapping windows."),
+        typer.Option("--perplexity", metavar="FILE", help="A text. Its perplexity is measured in overlapping windows."),
     ] = None
     cloze: Annotated[
         Path | None,
         typer.Option(
             "--cloze",
             metavar="FILE",
-            help="Texts, one a line or .jsonl, for cloze accuracy: is the last word predicted?",
+            help="Texts, one per line or as .jsonl. Cloze accuracy is the share whose last word is predicted.",
         ),
     ] = None
     stride: Annotated[int, typer.Option("--stride", min=1, help="Tokens from one window to the next.")] = 32
-    batch: Annotated[int, typer.Option("--batch", min=1, help="How many windows a rank evaluates at once.")] = 8
+    batch: Annotated[int, typer.Option("--batch", min=1, help="How many windows or texts a rank runs at once.")] = 8
     wikitext: Annotated[
         bool, typer.Option("--wikitext", help="The text has spaces around its punctuation, as WikiText's files do.")
     ] = False
@@ -45,7 +50,7 @@ class EvalOptions(RankOptions):
 def evaluate(options: EvalOptions) -> None:
     """Measure a causal language model.
 
-    Measures perplexity by the original words, and cloze accuracy, as the Megatron-LM paper does.
+    Measures perplexity per original word and cloze accuracy, as the Megatron-LM paper does.
     """
     if options.perplexity is None and options.cloze is None:
         raise TpcError("eval: nothing to measure; give --perplexity FILE, --cloze FILE, or both")
@@ -53,18 +58,18 @@ def evaluate(options: EvalOptions) -> None:
     start_ranks(spec)
     screen = Screen(options.as_json)
     with joined(screen, spec, options) as place:
-        from tpcompiler.train.evaluate.measure import Question, measure
+        from tpcompiler.train.evaluate.measure import EvalRequest, measure
 
         o = options
-        question = Question(o.perplexity, o.cloze, o.stride, o.batch, o.wikitext, o.renaming)
-        result = measure(o.load(spec), spec, train_section(spec), place, o.weights, question)
+        request = EvalRequest(o.perplexity, o.cloze, o.stride, o.batch, o.wikitext, o.renaming)
+        result = measure(o.load(spec), spec, train_section(spec), place, o.weights, request)
     if place.rank == 0:
         screen.show(*(f"{key}  {value:.6g}" for key, value in result.items()))
         screen.result(result)
 
 
 def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Directories of runs, or their log.jsonl.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Directories of runs, or their log.jsonl files.")],
     out: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
     ] = Path("loss.png"),
@@ -74,7 +79,7 @@ def plot(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw the loss curves of runs over each other."""
+    """Draw the loss curves of several runs in one picture."""
     screen = Screen(as_json)
     with screen.open():
         from tpcompiler.train.show.plot import plot as draw

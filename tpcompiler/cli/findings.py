@@ -1,4 +1,4 @@
-"""What `tpc doctor` finds on this machine."""
+"""Finds out for `tpc doctor` what this machine has, and what of tpcompiler works on it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Finding:
 
 
 def findings() -> list[Finding]:
-    """Everything that is looked at, in the order in which a reader needs it. Nothing is started or changed."""
+    """All findings, in the order in which a reader needs them. Nothing on the machine is started or changed."""
     return [_python(), _torch(), *_devices(), *_communication(), *_compilers(), *_packages()]
 
 
@@ -42,7 +42,7 @@ def _torch() -> Finding:
     if numbers < FIRST:
         return Finding("torch", torch.__version__, "missing", f"needs torch {FIRST[0]}.{FIRST[1]} or later")
     if numbers > LAST:
-        return Finding("torch", torch.__version__, "limited", f"not tried: known are up to {LAST[0]}.{LAST[1]}")
+        return Finding("torch", torch.__version__, "limited", f"not tested: the latest tested is {LAST[0]}.{LAST[1]}")
     return Finding("torch", torch.__version__, "ok", "capture, shard, verify, parallelize")
 
 
@@ -62,7 +62,7 @@ def _devices() -> Iterator[Finding]:
         near = sum(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
         state: Literal["ok", "limited"] = "ok" if near == len(pairs) else "limited"
         means = (
-            "direct links between all" if state == "ok" else "some pairs talk through the host: collectives are slow"
+            "direct links between all" if state == "ok" else "some pairs communicate over the host: slow collectives"
         )
         yield Finding("links", f"{near} of {len(pairs)} pairs", state, means)
 

@@ -22,18 +22,23 @@ class GenerateOptions(RankOptions):
 
     weights: Annotated[
         Path | None,
-        typer.Option("--weights", "-w", metavar="DIR", help="A run, a checkpoint, what `tpc shard` wrote, or a file."),
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="DIR",
+            help="A run, a checkpoint, an output of `tpc shard`, or a file of weights.",
+        ),
     ] = None
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A text to continue.")] = None
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", metavar="FILE", help="Many texts: JSON lines, each a text or {'prompt': text}."),
+        typer.Option("--prompts", metavar="FILE", help="Texts as JSON lines, each a string or {'prompt': string}."),
     ] = None
     out: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Writes each finished text as a JSON line, as it is done."),
+        typer.Option("--output", "-o", metavar="FILE", help="Write each text as a JSON line when it is finished."),
     ] = None
-    tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="How many tokens at most.")] = 64
+    tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="The most new tokens of a text.")] = 64
     temperature: Annotated[
         float,
         typer.Option(
@@ -41,12 +46,12 @@ class GenerateOptions(RankOptions):
         ),
     ] = 1.0
     top_k: Annotated[
-        int, typer.Option("--top-k", min=0, metavar="K", help="Chooses among the K likeliest tokens; 0 among all.")
+        int, typer.Option("--top-k", min=0, metavar="K", help="Choose among the K likeliest tokens; 0: among all.")
     ] = 0
     top_p: Annotated[
         float,
         typer.Option(
-            "--top-p", metavar="P", help="Chooses among the likeliest tokens that have probability P together."
+            "--top-p", metavar="P", help="Choose among the likeliest tokens that together have probability P."
         ),
     ] = 1.0
     penalty: Annotated[
@@ -56,14 +61,14 @@ class GenerateOptions(RankOptions):
         ),
     ] = 1.0
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same text at any degree.")] = 0
-    batch: Annotated[int, typer.Option("--batch", min=1, help="How many prompts grow at a time.")] = 8
+    batch: Annotated[int, typer.Option("--batch", min=1, help="How many prompts are continued at the same time.")] = 8
 
     def texts(self) -> list[str]:
-        """The prompts. Raises `TpcError` for what no model is needed to know."""
+        """The prompts. Raises `TpcError` for mistakes that can be found without the model."""
         from tpcompiler.generation.prompts import read_prompts
 
         if (self.prompt is None) == (self.prompts is None):
-            raise TpcError("generate: give --prompt TEXT or --prompts FILE, one of them")
+            raise TpcError("generate: give either --prompt TEXT or --prompts FILE")
         if not 0 < self.top_p <= 1:
             raise TpcError(f"generate: --top-p {self.top_p} must be above 0 and at most 1")
         if self.penalty <= 0:
@@ -71,7 +76,7 @@ class GenerateOptions(RankOptions):
         if self.prompts is not None:
             return read_prompts(self.prompts)
         if not self.prompt:
-            raise TpcError("generate: --prompt is empty: a model continues a text of one token at least")
+            raise TpcError("generate: --prompt is empty: a model can only continue a text of at least one token")
         return [self.prompt]
 
 
@@ -79,7 +84,8 @@ class GenerateOptions(RankOptions):
 def generate(options: GenerateOptions) -> None:
     """Continue prompts with a trained causal language model.
 
-    The cache is derived from the model and split as its heads are. A single prompt is shown as it grows.
+    The key-value cache is derived from the model and split as its heads are. The text of a single prompt is shown token
+    by token.
     """
     texts = options.texts()
     spec = options.read_spec()
@@ -112,7 +118,8 @@ def generate(options: GenerateOptions) -> None:
 def _showing(
     screen: Screen, texts: Sequence[str], shown: bool, written: bool
 ) -> Iterator[Callable[[int, str, bool], None]]:
-    """One text as it grows, or each of several when it is done; of those that a file gets, only how many there are."""
+    """A function that shows texts: one text as it grows, or each of several when it is finished. Of texts that are
+    written to a file, it shows only the number."""
     grown = [""] * len(texts)
     done = 0
     if not shown:

@@ -1,4 +1,4 @@
-"""`tpc merge` and `schema`: the commands that need no model."""
+"""`tpc merge` and `tpc schema`: the commands that need no model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tpcompiler.errors import TpcError
 
 
 def merge(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `tpc shard -o` or a checkpoint wrote.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An output of `tpc shard`, or a checkpoint.")],
     out: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="OUT", help="A .safetensors file, or a directory in Hugging Face's form."
+            "--output", "-o", metavar="OUT", help="A .safetensors file, or a directory like those of Hugging Face."
         ),
     ],
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="KIND", help="bf16, fp16, fp32 or fp64. Default: every bit as it is."),
+        typer.Option("--dtype", metavar="KIND", help="bf16, fp16, fp32 or fp64. Default: the weights' own."),
     ] = None,
     model: Annotated[
         str | None,
@@ -31,20 +31,20 @@ def merge(
             "--model",
             "-m",
             metavar="MODEL",
-            help="hf:DIR or hf:TYPE: its configuration and tokenizer are written beside. A checkpoint knows it itself.",
+            help="hf:DIR or hf:TYPE, whose configuration and tokenizer are written as well. A checkpoint needs none.",
         ),
     ] = None,
     settings: Set = None,
     average: Annotated[
-        bool, typer.Option("--average", help="The average of the weights, which train.optimizer.average keeps.")
+        bool, typer.Option("--average", help="Merge the averaged weights, which train.optimizer.average keeps.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if there are weights.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT even if it holds weights.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge the ranks' weights.
 
-    The tensors get the names that they came with, and are equal to the originals bit for bit. `from_pretrained` reads
-    the directory of an hf: model.
+    The tensors get their original names, and are equal to the originals bit for bit. `from_pretrained` can read the
+    directory of an hf: model.
     """
     screen = Screen(as_json)
     _refuse_mistakes(directory, out, force)
@@ -59,7 +59,7 @@ def merge(
 
 
 def _refuse_mistakes(directory: Path, out: Path, force: bool) -> None:
-    """Raises `TpcError` for the usual mistakes: a run instead of its checkpoint, another format, weights in the way."""
+    """Raises `TpcError` for common mistakes: a run instead of a checkpoint, another format, weights that lie in OUT."""
     from tpcompiler.train.run.checkpoint import checkpoints
 
     if out.suffix in (".pt", ".pth", ".bin", ".ckpt") and not out.is_dir():
@@ -67,7 +67,7 @@ def _refuse_mistakes(directory: Path, out: Path, force: bool) -> None:
         raise TpcError(f"{out}: merge writes a .safetensors file or a directory of them; {would} would work")
     held = next(out.glob("*.safetensors"), None) if out.is_dir() else out if out.exists() else None
     if held is not None and not force:
-        raise TpcError(f"{held}: is there already; name another place, or add --force to replace it")
+        raise TpcError(f"{held}: exists already; name another place, or add --force to replace it")
     found = checkpoints(directory / "checkpoints")
     if found and not (directory / "manifest.json").exists():
         raise TpcError(

@@ -26,10 +26,10 @@ Set = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Sets an argument of the model's constructor, instead of the spec's model:. Can be repeated.",
+        help="Set an argument of the model's constructor, instead of the spec's model: section. Can be repeated.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
 def command_with(record: type[Record]) -> Callable[[Callable[[Record], None]], Callable[..., None]]:
@@ -43,7 +43,7 @@ def command_with(record: type[Record]) -> Callable[[Callable[[Record], None]], C
         def command(**given: Any) -> None:
             function(record(**given))
 
-        vars(command).pop("__wrapped__")  # or typer would look at the function's own parameters
+        vars(command).pop("__wrapped__")  # else typer would read the function's own parameters
         described = [f.replace(annotation=hints[f.name]) for f in fields]
         vars(command)["__signature__"] = signature(record).replace(parameters=described, return_annotation=None)
         command.__annotations__ = {f.name: f.annotation for f in described}

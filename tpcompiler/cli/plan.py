@@ -25,25 +25,30 @@ _UNITS = {"": 1.0, "gib": 1.0, "gb": 1e9 / 2**30, "mib": 1 / 1024, "tib": 1024.0
 
 def plan(
     model: Model,
-    gpus: Annotated[int, typer.Option("--gpus", "-n", min=1, max=65536, help="GPUs that there are.", metavar="N")],
+    gpus: Annotated[int, typer.Option("--gpus", "-n", min=1, max=65536, help="How many GPUs to use.", metavar="N")],
     base: Annotated[
         Path | None, typer.Option("--spec", "-s", metavar="FILE", help="A spec whose other sections are kept.")
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option("--batch", min=1, metavar="N", help="Sequences a step over all GPUs; 8, or one a GPU if more."),
+        typer.Option(
+            "--batch",
+            min=1,
+            metavar="N",
+            help="Sequences per step over all GPUs. Default: 8, but at least one per GPU.",
+        ),
     ] = None,
     sequence: Annotated[
-        int | None, typer.Option("--sequence", min=2, metavar="N", help="Tokens in a sequence; 1024.")
+        int | None, typer.Option("--sequence", min=2, metavar="N", help="Tokens in a sequence. Default: 1024.")
     ] = None,
     hardware: Annotated[
         str, typer.Option("--hardware", metavar="H", help="a100, h100, h200, b200, dgx-2h, or a file.")
     ] = "h100",
     memory: Annotated[
-        str | None, typer.Option("--memory", metavar="SIZE", help="Memory of a GPU (80GiB), over the hardware's.")
+        str | None, typer.Option("--memory", metavar="SIZE", help="Memory of a GPU (80GiB), instead of the hardware's.")
     ] = None,
     replicated: Annotated[
-        bool, typer.Option("--replicated", help="Data ranks hold whole copies (DDP), not FSDP2's shards.")
+        bool, typer.Option("--replicated", help="Let data ranks hold whole copies (DDP) instead of FSDP2's shards.")
     ] = False,
     out: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the spec here.")] = None,
     settings: Set = None,
@@ -51,7 +56,7 @@ def plan(
 ) -> None:
     """Find the fastest layout for a number of GPUs.
 
-    Tensor and data ranks, micro-batch, recomputation and overlap, by predicted time and memory.
+    Chooses tensor and data ranks, micro-batch, recomputation and overlap by predicted time and memory.
     """
     from tpcompiler.search.planner import Question
 
@@ -75,7 +80,7 @@ def _search(
     asked: bool,
     stages: Stages,
 ) -> tuple[Answer, str]:
-    """What was found, and the text of its spec. `asked`: whether the user gave the sequence."""
+    """The answer of the search, and the text of its spec. `asked` says whether the user gave the sequence."""
     from tpcompiler.capture import capture
     from tpcompiler.load.model import load_model, parse_settings
     from tpcompiler.search.planner import search
@@ -107,7 +112,7 @@ def _machine(name: str, memory: str | None) -> Hardware:
 
 
 def _gib(text: str) -> float:
-    """`80GiB`, `24GB` or `80`, in GiB."""
+    """The number of GiB in a text such as `80GiB`, `24GB` or `80`. Raises `TpcError`."""
     said = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if said is None or said[2] not in _UNITS or not float(said[1]):
         raise TpcError(f"--memory {text}: not a size; write e.g. 80GiB or 24GB")
@@ -115,7 +120,8 @@ def _gib(text: str) -> float:
 
 
 def _example(loaded: Loaded, sequence: int, asked: bool) -> tuple[Inputs, dict[str, Any]]:
-    """Example inputs of that many tokens, and their sizes; the model's own where it takes none and none was asked."""
+    """Example inputs with sequences of `sequence` tokens, and the sizes that give them. If the model's inputs have no
+    such size, they are the model's own, unless the user asked for a sequence."""
     try:
         return loaded.inputs(batch=2, sequence=sequence), {"sequence": sequence}
     except ModelError:

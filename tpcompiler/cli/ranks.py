@@ -1,4 +1,4 @@
-"""What `tpc train` and `tpc eval` have in common: the options of a command that ranks run, and how it joins them."""
+"""What commands that ranks run, such as `tpc train`, have in common: options, and how a process joins the ranks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RankOptions:
             "-n",
             min=1,
             metavar="N",
-            help="How many ranks to run on this host. More than the tensor degree are data ranks. Default: the spec's.",
+            help="How many ranks to run on this host, a multiple of the tensor degree. Default: the spec's number.",
         ),
     ] = None
     tensor: Annotated[
@@ -52,21 +52,21 @@ class RankOptions:
             "--train",
             "-t",
             metavar="KEY=VALUE",
-            help="Replaces a setting of the spec's train: section, e.g. optimizer.lr=1e-3.",
+            help="Replace a setting of the spec's train: section, e.g. optimizer.lr=1e-3. Can be repeated.",
         ),
     ] = None
     settings: Set = None
     strip: Annotated[
-        str, typer.Option("--strip", metavar="PREFIX", help="Removes this prefix from the weights' names.")
+        str, typer.Option("--strip", metavar="PREFIX", help="Remove this prefix from the weights' names.")
     ] = ""
     rename: Annotated[
         Texts,
-        typer.Option("--rename", metavar="OLD=NEW", help="Replaces OLD by NEW in the weights' names. Can be repeated."),
+        typer.Option("--rename", metavar="OLD=NEW", help="Replace OLD by NEW in the weights' names. Can be repeated."),
     ] = None
     transpose: Annotated[
         Texts,
         typer.Option(
-            "--transpose", metavar="GLOB", help="Matrices that the weights store transposed. Can be repeated."
+            "--transpose", metavar="GLOB", help="Names of matrices that the weights store transposed. Can be repeated."
         ),
     ] = None
     device: Annotated[
@@ -78,14 +78,14 @@ class RankOptions:
             "--timeout",
             min=1,
             metavar="S",
-            help="Seconds without an answer after which a rank counts as lost, and the run ends.",
+            help="Seconds without an answer after which a rank counts as lost and the run ends.",
         ),
     ] = 600.0
     as_json: AsJson = False
 
     @property
     def changes(self) -> list[Change]:
-        """What the options change in the spec's train: section."""
+        """The settings that the options change in the spec's train: section."""
         from tpcompiler.load.model import parse_settings
 
         return [
@@ -101,9 +101,9 @@ class RankOptions:
         return Renaming(self.strip, tuple(self.rename or ()), tuple(self.transpose or ()))
 
     def read_spec(self) -> Spec:
-        """The spec with the command's settings, and with a data degree that gives every rank a place.
+        """The spec with the command's settings, and with the data degree that the number of ranks gives.
 
-        Mistakes in it are reported before anything is started. Where ranks run already, only the first reports them.
+        Raises `TpcError` for a mistake in it, before anything is started. Of several ranks, only the first reports it.
         """
         with _first_rank_says():
             return self._fitted()
@@ -142,7 +142,7 @@ def train_section(spec: Spec) -> Train:
 
 
 def start_ranks(spec: Spec) -> None:
-    """Runs this command on the ranks of the spec and exits with their code. On a rank, it returns at once."""
+    """Starts the ranks of the spec with this command, and exits with their exit code. On a rank, it returns at once."""
     from tpcompiler.train.run.launch import launch, launched
 
     if spec.ranks.size > 1 and not launched():
@@ -151,7 +151,8 @@ def start_ranks(spec: Spec) -> None:
 
 @contextmanager
 def joined(screen: Screen, spec: Spec, options: RankOptions) -> Iterator[Place]:
-    """This process's place among the ranks. Within the block, output appears at once, because a run may take days."""
+    """Joins this process to the ranks and yields its place among them. Within the block, an error on any rank ends all
+    ranks. Output appears at once, because a run may take days."""
     with redirect_stdout(screen.err), our_warnings():
         from tpcompiler.train.run.launch import join
         from tpcompiler.train.run.together import together
@@ -170,7 +171,7 @@ def _complain(screen: Screen, line: str) -> None:
 
 @contextmanager
 def _first_rank_says() -> Iterator[None]:
-    """Lets only the first rank report a mistake that all ranks make, such as `--device cuda` without a GPU."""
+    """Makes only the first rank report a mistake that all ranks find, such as `--device cuda` without a GPU."""
     from tpcompiler.train.run.launch import launched
 
     try:

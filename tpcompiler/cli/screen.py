@@ -20,12 +20,12 @@ from rich.text import Text
 
 from tpcompiler.errors import TpcError, TpcWarning
 
-_WIDTH = 120  # when stdout is not a terminal: what a log or a page shows without wrapping
+_WIDTH = 120  # columns when stdout is not a terminal, which a log or a page shows without wrapping
 
 
 @dataclass
 class Screen:
-    """One command's output. While it is open, whatever the user's model prints goes to stderr."""
+    """The output of one command. While it is open, what the user's model prints goes to stderr."""
 
     as_json: bool
     out: TextIO = field(default_factory=lambda: sys.stdout)
@@ -33,8 +33,8 @@ class Screen:
 
     @contextmanager
     def open(self) -> Iterator[Screen]:
-        """Opens the screen. What libraries print on stderr is shown at the end, unless the command ends with an error,
-        which is one line."""
+        """Opens the screen. What libraries print on stderr is shown at the end, but not if the command ends with an
+        error, which must stay one line."""
         said = io.StringIO()
         with redirect_stdout(self.err), redirect_stderr(said), _quiet():
             try:
@@ -59,14 +59,14 @@ class Screen:
             console.print(part)
 
     def result(self, value: Mapping[str, Any]) -> None:
-        """Prints the command's result as one JSON object if there is `--json`."""
+        """Prints the command's result as one JSON object. Without `--json`, it prints nothing."""
         if self.as_json:
             self.out.write(json.dumps(_finite(value), allow_nan=False, ensure_ascii=False) + "\n")
             self.out.flush()
 
     @contextmanager
     def progress(self) -> Iterator[Stages]:
-        """Shows on a terminal's stderr, in one line, what is being done."""
+        """Shows the running stage in one line on stderr, if that is a terminal."""
         console = Console(file=self.err)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True, disable=not self.err.isatty()) as bar:
@@ -139,7 +139,7 @@ def _finite(value: Any) -> Any:
 
 
 def complain(message: str, as_json: bool) -> None:
-    """Prints an error in one line: in red on stderr, or as `{"error": …}` on stdout."""
+    """Prints an error in one line: in red on stderr, or with `--json` as `{"error": …}` on stdout."""
     line = " ".join(message.split())
     if as_json:
         sys.stdout.write(json.dumps({"error": line}, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""`tpc doctor` and `tpc init`: what this machine can do, and a first spec for a model."""
+"""`tpc doctor` and `tpc init`: show what this machine can do, and write a first spec for a model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _MARKS = {"ok": ("works", "green"), "limited": ("limited", "yellow"), "missing":
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Show versions, devices and links, and what of tpcompiler works here and what does not.
+    """Show what works on this machine: versions, devices, links and packages.
 
-    Exit code 1 when something that every command needs is missing.
+    If something that every command needs is missing, the exit code is 1.
     """
     screen = Screen(as_json)
     with screen.open():
@@ -50,18 +50,18 @@ def init(
     model: Model,
     out: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write it.")] = Path("spec.yaml"),
     tensor: Annotated[int, typer.Option("--tensor", min=2, metavar="N", help="Ranks that share the model.")] = 2,
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
     settings: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a first spec for a model, with comments.
 
-    The model is compiled for the ranks, so the spec names only blocks that it has, and is known to work.
+    The model is compiled first. The spec therefore names only blocks that the model has, and is known to work.
     """
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
         if out.exists() and not force:
-            raise SpecError(f"{out}: is there already; --force replaces it, -o FILE writes another")
+            raise SpecError(f"{out}: exists already; --force replaces it, -o FILE writes another file")
         from tpcompiler.api import shard
         from tpcompiler.load.model import load_model, parse_settings
         from tpcompiler.spec.first import first_spec

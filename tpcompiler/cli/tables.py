@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 Row = Mapping[str, Any]
-Folded = Sequence[tuple[str, Sequence[Row]]]  # groups of rows that are drawn as one line, each with its common name
+Folded = Sequence[tuple[str, Sequence[Row]]]  # groups of rows: each has a common name and is drawn as one line
 
 _KIND = {"mlp": "green", "attention": "cyan", "embedding": "yellow", "head": "magenta", "other": "blue"}
 _COLLECTIVE = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter"}
@@ -24,7 +24,7 @@ _WIDE = 110  # columns; from this width on, every fact about a collective has a 
 
 
 def shard_report(report: Mapping[str, Any], device_gib: float | None = None) -> RenderableType:
-    """Blocks, collectives, memory a rank, and what stays replicated."""
+    """The tables of blocks, collectives, memory per rank, and replicated parameters."""
     parts = [
         blocks(report["blocks"]),
         collectives(report["collectives"]),
@@ -129,7 +129,7 @@ def _totals(groups: Folded) -> Iterator[tuple[str, int, int]]:
 
 
 def memory(row: Row, device_gib: float | None = None) -> RenderableType:
-    """Bytes on the rank that holds most, without activations, which depend on batch and recomputation."""
+    """The table of memory on the rank that holds most. Activations, which depend on the batch, are not included."""
     table = _table(numbers=("parameters", "gradients", "optimizer", "total"))
     table.columns[-1].style = "bold"
     cells = [size(row[key]) for key in ("parameters", "gradients", "optimizer", "total")]
@@ -142,7 +142,7 @@ def memory(row: Row, device_gib: float | None = None) -> RenderableType:
 
 
 def replicated(rows: Sequence[Row]) -> RenderableType | None:
-    """The parameters that every rank holds whole, with the reason, the largest first."""
+    """The table of parameters that every rank holds whole, with the reasons. The largest come first."""
     if not rows:
         return None
     table = _table("parameter", numbers=("count", "bytes each", "in all"))
@@ -181,7 +181,7 @@ def verify_report(report: Mapping[str, Any]) -> RenderableType:
 
 
 def explain_report(rows: Sequence[Row]) -> RenderableType:
-    """The layouts of parameters, then each axis that they are made of, with what keeps it whole."""
+    """The layouts of parameters, and the axes that they are made of, with the reasons why some are whole."""
     layouts = _table("parameter", numbers=("shape",))
     layouts.add_column("layout")
     for name, group in fold(rows, "name", lambda r: (tuple(r["shape"]), tuple(r["layout"]))):
@@ -199,7 +199,7 @@ def explain_report(rows: Sequence[Row]) -> RenderableType:
         over = Text(" · ".join(axis["over"]), style="green") if axis["over"] else Text(why, style="dim")
         axes.add_row(name, f"{axis['size']:,}", _few(names, 4), over)
     return Group(
-        _titled("Layout", "each dimension in its axes, major first; axis/ranks is split", layouts),
+        _titled("Layout", "the axes of each dimension, major first; axis/ranks is split", layouts),
         _titled("Axes", "split together or not at all", axes),
     )
 
@@ -223,7 +223,7 @@ def heading(name: str, source: str, ranks: str) -> Text:
 def fold(rows: Iterable[Row], key: str, same: Callable[[Row], Hashable]) -> list[tuple[str, list[Row]]]:
     """Groups rows that are `same` and whose `key` differs only in numbers; the group of `h.0` … `h.71` is `h.*`.
 
-    A number that all rows of a group share stays. Groups keep the order of their first rows.
+    A number that all rows of a group have in common is kept. Groups are in the order of their first rows.
     """
     groups: dict[Hashable, list[Row]] = {}
     for row in rows:
@@ -232,7 +232,7 @@ def fold(rows: Iterable[Row], key: str, same: Callable[[Row], Hashable]) -> list
 
 
 def local_sizes(local: Sequence[int]) -> str:
-    """A rank's share: `4`, or `4,3,3,3` when they differ, shortened when there are many: `4,3 × 7`."""
+    """The elements of each rank: `4`, or `4, 3, 3` if they differ, or `4, 3 × 7` if there are many."""
     if len(set(local)) <= 1:
         return f"{local[0]:,}" if local else "-"
     runs: list[list[int]] = []
@@ -259,7 +259,7 @@ def error(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class _Widths:
-    """A wide and a narrow table of the same rows. The available width decides which one is drawn."""
+    """A wide and a narrow table of the same rows. The width of the screen decides which one is drawn."""
 
     wide: Table
     narrow: Table
@@ -284,7 +284,7 @@ def _below(name: str, detail: str) -> RenderableType:
 
 
 def _titled(title: str, caption: str, table: RenderableType) -> RenderableType:
-    """A table under its title, which may be wider than the table."""
+    """A table under its title and caption, which may be wider than the table."""
     return Group(Text(title, style="bold").append(f"  {caption}", style="not bold dim"), table)
 
 

@@ -1,4 +1,4 @@
-"""`tpc train` and `tpc reshard`."""
+"""`tpc train` and `tpc reshard`: train a model, and move weights and checkpoints to another mesh."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ class TrainOptions(RankOptions):
 
     data: Annotated[
         Texts,
-        typer.Option(
-            "--data", "-d", metavar="PATH", help="Text, .jsonl or token files, instead of the spec's. Can be repeated."
-        ),
+        typer.Option("--data", "-d", metavar="PATH", help="Text, .jsonl or token files to train on. Can be repeated."),
     ] = None
     out: Annotated[
         Path | None,
@@ -30,36 +28,36 @@ class TrainOptions(RankOptions):
             "--output",
             "-o",
             metavar="RUN",
-            help="Keeps the log and the checkpoints in RUN. A run that has checkpoints there continues.",
+            help="Keep the log and the checkpoints in RUN. A run that has checkpoints there continues.",
         ),
     ] = None
     weights: Annotated[
         Path | None,
-        typer.Option("--weights", "-w", metavar="FILE", help="Starts from these weights instead of new ones."),
+        typer.Option("--weights", "-w", metavar="FILE", help="Start from these weights instead of new ones."),
     ] = None
     steps: Annotated[
         int | None,
-        typer.Option("--steps", min=1, metavar="N", help="How many steps, instead of the spec's train.steps."),
+        typer.Option("--steps", min=1, metavar="N", help="How many steps to train, instead of the spec's train.steps."),
     ] = None
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Shows where in --weights each parameter is found, and stops.")
+        bool, typer.Option("--dry-run", help="Show where in --weights each parameter is found, and stop.")
     ] = False
     stop_after: Annotated[
         str | None,
-        typer.Option("--stop-after", metavar="TIME", help="Writes a checkpoint after this time, and ends: 3h50m, 90s."),
+        typer.Option("--stop-after", metavar="TIME", help="Write a checkpoint and end after this time: 3h50m, 90s."),
     ] = None
     allow_changed: Annotated[
         Texts,
         typer.Option(
             "--allow-changed",
             metavar="KEY",
-            help="Continues RUN although this setting differs from what it began with. A glob. Can be repeated.",
+            help="Continue RUN although settings that match this glob have changed since it began. Can be repeated.",
         ),
     ] = None
 
     @property
     def changes(self) -> list[Change]:
-        """The settings that the options change. An option with a name of its own wins over `--train`."""
+        """The settings that the options change. Options such as `--steps` win over `--train`."""
         out = super().changes
         if self.data:
             out += [(("train", "data", "path"), list(self.data), "--data"), (("train", "data", "mix"), {}, "--data")]
@@ -112,14 +110,14 @@ def _show_names(options: TrainOptions) -> None:
         loaded = options.load(options.read_spec())
         there = options.weights or loaded.weights
         if there is None:
-            raise TpcError("tpc train --dry-run: shows how weights are read; give --weights FILE")
+            raise TpcError("tpc train --dry-run: shows where parameters are found in weights; give --weights FILE")
         names = names_in(loaded, there, options.renaming)
     screen.show(*names.lines(), width=1000)
     screen.result({"names": dict(names.stored), "transposed": sorted(names.transposed)})
 
 
 def reshard(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `tpc shard -o` or a checkpoint wrote.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An output of `tpc shard`, or a checkpoint.")],
     spec: SpecFile,
     out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The new directory.")],
     model: Annotated[
@@ -139,7 +137,7 @@ def reshard(
 ) -> None:
     """Move weights to another degree or mesh.
 
-    Values stay equal bit for bit, and optimizer state moves with its parameters.
+    Values stay equal bit for bit. The optimizer's state moves with its parameters.
     """
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:

@@ -117,6 +117,6 @@ def opened(path: Path) -> TextIO:
     try:
         return path.open("x", encoding="utf-8")
     except FileExistsError:
-        raise TpcError(f"{path}: is there already, and results are not written over others") from None
+        raise TpcError(f"{path}: exists already and is not overwritten; name another file") from None
     except OSError as e:
         raise TpcError(f"{path}: {(e.strerror or str(e)).lower()}") from None

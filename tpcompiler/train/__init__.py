@@ -1,6 +1,6 @@
 """The bundled trainer: mixed precision over tensor × data parallel ranks.
 
-Its rooms, each importing from those before it alone:
+Its rooms. Each one imports only from those above it:
 
     data      from text to the batches of every step
     optim     learning rate, gradient norm, loss scale and the optimizer's step
@@ -10,5 +10,5 @@ Its rooms, each importing from those before it alone:
     run       the processes of a run, its loop, and its checkpoints
     evaluate  perplexity and cloze accuracy
 
-`settings.py` (the spec's `train:` section) and `private_torch.py` stand below all of them.
+`settings.py` (the spec's `train:` section) and `private_torch.py` import from none of them.
 """

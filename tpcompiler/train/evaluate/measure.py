@@ -1,4 +1,4 @@
-"""`tpc eval`: perplexity and cloze accuracy of a causal language model on the ranks of a spec."""
+"""`tpc eval`: measures the perplexity and cloze accuracy of a causal language model on the ranks of a spec."""
 
 from __future__ import annotations
 
@@ -33,51 +33,51 @@ from tpcompiler.weights.manifest import DATA
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is measured."""
+class EvalRequest:
+    """What `tpc eval` is asked to measure, and how."""
 
     perplexity: Path | None = None  # a text
     cloze: Path | None = None  # texts
     stride: int = 32
     batch: int = 8
-    wikitext: bool = False  # the text has its words and marks apart
+    wikitext: bool = False  # the text has spaces around its punctuation
     renaming: Renaming = field(default_factory=Renaming)  # of the weights' names
 
 
 def measure(
-    loaded: Loaded, spec: Spec, train: Train, place: Place, weights: Path, question: Question
+    loaded: Loaded, spec: Spec, train: Train, place: Place, weights: Path, request: EvalRequest
 ) -> dict[str, float]:
-    """The numbers, the same on all ranks. Windows and texts are shared by the data ranks. Raises `TpcError`."""
+    """The measured numbers by name, the same on all ranks. The data ranks share the work. Raises `TpcError`."""
     tokenizer = load_tokenizer(train.tokenizer)
-    program = Program(loaded, spec, train, place, weights, question)
+    scorer = Scorer(loaded, spec, train, place, weights, request)
     out: dict[str, float] = {}
-    if question.perplexity is not None:
-        out |= _perplexity(program, question, tokenizer)
-    if question.cloze is not None:
-        items = [cloze(t, tokenizer, train.sequence) for t in read_texts(question.cloze, train.data.field)]
-        hits = cloze_hits(program, items, train.sequence, question.batch, program.share, place.device)
-        out |= {"cloze_accuracy": program.sum(hits) / len(items), "cloze_texts": len(items)}
+    if request.perplexity is not None:
+        out |= _perplexity(scorer, request, tokenizer)
+    if request.cloze is not None:
+        items = [cloze(t, tokenizer, train.sequence) for t in read_texts(request.cloze, train.data.field)]
+        hits = cloze_hits(scorer, items, train.sequence, request.batch, scorer.share, place.device)
+        out |= {"cloze_accuracy": scorer.sum(hits) / len(items), "cloze_texts": len(items)}
     return out
 
 
-def _perplexity(program: Program, question: Question, tokenizer: Tokenizer) -> dict[str, float]:
-    assert question.perplexity is not None
+def _perplexity(scorer: Scorer, request: EvalRequest, tokenizer: Tokenizer) -> dict[str, float]:
+    assert request.perplexity is not None
     try:
-        text = question.perplexity.read_text("utf-8")
+        text = request.perplexity.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise TpcError(f"{question.perplexity}: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}") from None
+        raise TpcError(f"{request.perplexity}: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}") from None
     words = original_tokens(text)
-    ids = torch.tensor(tokenizer.encode(join_words(text) if question.wikitext else text))
+    ids = torch.tensor(tokenizer.encode(join_words(text) if request.wikitext else text))
     mine = score_tokens(
-        program,
+        scorer,
         ids,
-        program.length,
-        min(question.stride, program.length),
-        question.batch,
-        program.share,
-        program.device,
+        scorer.length,
+        min(request.stride, scorer.length),
+        request.batch,
+        scorer.share,
+        scorer.device,
     )
-    score = Score(program.sum(mine.nll), int(program.sum(mine.tokens)))
+    score = Score(scorer.sum(mine.nll), int(scorer.sum(mine.tokens)))
     return {
         "perplexity": score.perplexity(words),
         "token_perplexity": score.perplexity(),
@@ -87,11 +87,11 @@ def _perplexity(program: Program, question: Question, tokenizer: Tokenizer) -> d
     }
 
 
-class Program:
-    """A model on this rank, from ids [b, s] to all logits [b, s, vocabulary]."""
+class Scorer:
+    """A model on this rank: a callable from ids [b, s] to logits [b, s, vocabulary], gathered from all ranks."""
 
     def __init__(
-        self, loaded: Loaded, spec: Spec, train: Train, place: Place, weights: Path, question: Question
+        self, loaded: Loaded, spec: Spec, train: Train, place: Place, weights: Path, request: EvalRequest
     ) -> None:
         self._ids = train.data.names.get("input_ids", "input_ids")
         self.compiled = compile_model(
@@ -105,7 +105,7 @@ class Program:
         )
         self.device, self.length, self.numbers = place.device, train.sequence, Numbers.of(train.precision)
         self.ranks = Ranks.from_env(program.mesh, timeout=place.timeout)
-        self.module = filled(self.compiled, self.ranks, self.numbers, place, weights, question.renaming)
+        self.module = filled(self.compiled, self.ranks, self.numbers, place, weights, request.renaming)
         self._check_causal(vocabulary)
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Program:
         return logits
 
     def _check_causal(self, vocabulary: int) -> None:
-        """Raises `TpcError` when a later token changes the scores of earlier ones: they are then no predictions."""
+        """Raises `TpcError` when a token changes the scores before it, since these are then not predictions."""
         ids = torch.arange(self.length, device=self.device).remainder(vocabulary).unsqueeze(0)
         other = ids.clone()
         other[0, -1] = (other[0, -1] + 1) % vocabulary
@@ -123,31 +123,31 @@ class Program:
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise TpcError(
                 f"{self.compiled.capture.model}: a token changes the scores before it, so that it is no causal model, "
-                f"and has no perplexity; tpc eval measures causal models alone"
+                f"and has no perplexity; tpc eval measures only causal models"
             )
 
     @property
     def share(self) -> tuple[int, int]:
-        """This rank's part of the work: (index, degree) among the data ranks."""
+        """This rank's part of the work: its index among the data ranks, and their number."""
         group = self.ranks.group(DATA)
         return group.index, group.size
 
     def sum(self, value: float) -> float:
-        """Over the data ranks."""
+        """The sum of a number over the data ranks."""
         return float(self.ranks.group(DATA).all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
 
 def filled(
     compiled: Compiled, ranks: Ranks, numbers: Numbers, place: Place, weights: Path, renaming: Renaming
 ) -> nn.Module:
-    """This rank's module with its part of the weights, in evaluation mode."""
+    """This rank's module in evaluation mode, filled with its part of the weights."""
     program = compiled.sharded.program
     module = compiled.module(ranks, Rng(0, place.device))
     allocate(module, place.device, numbers.compute)
     names = {p.name: p.aliases for p in compiled.capture.parameters if not p.buffer}
     slices = {n: slice_on(program.dims[n], program.mesh, ranks.coords) for n in names}
     there = newest(weights)
-    if (there / MANIFEST).is_file():  # each rank looks at its share of the files
+    if (there / MANIFEST).is_file():  # each rank checks its share of the files
         files = [f.name for f in load_manifest(there).files]
         verify(there, files[place.rank :: place.world])
     with open_source(there) as source:
@@ -158,13 +158,13 @@ def filled(
 
 
 def newest(path: Path) -> Path:
-    """A run's newest checkpoint; anything else as it is."""
+    """The newest checkpoint, if `path` is a run; else `path` itself."""
     found = checkpoints(path / CHECKPOINTS)
     return found[0] if found else path
 
 
 def ids_alone(loaded: Loaded, ids: str) -> Inputs:
-    """The example inputs with the tokens alone: the model then gives logits."""
+    """The example inputs without all but the tokens, so that the model returns logits and no loss."""
     _, kwargs = loaded.inputs()
     if ids not in kwargs:
         raise TpcError(f"{loaded.source}: has no input {ids}; name it in train.data.names: {{input_ids: …}}")

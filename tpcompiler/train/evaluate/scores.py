@@ -24,24 +24,25 @@ Model = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over what was evaluated; the scores of two parts add up."""
+    """Sums over the evaluated tokens. The scores of two parts of a text can be added."""
 
-    nll: float  # minus the logarithm of the likelihood, nats
-    tokens: int  # predicted
+    nll: float  # the negative log-likelihood, nats
+    tokens: int  # how many were predicted
 
     def __add__(self, other: Score) -> Score:
         return Score(self.nll + other.nll, self.tokens + other.tokens)
 
     def perplexity(self, original_tokens: int | None = None) -> float:
-        """exp(nll / count): the count of predicted tokens, or the original text's, which tokenizers cannot change."""
+        """exp(nll / count). The count is `original_tokens`, which does not depend on the tokenizer, or else that of the
+        predicted tokens."""
         mean = self.nll / (original_tokens or self.tokens)
         return exp(mean) if mean < 700 else inf
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Overlapping windows over `n` tokens. Each predicts `length` tokens at most, of which the last `stride` count,
-    in the first window all: so every token but the first counts once, with as much context as its window gives."""
+    """Overlapping windows over `n` tokens. Each window predicts at most `length` tokens. Of these, the last `stride`
+    count, in the first window all. Every token but the first thus counts once, with the context that its window has."""
 
     n: int
     length: int
@@ -57,7 +58,8 @@ class Windows:
         return 1 + max(0, -(-(self.n - 1 - self.length) // self.stride))
 
     def __getitem__(self, i: int) -> tuple[int, int, int]:
-        """(start, stop, first): inputs start … stop − 1 predict start + 1 … stop; those from `first` count."""
+        """(start, stop, first): the inputs start … stop − 1 predict the tokens start + 1 … stop, which count from
+        `first` on."""
         start = i * self.stride
         stop = min(start + self.length, self.n - 1)
         return start, stop, start + 1 if i == 0 else start + self.length - self.stride + 1
@@ -73,10 +75,10 @@ def score_tokens(
     share: tuple[int, int] = (0, 1),
     device: torch.device | str = "cpu",
 ) -> Score:
-    """The likelihood of `tokens` [n], over windows of `length` that advance by `stride`.
+    """The likelihood of `tokens` [n] (int64), in windows of `length` that advance by `stride`.
 
-    `share` = (index, degree) takes one of `degree` parts of the windows, for the ranks of a data dimension; all parts
-    run the same number of batches (the last ones may be empty in value), so that collectives inside the model match.
+    `share` = (index, degree) takes one of `degree` parts of the windows, for the ranks of a data dimension. All parts
+    run the same number of batches, some of which may count nothing, so that collectives inside the model match.
     """
     windows = Windows(len(tokens), length, stride)
     start, stop = part(len(windows), share[1], share[0])
@@ -100,23 +102,24 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def original_tokens(text: str) -> int:
-    """Words and line breaks: what WikiText counts (its `<eos>` is a line break), whatever the tokenizer."""
+    """The number of words and line breaks. WikiText counts these (its `<eos>` is a line break) for any tokenizer."""
     text = text.strip()
     return len(text.split()) + text.count("\n")
 
 
 @dataclass(frozen=True)
 class Cloze:
-    """A text without its last word, and the word, as tokens."""
+    """A text without its last word, and that word, as tokens."""
 
     context: tuple[int, ...]
     answer: tuple[int, ...]
 
 
 def cloze(text: str, tokenizer: Tokenizer, length: int) -> Cloze:
-    """Takes the last word off (LAMBADA, Paperno et al., arXiv 1606.06031); it keeps the space before it.
+    """Splits off the last word of a text with the space before it (LAMBADA, Paperno et al., arXiv 1606.06031).
 
-    A context too long for `length` inputs loses its beginning.
+    A context that is too long for `length` inputs loses its beginning. Raises `TpcError` for a text of one word, or a
+    last word that is too long.
     """
     context, gap, word = text.strip().rpartition(" ")
     if not context or not word:
@@ -137,10 +140,10 @@ def cloze_hits(
     share: tuple[int, int] = (0, 1),
     device: torch.device | str = "cpu",
 ) -> int:
-    """How many last words the model guesses: each token of the word must be its most likely one.
+    """How many last words the model predicts: each token of the word must be the most likely one after those before it.
 
-    One forward an item: greedy decoding equals the answer exactly when every token of it, given those before it,
-    is the most likely one. `share` as in `score_tokens`.
+    One forward is enough for each item, because greedy decoding then gives exactly the word. `share` is as in
+    `score_tokens`.
     """
     start, stop = part(len(items), share[1], share[0])
     longest = part(len(items), share[1], 0)[1]
@@ -159,7 +162,8 @@ def cloze_hits(
 
 
 def read_texts(path: str | Path, field: str = "text") -> list[str]:
-    """The texts of a cloze file: a .jsonl's field, or the lines of any other file; empty lines are left out."""
+    """The texts of a cloze file: the field of each line of a .jsonl, or the lines of any other file. Empty lines are
+    left out. Raises `TpcError`, which names the line, for a file that cannot be read."""
     path = Path(path)
     try:
         lines = path.read_text("utf-8").splitlines()

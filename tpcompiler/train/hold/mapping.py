@@ -1,4 +1,4 @@
-"""The names of a file of weights, mapped to a model's parameters: everything is compared before a value is read."""
+"""Maps the names in a file of weights to a model's parameters. Names and shapes are compared before a value is read."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Read = Callable[[str, Slice], Tensor]
 
 @dataclass(frozen=True)
 class Renaming:
-    """What the user says of a file's names, in this order: a prefix goes, text is replaced, matrices are transposed."""
+    """What the user says of a file's tensors, applied in this order."""
 
     strip: str = ""
     rename: tuple[str, ...] = ()  # OLD=NEW: every OLD in a name becomes NEW
-    transpose: tuple[str, ...] = ()  # globs of names whose two dimensions are stored in the other order
+    transpose: tuple[str, ...] = ()  # globs over the names of matrices that are stored transposed
 
     def __call__(self, name: str) -> str:
         name = name.removeprefix(self.strip)
         for change in self.rename:
             old, equals, new = change.partition("=")
             if not equals or not old:
-                raise WeightsError(f"--rename {change}: give OLD=NEW, the text that goes and the text that comes")
+                raise WeightsError(f"--rename {change}: write OLD=NEW, the old text and the new one")
             name = name.replace(old, new)
         return name
 
@@ -43,9 +43,9 @@ class NameMap:
     """Where each parameter of a model is in a source."""
 
     stored: Mapping[str, str]  # parameter → its name in the source
-    transposed: frozenset[str]  # parameters that are stored with their dimensions exchanged
+    transposed: frozenset[str]  # parameters that are stored transposed
     shapes: Mapping[str, tuple[int, ...]]  # parameter → its shape in the model
-    note: str = ""  # what was found out, for the user
+    note: str = ""  # what the user should know about the names, such as a prefix that was found
 
     def lines(self) -> list[str]:
         """The mapping as text, one parameter a line."""
@@ -71,9 +71,9 @@ def values_of(source: StateSource, capture: Capture, renaming: Renaming | None =
 def map_names(source: StateSource, parameters: Sequence[Parameter], renaming: Renaming) -> NameMap:
     """Finds every parameter in a source, and compares its shape. No value is read.
 
-    Names that all lack one prefix of the source's, or all have one that the source's lack, are mapped without being
-    asked: then every name is found, so nothing is guessed. Raises `WeightsError` for names that are missing, shapes
-    that differ, and another number of layers.
+    A prefix that all names of the source have, or that all of them lack, is found without an option. Every parameter
+    must then be found, so that nothing is guessed. Raises `WeightsError` for names that are missing, for shapes that
+    differ, and for another number of layers.
     """
     named = _renamed(source, renaming)
     change, note = _prefix(parameters, named)
@@ -111,7 +111,7 @@ def _renamed(source: StateSource, renaming: Renaming) -> dict[str, str]:
 
 
 def _prefix(parameters: Sequence[Parameter], named: Mapping[str, str]) -> tuple[Callable[[str], str], str]:
-    """How the model's names become the source's, when one prefix is all that differs."""
+    """A function from the model's names to the source's, and a note, if the names differ by one prefix only."""
 
     def all_there(change: Callable[[str], str]) -> bool:
         return all(any(change(n) in named for n in p.names) for p in parameters)
@@ -155,7 +155,7 @@ def _compare_shapes(
 
 
 def _other_layers(known: Iterable[str], rest: Iterable[str]) -> str:
-    """A name that differs from a known one in nothing but its numbers."""
+    """A name in `rest` that differs from a known name only in its numbers."""
     patterns = {re.sub(r"\d+", "#", n) for n in known if re.search(r"\d", n)}
     return next((n for n in rest if re.search(r"\d", n) and re.sub(r"\d+", "#", n) in patterns), "")
 

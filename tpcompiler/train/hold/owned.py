@@ -1,4 +1,4 @@
-"""Which elements of a parameter a rank trains: its tensor-parallel slice, and of that its chunk over the data ranks."""
+"""Which elements of a parameter a rank trains: its chunk, over the data ranks, of its tensor-parallel slice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIMIZER_FILE = "optimizer-{rank:05d}.safetensors"
 
 
 def trained_slice(dims: Sequence[Dim], mesh: Mesh, coords: Coords) -> Slice:
-    """The global indices of a parameter that a rank trains. Data ranks share dimension 0 of each rank's slice."""
+    """The global indices of a parameter that a rank trains. Data ranks divide dimension 0 of a rank's slice."""
     held = slice_on(dims, mesh, coords)
     if not held or DATA not in mesh or mesh[DATA] == 1:
         return held
@@ -32,7 +32,7 @@ def trained_slice(dims: Sequence[Dim], mesh: Mesh, coords: Coords) -> Slice:
 
 @lru_cache(4096)
 def layout(dims: tuple[Dim, ...], mesh: Mesh) -> Layout:
-    """Where the elements of a parameter are trained, on the mesh of `checkpoint_mesh`."""
+    """The layout of a parameter's trained elements on the mesh of `checkpoint_mesh`."""
     if not dims or DATA not in mesh or mesh[DATA] == 1:
         return Layout.of(dims, mesh)
     first = [trained_slice(dims[:1], mesh, mesh.coords(r))[0] for r in range(mesh.size)]
@@ -40,12 +40,12 @@ def layout(dims: tuple[Dim, ...], mesh: Mesh) -> Layout:
 
 
 def checkpoint_mesh(mesh: Mesh) -> Mesh:
-    """The ranks that write files of their own: data ranks too, where they share the parameters."""
+    """The mesh of ranks that write files of their own. It has the data ranks, if these divide the parameters."""
     return mesh if DATA in mesh and mesh[DATA] > 1 else weight_mesh(mesh)
 
 
 def entries(program: Program, dtype: torch.dtype, state: Sequence[str] = MOMENTS) -> list[Entry]:
-    """What a checkpoint holds: parameters at master precision, buffers, and the optimizer's state of each parameter."""
+    """The tensors of a checkpoint: parameters at master precision, buffers, and each parameter's optimizer state."""
     mesh = checkpoint_mesh(program.mesh)
     out = []
     for p in program.capture.parameters:
@@ -61,12 +61,12 @@ def entries(program: Program, dtype: torch.dtype, state: Sequence[str] = MOMENTS
 
 
 def state_name(parameter: str, moment: str) -> str:
-    """What a checkpoint calls the optimizer's state of a parameter."""
+    """The name in a checkpoint of a moment of a parameter's optimizer state."""
     return f"optimizer.{moment}.{parameter}"
 
 
 def allocate(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
-    """Gives parameters and buffers on meta their memory, parameters as `dtype`; tied ones stay one."""
+    """Allocates the parameters and buffers of a module on meta, parameters in `dtype`. Tied ones stay tied."""
     memo: dict[int, nn.Parameter] = {}
     for m in module.modules():
         for name, p in parameters_here(m).items():
@@ -85,7 +85,7 @@ def allocate(module: nn.Module, device: torch.device | str, dtype: torch.dtype |
 def fill(masters: Mapping[str, Tensor], slices: Mapping[str, Slice], read: Callable[[str, Slice], Tensor]) -> None:
     """Gives every master its values by `read(name, slice)`, one at a time.
 
-    The largest come first, while memory is emptiest: reading one can take more memory than its slice.
+    The largest come first, while most memory is free, because reading one can take more memory than its slice.
     """
     for name in sorted(masters, key=lambda n: -prod(shape_of(slices[n]))):
         target = local(masters[name])
@@ -93,13 +93,13 @@ def fill(masters: Mapping[str, Tensor], slices: Mapping[str, Slice], read: Calla
 
 
 def from_constructor(replay: Callable[[str], Tensor]) -> Callable[[str, Slice], Tensor]:
-    """Initial values by the model's own constructor: the whole of one parameter is there while it is cut."""
+    """A function that reads slices of the constructor's initial values. It makes one whole parameter at a time."""
     return lambda name, runs: slice_of(replay(name).contiguous(), runs)
 
 
 @torch.no_grad()
 def fill_buffers(module: nn.Module, program: Program, coords: Coords) -> None:
-    """Buffers have the values that the constructor computed, sliced where they are split."""
+    """Gives buffers the values that the constructor computed, sliced where they are split."""
     targets = dict(module.named_buffers(remove_duplicate=False))
     for p in program.capture.parameters:
         if not p.buffer or p.value is None:

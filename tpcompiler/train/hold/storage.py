@@ -3,11 +3,11 @@
 | data ranks | computes with         | optimizer changes        | gradients                                     |
 |------------|-----------------------|--------------------------|-----------------------------------------------|
 | 1, 32 bit  | the parameters        | the parameters           | autograd's own                                |
-| 1, 16 bit  | 16-bit parameters     | float32 copies (masters) | of one micro-batch as they are, of several    |
-|            |                       |                          | summed in float32 as they come                |
+| 1, 16 bit  | 16-bit parameters     | float32 copies (masters) | of one micro-batch: autograd's own;           |
+|            |                       |                          | of several: summed in float32 as they come    |
 | more       | FSDP2's gathered ones | FSDP2's shards, float32  | FSDP2's reduce-scatter, float32               |
 
-FSDP2 is not used for one data rank: there it only copies, each layer's weights before and each layer's gradients after.
+FSDP2 is not used for one data rank, where it would only copy each layer's weights and gradients.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tpcompiler.weights.manifest import DATA
 
 @dataclass(frozen=True)
 class Numbers:
-    """A precision: of master weights, moments and gradient sums, and of the computation."""
+    """The dtypes of a precision: of the computation, and of master weights, moments and gradient sums."""
 
     master: torch.dtype
     compute: torch.dtype
@@ -54,9 +54,9 @@ class Numbers:
 
 
 class Storage(Protocol):
-    """A rank's parameters."""
+    """A rank's parameters and their gradients."""
 
-    masters: dict[str, Tensor]  # by name, tied ones once
+    masters: dict[str, Tensor]  # what the optimizer changes, by name; tied ones once
     update: Update
     steady: bool  # whether every micro-batch of a shape, and every update, is the same work on the same tensors
 
@@ -64,7 +64,7 @@ class Storage(Protocol):
         """Called before the forward of a step's `micro`-th micro-batch."""
 
     def gradients(self) -> dict[str, Tensor]:
-        """After the last backward: the whole sums, of those masters that have one."""
+        """The gradients of masters that have one, summed over the step. Called after the last backward."""
 
     def publish(self) -> None:
         """Called when masters have changed."""
@@ -73,7 +73,7 @@ class Storage(Protocol):
 def hold(
     module: nn.Module, names: Mapping[str, tuple[str, ...]], ranks: Ranks, train: Train, device: torch.device
 ) -> Storage:
-    """Gives a module on meta its memory. `names`: what each parameter is called, with its other names."""
+    """Allocates a module on meta. `names` maps each parameter to all of its names."""
     storage: Storage
     if ranks.mesh.degree((DATA,)) > 1:
         storage = ShardedStorage(module, names, ranks, train, device)
@@ -95,7 +95,7 @@ class PlainStorage:
         self._parameters = by_name(module, names)
         self.masters: dict[str, Tensor] = dict(self._parameters)
         self._mixed = self.steady = numbers.mixed
-        self._sums: dict[str, Tensor] = {}  # of those that had a gradient
+        self._sums: dict[str, Tensor] = {}  # the summed gradients of parameters that had one
         self._totals: list[Tensor] = []
         self.update: Update
         if not self._mixed:
@@ -112,7 +112,7 @@ class PlainStorage:
         self.update = OnePass(self.masters, self._parameters, units, train.optimizer, compiled)
 
     def _sum(self, name: str, p: nn.Parameter, total: Tensor) -> None:
-        """Adds the gradient to `total` as soon as it is there, and lets go of it."""
+        """Adds the parameter's gradient to `total` as soon as autograd has computed it, and frees it."""
         self._totals.append(total)
 
         def add(p: Tensor) -> None:
@@ -141,7 +141,7 @@ class PlainStorage:
 class ShardedStorage:
     """Several data ranks: FSDP2 over the data dimension, a group of parameters for each emitted layer.
 
-    A parameter that is a single number cannot be cut; its gradient is summed here.
+    FSDP2 cannot shard a parameter that is a scalar; its gradient is summed here.
     """
 
     def __init__(
@@ -171,8 +171,8 @@ class ShardedStorage:
             fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=scalars)
         self._parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
         for m in self._parts:
-            m.set_gradient_divide_factor(1.0)  # the batches' weights have divided already
-            m.set_force_sum_reduction_for_comms(True)  # and a plain sum is what every back end has
+            m.set_gradient_divide_factor(1.0)  # the loss is already divided by the weights of the batches
+            m.set_force_sum_reduction_for_comms(True)  # every communication backend has a plain sum
         module.to_empty(device=device)
         self._module = module
         self.masters: dict[str, Tensor] = dict(by_name(module, names))
@@ -200,7 +200,7 @@ class ShardedStorage:
 
 
 def by_name(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> dict[str, nn.Parameter]:
-    """A module's parameters under their own names, whichever of its names a tied one has in the module."""
+    """A module's parameters by their first names, whichever name a tied one has in the module."""
     there = dict(module.named_parameters(remove_duplicate=False))
     out = {}
     for name, others in names.items():
@@ -211,7 +211,7 @@ def by_name(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> dict[str
 
 
 def _units(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
-    """The parameters' names by emitted layer, what is outside of them last; each name once."""
+    """The names of the parameters of each emitted layer, then of those outside of layers. Each name comes once."""
     names = {p: name for name, p in parameters.items()}
     units = []
     for part in (*layers_of(module), module):
@@ -220,7 +220,7 @@ def _units(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[li
 
 
 def _separable(module: nn.Module) -> list[nn.Module]:
-    """The layers that share no parameter with the rest of the program: FSDP2 gives each parameter one owner."""
+    """The layers that share no parameter with the rest of the program. FSDP2 needs one owner for each parameter."""
     users: dict[nn.Parameter, int] = {}
     layers = layers_of(module)
     inside = {m for layer in layers for m in layer.modules()}
@@ -233,7 +233,7 @@ def _separable(module: nn.Module) -> list[nn.Module]:
 
 
 def data_mesh(ranks: Ranks, device: torch.device) -> DeviceMesh:
-    """The data ranks of this rank's place, as torch's mesh. Its group has the run's time-out."""
+    """This rank's group of data ranks, as torch's mesh. The group has the run's timeout."""
     mesh = ranks.mesh
     rest = mesh.size // mesh[DATA]
     assert mesh.names[0] == DATA, f"{DATA} is not the outermost dimension of {mesh}"

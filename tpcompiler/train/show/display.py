@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a live panel on a terminal, plain lines anywhere else."""
+"""Shows a run's progress: a live panel on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from rich.text import Text
 
 from tpcompiler.train.show.log import StepRecord
 
-_REDRAW = 0.2  # seconds between two drawings of the panel: one takes milliseconds
+_REDRAW = 0.2  # seconds between two drawings of the panel, each of which takes milliseconds
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 class Meter:
-    """Speed over the last steps. A step's time is the median of a few, so that a checkpoint does not show as a dip."""
+    """The speed of a run. A step's time is the median of the last few, so that a checkpoint does not show as a dip."""
 
     def __init__(
         self, tokens: int, flops_per_token: float, ranks: int, peak_tflops: float | None = None, over: int = 10
     ) -> None:
-        """`tokens` a step of all ranks; `flops_per_token` forward and backward; `over` how many steps."""
+        """`tokens` is their number in a step, on all ranks. `flops_per_token` counts forward and backward. `over` is
+        the number of steps of which the median is taken."""
         self.tokens, self.flops_per_token, self.ranks, self.peak = tokens, flops_per_token, ranks, peak_tflops
         self._seconds: deque[float] = deque(maxlen=over)
 
@@ -48,7 +49,7 @@ class Meter:
 
 
 class Display:
-    """Shows records; a context manager. `title` names the run."""
+    """A context manager that shows records of a run, which `title` names."""
 
     def __init__(self, title: str, steps: int, console: Console | None = None) -> None:
         self.title, self.steps = title, steps
@@ -88,7 +89,7 @@ class Display:
             self._live.update(self._panel(self._latest), refresh=True)
 
     def message(self, text: str) -> None:
-        """A line that stays: a checkpoint, an evaluation, a skipped step."""
+        """Prints a line that stays, such as one about a checkpoint, an evaluation or a skipped step."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _panel(self, record: StepRecord) -> RenderableType:
@@ -107,7 +108,7 @@ class Display:
 
 
 def facts(record: StepRecord, steps: int, seconds: float | None = None) -> list[tuple[str, str]]:
-    """What there is to say of a record: (word, value with its unit). `seconds`: what a step usually takes."""
+    """The facts of a record: pairs of a word and a value with its unit. `seconds` is what a step usually takes."""
     r = record
     usual = seconds if seconds is not None else r.seconds
     left = (steps - r.step) * usual if usual is not None else None
@@ -134,7 +135,7 @@ def line(record: StepRecord, steps: int) -> str:
 
 
 def sparkline(values: Iterable[float]) -> str:
-    """A curve in one line of text, lowest to highest."""
+    """A curve in one line of text, scaled from its lowest to its highest value."""
     values = list(values)
     if not values:
         return ""

@@ -1,4 +1,4 @@
-"""What a run writes down: `log.jsonl`, one record a line, and a TensorBoard log beside it."""
+"""A run's logs: `log.jsonl`, with one record per line, and those of TensorBoard and of Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ NAME = "log.jsonl"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A step, after it was done. None: not measured."""
+    """The numbers of one step. None stands for a number that was not measured."""
 
-    step: int  # optimizer steps done
+    step: int  # how many optimizer steps are done
     loss: float | None = None  # mean of the step's global batch, nats
     lr: float | None = None
     grad_norm: float | None = None  # before the clip
-    tokens: int | None = None  # seen since the run began
-    seconds: float | None = None  # this step took
-    data_seconds: float | None = None  # of these, waiting for data
+    tokens: int | None = None  # since the run began
+    seconds: float | None = None  # that this step took
+    data_seconds: float | None = None  # the part of `seconds` that the step waited for data
     tokens_per_second: float | None = None  # of all ranks together
     tflops: float | None = None  # model TFLOP/s a GPU
     peak_fraction: float | None = None
-    memory: int | None = None  # bytes, the most that rank 0 held
+    memory: int | None = None  # bytes, the most that rank 0 has held
     loss_scale: float | None = None
-    skipped: int | None = None  # steps left out: by the loss scale, or as bad batches
+    skipped: int | None = None  # steps left out so far, by the loss scale or because of bad batches
     evaluation: float | None = None  # mean loss on held-out text, nats
 
     def values(self) -> dict[str, float]:
@@ -43,7 +43,7 @@ class StepRecord:
 
 
 class LogSink(Protocol):
-    """Something that records are written to. `OSError` means that this one was lost, not the run."""
+    """A destination of records. Its methods raise `OSError` when a record is lost; the run continues."""
 
     def write(self, record: StepRecord) -> None: ...
 
@@ -51,7 +51,7 @@ class LogSink(Protocol):
 
 
 class Lines:
-    """`log.jsonl`: a record a line. What lies after step `resumed` is forgotten, and so is a line that is none."""
+    """`log.jsonl`, with one record per line. Records after step `resumed` are removed, and so are broken lines."""
 
     def __init__(self, directory: Path, resumed: int = 0) -> None:
         path = directory / NAME
@@ -90,7 +90,7 @@ class TensorBoardLog:
 
 
 class Wandb:
-    """A run of Weights & Biases, which goes on when this one does; its own settings are in its environment."""
+    """A run of Weights & Biases. It is continued when this run is. Its settings come from its environment variables."""
 
     def __init__(self, directory: Path, project: str) -> None:
         try:
@@ -108,10 +108,11 @@ class Wandb:
 
 
 class RunLog:
-    """What records of a run are written to; only rank 0 has one. A run that goes on from `resumed` forgets what lay
-    after it. A full disk costs records, not the run: `lost` says so, once.
+    """All logs of a run, on rank 0. A run that continues from step `resumed` removes the records after it. A full disk
+    loses records and does not end the run; `lost` is then called once with a line that says so.
 
-    `tensorboard` None means: when the package is there. `wandb` is a project of Weights & Biases.
+    With `tensorboard` None, there is a TensorBoard log if the package is installed. `wandb` names a project of
+    Weights & Biases.
     """
 
     def __init__(
@@ -163,9 +164,9 @@ def _line(record: StepRecord) -> bytes:
 
 
 def read_log(run: Path, strict: bool = True) -> list[StepRecord]:
-    """The records of a run's directory, or of a log file. A last line that was torn by a crash is left out.
+    """The records of a run's directory, or of a log file. A last line that a crash has cut off is left out.
 
-    Any other line that is not a record raises `TpcError`, or is left out as well when not `strict`.
+    For any other line that is not a record it raises `TpcError`, or leaves it out if `strict` is false.
     """
     path = run / NAME if run.is_dir() else run
     try:

@@ -1,4 +1,4 @@
-"""Loss curves of runs over each other, as a picture."""
+"""Draws the loss curves of several runs in one picture."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tpcompiler.train.show.log import StepRecord, read_log
 def plot(runs: Sequence[str | Path], out: str | Path, labels: Sequence[str] | None = None) -> Path:
     """Draws the training loss (line) and the evaluation loss (dots) of runs against the step. Returns `out`.
 
-    A run is its directory or its log.jsonl; labels are the directories' names unless given. The suffix of `out`
-    chooses the format (png, svg, pdf).
+    A run is named by its directory or its log.jsonl. Labels are by default the directories' names. The suffix of `out`
+    chooses the format (png, svg, pdf). Raises `TpcError`.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -56,7 +56,7 @@ def _curve(run: Path) -> list[StepRecord]:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """The runs' own names; where two are called alike, as much of their paths as tells them apart."""
+    """The names of the runs' directories. Where two are equal, as much of their paths as tells them apart."""
     parts = [(run if run.is_dir() else run.parent).resolve().parts for run in runs]
     depth = 1
     while depth < max(map(len, parts)) and len({p[-depth:] for p in parts}) < len(set(parts)):

@@ -1,1 +1,1 @@
-"""One step: forward and backward over micro-batches, recomputation, recorded CUDA graphs."""
+"""One training step: forward and backward over micro-batches, recomputation, recorded CUDA graphs."""

@@ -1,4 +1,4 @@
-"""The model of a run, compiled for its ranks: captured with the batches' own inputs, reduced to what is trained on."""
+"""Compiles the model of a run for its ranks: captured with the inputs that batches have, and reduced to one output."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Compiled:
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The forward's own names of its tensor inputs."""
+        """What the model's forward calls its tensor inputs."""
         return self.capture.arg_names
 
     def module(self, ranks: Ranks, rng: Rng) -> nn.Module:
-        """This rank's program, without memory: its parameters and buffers are on the meta device."""
+        """This rank's module, not yet allocated: its parameters and buffers are on the meta device."""
         built = load_source(self.sharded.source, f"tpc_{self.capture.model}").Model
         with torch.device("meta"):
             module: nn.Module = built(ranks, rng)
@@ -58,9 +58,10 @@ def compile_model(
     double: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Compiled:
-    """Captures on meta, compiles and proves. Of the outputs, the one that `output` chooses is kept and computed alone.
+    """Captures a model on meta, compiles it for the spec's ranks and proves it.
 
-    `double`: float64 throughout, casts that the model makes itself included.
+    Only the output whose index `output` returns is computed. `double` computes everything in float64, even where the
+    model casts to another type. Raises `TpcError`.
     """
     with loaded.environment:
         progress("capturing the model")
@@ -75,7 +76,7 @@ def compile_model(
 
 
 def only(capture: Capture, output: int) -> Capture:
-    """The capture with one of its outputs alone; the graph is changed in place."""
+    """The capture with only one of its outputs. The graph is changed in place."""
     node = next(n for n in capture.graph.nodes if n.op == "output")
     node.args = ((node.args[0][output],),)
     capture.graph.eliminate_dead_code()
@@ -83,7 +84,7 @@ def only(capture: Capture, output: int) -> Capture:
 
 
 def loss_output(capture: Capture) -> int:
-    """Which output is the loss: the one that is a single number. Raises `TpcError`."""
+    """The index of the loss: the only output that is a scalar. Raises `TpcError` if none or several are."""
     found = [i for i, v in enumerate(_outputs(capture)) if v.dim() == 0 and v.dtype.is_floating_point]
     if len(found) != 1:
         what = "none of its outputs is" if not found else f"{len(found)} of its outputs are"
@@ -95,7 +96,7 @@ def loss_output(capture: Capture) -> int:
 
 
 def logits_output(capture: Capture) -> int:
-    """Which output holds a score for every token of the vocabulary: the first one that is [b, s, …]."""
+    """The index of the logits: the first floating-point output of shape [b, s, …]. Raises `TpcError` without one."""
     for i, v in enumerate(_outputs(capture)):
         if v.dim() == 3 and v.dtype.is_floating_point:
             return i
@@ -108,9 +109,9 @@ def _outputs(capture: Capture) -> list[Tensor]:
 
 
 def training_inputs(loaded: Loaded, available: Iterable[str]) -> Inputs:
-    """The example inputs, as the batches of a run give them: by name, those that the data has.
+    """The example inputs, which must be given by name, as the batches of a run give them.
 
-    Raises `TpcError` when the model needs an input that the data does not have.
+    Raises `TpcError` when the model needs an input that the data, which has those in `available`, does not have.
     """
     args, kwargs = loaded.inputs()
     names = list(available)
@@ -132,5 +133,5 @@ def training_inputs(loaded: Loaded, available: Iterable[str]) -> Inputs:
 
 
 def select(tensors: Mapping[str, Tensor], takes: Sequence[str]) -> dict[str, Any]:
-    """A batch's tensors, those that the model takes."""
+    """The tensors of a batch that the model takes."""
     return {name: tensors[name] for name in takes}

@@ -1,4 +1,4 @@
-"""Model FLOPs, counted from the matrix products of the plain graph, so that every degree reports the same number."""
+"""Counts a model's FLOPs from the matrix products of the plain graph, so that all degrees report the same number."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tpcompiler.ops.views import Shape
 
 
 def forward_flops(graph: fx.Graph, shapes: Mapping[str, Sequence[int]] | None = None) -> int:
-    """Floating-point operations of the graph's matrix products, as the ops' records tell them: 2·m·n·k for each.
+    """Floating-point operations of one forward: 2·m·n·k for each matrix product, by the ops' records.
 
-    Other ops count nothing. `shapes` are those of the input placeholders, which give the graph's symbolic sizes their
-    values.
+    Other ops count nothing. `shapes` has the shapes of the input placeholders, from which the graph's symbolic sizes
+    follow.
     """
     values = _symbols(graph, shapes or {})
 
@@ -28,7 +28,8 @@ def forward_flops(graph: fx.Graph, shapes: Mapping[str, Sequence[int]] | None = 
 
 
 def flops_per_token(graph: fx.Graph, shapes: Mapping[str, Sequence[int]], tokens: int) -> float:
-    """Of a training step over `tokens` tokens in `shapes`: backward has two products for each one of forward."""
+    """Floating-point operations per token of a training step over `tokens` tokens in inputs of these `shapes`. Backward
+    has two products for each one of forward."""
     return 3 * forward_flops(graph, shapes) / tokens
 
 

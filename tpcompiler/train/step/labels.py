@@ -1,4 +1,4 @@
-"""Which labels a causal model wants, read off its graph: the tokens themselves, or the token after each."""
+"""Finds out from its graph which labels a causal model wants: the tokens themselves, or the token after each."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tpcompiler.program import Capture
 from tpcompiler.train.settings import Data
 from tpcompiler.train.step.limits import ancestors, evaluate_node
 
-_LOSSES = ("nll_loss", "cross_entropy", "gather")  # what picks the probability of a target
+_LOSSES = ("nll_loss", "cross_entropy", "gather")  # ops that pick the probability of a target
 
 
 def shifts_inside(capture: Capture, inputs: Mapping[str, Tensor], labels: str) -> bool | None:
-    """Whether the model compares the scores at a position with the label after it. None: the graph does not say.
+    """Whether the model compares the scores at a position with the label after it. None if the graph does not tell.
 
-    The labels' way to the loss is computed with labels that are all different, so that it is seen which label ends at
-    which place. `inputs` are by placeholder; `labels` is what the model calls them.
+    The ops between labels and loss are run with labels that are all different, which shows where each label ends up.
+    `inputs` are by placeholder. `labels` is what the model calls its labels.
     """
     place = dict(zip(capture.arg_names, capture.inputs, strict=True)).get(labels)
     if place is None or place not in inputs or inputs[place].dim() != 2:
@@ -42,7 +42,7 @@ def shifts_inside(capture: Capture, inputs: Mapping[str, Tensor], labels: str) -
 
 
 def _seen(capture: Capture, target: fx.Node, place: str, planted: Mapping[str, Tensor]) -> Tensor | None:
-    """The values of an integer operand of the loss that the labels alone determine."""
+    """The values of an integer operand of the loss, if the labels alone determine it; else None."""
     val = target.meta.get("val")
     if not isinstance(val, Tensor) or val.dtype.is_floating_point:
         return None
@@ -53,7 +53,7 @@ def _seen(capture: Capture, target: fx.Node, place: str, planted: Mapping[str, T
 
 
 def _contains(seen: Tensor, expected: Tensor, marks: Tensor) -> bool:
-    """Whether the targets are these labels in order; labels that are ignored (below 1) may stand between them."""
+    """Whether the targets are these labels in order. Ignored labels (below 1) may stand between them."""
     found = seen.flatten()
     found = found[(found >= 1) & (found <= int(marks.max()))]
     return found.numel() == expected.numel() and bool((found == expected.flatten()).all())

@@ -1,4 +1,4 @@
-"""Whether a model can take the batches it is going to get, found out before the first step and without its weights."""
+"""Checks before the first step, and without weights, whether a model can run on the batches that it will get."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def check_inputs(
 ) -> None:
     """Raises `TpcError`, one line, when the model cannot run on inputs like these.
 
-    That is when a table is looked up beyond its end, or shapes do not fit (a sequence longer than the positions).
-    `inputs` are by placeholder, as `bind_inputs` gives them. `largest_id` is the largest token id of all data, which
-    need not be in this batch; `ids` is what the model calls its tokens. Parameters are not needed: index computations
-    run on real numbers, everything else on shapes alone.
+    It cannot if an index lies beyond the end of a table, or if shapes do not fit, as for a sequence that is longer than
+    the table of positions. `inputs` are by placeholder, as `bind_inputs` gives them. `largest_id` is the largest token
+    id of all data, which need not be in this batch. `ids` is what the model calls its tokens. Parameters are not
+    needed: indices are computed with values, everything else with shapes alone.
     """
     planted = dict(inputs)
     for name, argument in zip(capture.inputs, capture.arg_names, strict=True):
@@ -55,7 +55,7 @@ def _check_range(table: str, rows: int, values: Tensor, index: fx.Node, inputs: 
 
 
 def _reads(index: fx.Node, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether an index comes from the inputs' values, and not from their sizes."""
+    """Whether an index depends on the values of inputs, and not only on their sizes."""
     return any(n.op == "placeholder" and n.name in inputs for n in ancestors(index, _takes_values))
 
 
@@ -77,7 +77,7 @@ def ancestors(node: fx.Node, through: Any = lambda _: True) -> set[fx.Node]:
 
 
 def evaluate_node(capture: Capture, index: fx.Node, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """An index's values, or None when parameters have a say in them."""
+    """The values of an index, or None if they depend on parameters."""
     buffers = {p.node: p for p in capture.parameters}
     wanted = ancestors(index)
     env: dict[fx.Node, Any] = {}
