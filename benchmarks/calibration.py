@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tpcompiler.api import shard
 from tpcompiler.capture import capture
-from tpcompiler.cost.predict import Layout, Model, Prediction
+from tpcompiler.cost.predict import CostModel, ParallelLayout, Prediction
 from tpcompiler.load.model import load_model
 from tpcompiler.search.planner import Question, search
 from tpcompiler.spec.schema import Spec
@@ -53,12 +53,12 @@ def recorded(files: list[str]) -> Iterator[dict[str, Any]]:
 
 
 @cache
-def compiled(spec: str, tensor: int, dropout: float) -> Model:
+def compiled(spec: str, tensor: int, dropout: float) -> CostModel:
     read = Spec.load(spec).with_(overlap=True, mesh={"tensor": tensor})
     loaded = load_model("models/gpt2.py", read, {"dropout": dropout})
     with loaded.environment:
         made = shard(loaded.build, loaded.inputs(batch=2), read)
-    return Model(made.program, made.plan)
+    return CostModel(made.program, made.plan)
 
 
 def predicted(row: dict[str, Any]) -> Prediction:
@@ -70,7 +70,7 @@ def predicted(row: dict[str, Any]) -> Prediction:
     hidden = machine.hidden if row.get("occupy") else HIDDEN_FREE
     machine = machine.model_copy(update={"alpha_us": alpha, "beta_gbps": rate, "hidden": hidden})
     micro = row["batch"] // row.get("micro_batches", 1)
-    layout = Layout(degree, 1, micro, row.get("recompute", "none"), bool(row.get("overlap")))
+    layout = ParallelLayout(degree, 1, micro, row.get("recompute", "none"), bool(row.get("overlap")))
     model = compiled(row["spec"], degree, row.get("dropout", 0.0))
     return model.predict(layout, machine, row["batch"], row["sequence"])
 

@@ -11,7 +11,7 @@ from models.gpt2 import GPT2, example_inputs
 from models.llama import Llama
 from models.llama import example_inputs as llama_inputs
 from tpcompiler.api import Sharded, shard
-from tpcompiler.cost.predict import Layout, Model
+from tpcompiler.cost.predict import CostModel, ParallelLayout
 from tpcompiler.errors import SpecError
 from tpcompiler.spec.machine import Hardware, known_machines
 from tpcompiler.spec.schema import Spec
@@ -28,16 +28,18 @@ def compiled(tensor: int, overlap: bool = True, llama: bool = False) -> Sharded:
     return shard(lambda: GPT2(vocab=96, hidden=96, heads=12, layers=3), example_inputs(BATCH, SEQUENCE, vocab=96), spec)
 
 
-def model(made: Sharded) -> Model:
-    return Model(made.program, made.plan)
+def model(made: Sharded) -> CostModel:
+    return CostModel(made.program, made.plan)
 
 
 def machine(name: str = "h200") -> Hardware:
     return Spec.load({"mesh": {"tensor": 1}, "hardware": name}).hardware
 
 
-def layout(tensor: int = 1, **changes: object) -> Layout:
-    return Layout(**{"tensor": tensor, "data": 1, "micro": BATCH, "recompute": "none", "overlap": False, **changes})  # type: ignore[arg-type]
+def layout(tensor: int = 1, **changes: object) -> ParallelLayout:
+    return ParallelLayout(
+        **{"tensor": tensor, "data": 1, "micro": BATCH, "recompute": "none", "overlap": False, **changes}
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tensor", [1, 3, 4, 5])

@@ -70,12 +70,12 @@ def test_more_gpus_than_sequences_are_tensor_ranks() -> None:
 def test_equal_layers_are_one_decision() -> None:
     """Twice the layers are the same kernels with twice the count."""
     from tpcompiler.api import compile_capture
-    from tpcompiler.cost.predict import Model
+    from tpcompiler.cost.predict import CostModel
 
     def work(layers: int) -> tuple[int, int]:
         build = capture(lambda: GPT2(hidden=64, heads=8, layers=layers, vocab=128), example_inputs(vocab=128))
         made = compile_capture(build, SPEC)
-        kernels = Model(made.program, made.plan).work.kernels
+        kernels = CostModel(made.program, made.plan).work.kernels
         return len(kernels), max(k.count for k in kernels)
 
     (few, count), (as_few, twice) = work(3), work(6)

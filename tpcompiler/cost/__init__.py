@@ -1,1 +1,1 @@
-"""Seconds and bytes: what a program takes on a machine, predicted without one."""
+"""Predicts the seconds and bytes that a program takes on a machine, without the machine."""

@@ -1,4 +1,4 @@
-"""Which nodes of a program are equal, and which module calls are its layers."""
+"""Finds which nodes of a program are equal, and which module calls are its layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Frame = tuple[str, str, int]
 
 
 class Signatures:
-    """A number for each node, equal for those with the same op on values of the same shape and layout."""
+    """Numbers the nodes of a graph. Nodes have the same number if op, shape and layout are the same."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, int] = {}
@@ -29,7 +29,7 @@ class Signatures:
 
 
 def layers(nodes: Sequence[fx.Node], signatures: Signatures) -> dict[fx.Node, Frame | None]:
-    """The layer of each node: the outermost module calls of which several compute the same."""
+    """Maps each node to its layer, or to None. Layers are the outermost module calls of which several are equal."""
     depth = 0
     while True:
         members: dict[tuple[Frame, ...], list[fx.Node]] = defaultdict(list)

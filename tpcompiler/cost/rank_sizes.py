@@ -1,4 +1,4 @@
-"""Numbers for the sizes of one rank's values: at a mesh, a batch and a sequence."""
+"""The sizes of one rank's values as numbers, for a mesh, a batch and a sequence."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from tpcompiler.program import Capture
 Shape = tuple[int, ...]
 
 
-class Sizes:
-    """The first rank, which holds most of an uneven axis, at `batch` sequences of `sequence` tokens.
+class RankSizes:
+    """The sizes of values on the first rank, which holds most of an uneven axis, for `batch` sequences of `sequence`
+    tokens.
 
     The first dimension of every input is the batch, and the symbols of its other dimensions are sequences. A size that
-    values decide (the rows of one expert) counts as all tokens.
+    depends on values, such as the rows of one expert, counts as all tokens.
     """
 
     def __init__(self, capture: Capture, mesh: Mesh, batch: int, sequence: int) -> None:

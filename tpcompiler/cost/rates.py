@@ -1,4 +1,4 @@
-"""Seconds of one kernel and of one collective on a machine: the roofline, and α + bytes / β."""
+"""Predicts the seconds of one kernel, by the roofline model, and of one collective, as α + bytes / β."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import Literal
 from torch import fx
 
 from tpcompiler import runtime
-from tpcompiler.cost.rank_sizes import Sizes
+from tpcompiler.cost.rank_sizes import RankSizes
 from tpcompiler.cost.work import Kernel
 from tpcompiler.graphs import tensors
 from tpcompiler.ops.operands import tensor_operands
 from tpcompiler.ops.product_flops import product_flops
 from tpcompiler.spec.machine import Hardware
 
-Choice = Literal["none", "attention", "layer"]  # what is computed again, as the trainer's settings call it
-ATTENTION_BACKWARD = 2.5  # products of fused attention's backward for one of forward: five for two
-LOSS_FORWARD, LOSS_BACKWARD = 24, 18  # bytes of traffic a logit: to float32, log-softmax in passes, and back
+Recompute = Literal["none", "attention", "layer"]  # what is recomputed, as in `train.activation_checkpointing`
+ATTENTION_BACKWARD = 2.5  # products in backward per product in forward of fused attention: five for two
+LOSS_FORWARD, LOSS_BACKWARD = 24, 18  # bytes of memory traffic per logit: to float32, passes of log-softmax, and back
 
 
 @dataclass(frozen=True)
 class Price:
-    """Seconds of a kernel. `weights`: the part of backward that computes the gradients of weights."""
+    """Seconds and FLOPs of a kernel."""
 
     forward: float
     backward: float = 0.0
-    weights: float = 0.0
-    flops: float = 0.0  # forward, whole
+    weights: float = 0.0  # the part of `backward` that computes the gradients of weights
+    flops: float = 0.0  # of forward; for causal attention without regard to the mask
 
 
 @dataclass(frozen=True)
 class Rates:
-    """A machine's speeds for values of `width` bytes a number."""
+    """A machine's speeds, for numbers of `width` bytes."""
 
     machine: Hardware
-    sizes: Sizes
+    sizes: RankSizes
     width: int = 2
 
     def price(self, kernel: Kernel) -> Price:
@@ -58,21 +58,21 @@ class Rates:
         return sum(self.sizes.elements(n) * self.item(n) for n in nodes)
 
     def item(self, node: fx.Node) -> int:
-        """Bytes of a number: real values are computed in the run's precision."""
+        """Bytes per number of a value. Floating-point values are computed in the run's precision."""
         value = tensors(node.meta["val"])[0]
         return self.width if value.is_floating_point() else value.dtype.itemsize
 
     def moving(self, number: float) -> float:
-        """Seconds to move so many bytes to or from memory in one kernel."""
+        """Seconds of a kernel that moves `number` bytes to or from memory."""
         m = self.machine
         return number / (m.bandwidth_gbps * 1e9 * m.bandwidth_efficiency) + m.kernel_us * 1e-6
 
     def multiplying(self, flops: float, shortest: float, number: float) -> float:
-        """Seconds of a matrix product whose shortest side is `shortest`, and which moves so many bytes."""
+        """Seconds of a matrix product of `flops`, whose shortest side is `shortest` and which moves `number` bytes."""
         m = self.machine
         rate = m.peak_tflops * 1e12 * m.efficiency * shortest / (shortest + m.narrow)
         if self.width == 4:
-            rate /= 8  # TF32 is off: 32-bit products run on other units, at an eighth or less
+            rate /= 8  # TF32 is off, so that 32-bit products run on other units, at an eighth of the rate or less
         return max(flops / rate + m.kernel_us * 1e-6, self.moving(number))
 
     def _product(self, kernel: Kernel) -> Price:
@@ -118,17 +118,18 @@ class Rates:
         return Price(seconds, seconds * ATTENTION_BACKWARD if kernel.wanted else 0.0, 0.0, flops)
 
     def _fused(self, kernel: Kernel) -> Price:
-        """Backward reads what forward read and the gradients of what it wrote, and writes those of what it read."""
+        """A fused kernel. Its backward reads what forward read and the gradients of what forward wrote. It writes the
+        gradients of what forward read."""
         reads, writes = self.bytes(kernel.reads), self.bytes(kernel.writes)
         back = reads + writes + self.bytes(kernel.wanted)
         return Price(self.moving(reads + writes), self.moving(back) if kernel.wanted else 0.0)
 
     # -- between ranks ----------------------------------------------------------------------------------------------
 
-    def crossing(self, kind: str, number: float, degree: int, stride: int) -> float:
-        """Seconds of a collective over a value of so many bytes, whole, by `degree` ranks, `stride` devices apart.
+    def collective(self, kind: str, number: float, degree: int, stride: int) -> float:
+        """Seconds of a collective of `degree` ranks, `stride` devices apart, on a value of `number` bytes in all.
 
-        A group that reaches over several hosts has as many of a host's links as it has devices there.
+        A group over several hosts can use as many of a host's links as it has devices in that host.
         """
         if degree == 1:
             return 0.0

@@ -1,7 +1,8 @@
-"""What one rank's program does in a step, as kernels: read off the graph once, priced at many sizes.
+"""Reads a rank's program as kernels, once. They are then priced at many sizes.
 
-A matrix product, an attention, a lookup and a loss are kernels of their own. What lies between them inside a layer is
-fused as torch.compile does it; outside of layers every op is a kernel. Equal kernels are listed once, with their count.
+A matrix product, an attention, a lookup and a loss are kernels of their own. Inside a layer, the ops between them are
+fused as torch.compile fuses them. Outside of layers, every op is a kernel. Equal kernels are listed once, with their
+count.
 """
 
 from __future__ import annotations
@@ -37,34 +38,36 @@ _RUNTIME: dict[Any, Kind] = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel's forward; its backward follows from `kind` and from what gradients flow to."""
+    """A kernel in forward. Its backward follows from `kind` and from `wanted`."""
 
     kind: Kind
-    node: fx.Node  # the op, or one of those that are fused
+    node: fx.Node  # the op, or the first of several fused ones
     reads: tuple[fx.Node, ...]
     writes: tuple[fx.Node, ...]
     wanted: tuple[fx.Node, ...]  # those of `reads` that get a gradient
-    layered: bool  # in a layer: computed again under recomputation
-    again: bool  # needed for what backward reads of its layer, so that recomputation does compute it
-    count: int = 1
+    layered: bool  # whether it is in a layer
+    again: bool  # whether recomputation runs it again, because backward of its layer needs it
+    count: int = 1  # how many equal kernels there are
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A value that is kept from forward to backward, with the number of equal ones."""
+    """A value that is kept from forward to backward."""
 
     node: fx.Node
-    layered: bool
-    product: bool  # of a matrix product or another rank: selective recomputation keeps it
-    border: bool  # enters a layer from outside: every recomputation keeps it
-    count: int = 1
+    layered: bool  # whether it is made in a layer
+    product: bool  # whether a matrix product or a collective made it, which selective recomputation keeps
+    border: bool  # whether another layer reads it, so that every kind of recomputation keeps it
+    count: int = 1  # how many equal values there are
 
 
 @dataclass(frozen=True)
 class Work:
+    """What a rank computes and keeps in a forward and backward."""
+
     kernels: tuple[Kernel, ...]
     kept: tuple[Kept, ...]
-    layers: int  # equal ones that are recomputed one at a time; 0: the program has no layers
+    layers: int  # how many layers the program has
 
 
 def kind_of(node: fx.Node) -> Kind:
@@ -88,8 +91,8 @@ def _values(node: fx.Node) -> list[fx.Node]:
     return [n for n in tensor_operands(node) if n is not None]
 
 
-class Reader:
-    """Reads a program's graph; `work` is the result."""
+class WorkReader:
+    """Reads a program's graph. `work` returns the result."""
 
     def __init__(self, program: Program) -> None:
         graph = program.graph
@@ -109,7 +112,7 @@ class Reader:
         self.again = self._again(self.kept)
 
     def root(self, node: fx.Node) -> fx.Node:
-        """The value whose memory a view shows."""
+        """The value whose memory a view shares; any other node itself."""
         return self.roots.get(node, node)
 
     def work(self) -> Work:
@@ -117,7 +120,7 @@ class Reader:
         return Work(kernels, self._folded_kept(self.kept), len({frame for frame in self.layer.values() if frame}))
 
     def _groups(self) -> list[list[fx.Node]]:
-        """Kernels as lists of nodes: neighbours in one layer that no product, lookup or collective separates."""
+        """The nodes of each kernel: a single node, or neighbours in a layer that no other kind of kernel separates."""
         level: dict[fx.Node, int] = defaultdict(int)
         graph: nx.Graph[Any] = nx.Graph()
         for node in self.nodes:
@@ -154,8 +157,8 @@ class Reader:
                 yield user
 
     def _kept(self) -> list[fx.Node]:
-        """What backward reads: operands of products and attention as they are, and of what is fused, values from which
-        the rest can be computed again."""
+        """The values that backward reads: the operands of products and attention, and for a fused kernel values from
+        which the others can be computed again."""
         kept: dict[fx.Node, None] = {}
         for group in self.groups:
             kind = self.kinds[group[0]]
@@ -184,11 +187,12 @@ class Reader:
                     kept[read] = None
 
     def _computed(self, node: fx.Node) -> bool:
-        """Whether a value is made by the program and changes from batch to batch."""
+        """Whether the program computes a value from parameters, so that it is neither a parameter nor a constant."""
         return node.name in self.live and node.name not in self.parameters and node.op == "call_function"
 
     def _again(self, kept: Iterable[fx.Node]) -> set[fx.Node]:
-        """Nodes on which a kept value of their own layer depends. What only later layers read is kept for these."""
+        """The nodes that recomputation runs again: those that a kept value depends on which their own layer reads. A
+        value that only later layers read is kept anyway."""
         out: set[fx.Node] = set()
         wanted = {n for n in kept if any(self.layer.get(u) == self.layer.get(n) for u in self._users(n))}
         for node in reversed(self.nodes):

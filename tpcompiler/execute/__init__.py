@@ -1,1 +1,1 @@
-"""Graphs run as they stand: on one rank, or on all ranks in one process."""
+"""Runs graphs node by node: on one rank, or on all ranks in one process."""

@@ -1,4 +1,4 @@
-"""Runs a graph as it stands, for checks and tests: a `Capture` (the plain model), or a `Program` on one rank."""
+"""Runs a graph node by node, for checks and tests: a `Capture` (the plain model), or a `Program` on one rank."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def interpret(
     rng: Rng | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Any, ...]:
-    """The outputs of `program` on this rank, one by one; differentiable.
+    """Runs `program` on this rank and returns its outputs as a flat tuple. They can be differentiated.
 
-    `state` has this rank's parameters and buffers by any of their names; `inputs` the tensor inputs by placeholder, or
-    in the order of `capture.inputs`. Values that are not needed any more are freed. `device` is where factories put
-    their results, the device of the first input if not given.
+    `state` has this rank's parameters and buffers under any of their names. `inputs` has the tensor inputs by
+    placeholder, or in the order of `capture.inputs`. `device` is where factory calls make their tensors; its default is
+    the device of the first input. A value is freed after its last use. Raises `TpcError` for a value that is missing.
     """
     return _run(program.graph, program.capture, Resolver(ranks, training, rng), state, inputs, device)
 
@@ -46,12 +46,13 @@ def interpret_capture(
     rng: Rng | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Any, ...]:
-    """The outputs of the plain model's graph: `interpret` before anything is split."""
+    """Runs the plain model's graph and returns its outputs; see `interpret`."""
     return _run(capture.graph, capture, Resolver(Ranks.single(), training, rng), state, inputs, device)
 
 
 def bind_inputs(capture: Capture, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The tensor inputs of a call of the model's forward, by placeholder."""
+    """The tensor inputs of a call of the model's forward, by placeholder. Raises `TpcError` for a call that differs
+    from the traced one in its structure or in a constant."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     if spec != capture.in_spec:
         raise TpcError(f"{capture.model} was traced with other arguments: {capture.in_spec}, and is called with {spec}")
@@ -65,7 +66,7 @@ def bind_inputs(capture: Capture, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 class Resolver:
-    """Turns a program's arguments into one rank's."""
+    """Replaces what depends on rank or mode in a program's arguments by one rank's values."""
 
     def __init__(self, ranks: Ranks, training: bool, rng: Rng | None) -> None:
         self.ranks = ranks
@@ -111,7 +112,7 @@ class Resolver:
 
 @cache
 def _signature(target: Any) -> inspect.Signature | None:
-    """The signature of one of the runtime's operators; None for everything else."""
+    """The signature of one of the runtime's operators. None for any other target."""
     if inspect.isfunction(target) and target.__module__.startswith(runtime.__name__ + "."):
         return inspect.signature(target)
     return None
@@ -178,7 +179,7 @@ def _attribute(graph: fx.Graph, target: str) -> Any:
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Node → the values that nobody needs after it. Nodes without users are not kept at all."""
+    """Maps each node to the values whose last use it is. A node without users maps to itself."""
     out: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
     for node in reversed(graph.nodes):

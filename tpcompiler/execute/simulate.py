@@ -1,8 +1,8 @@
-"""All ranks in one process: each is a thread, and collectives meet at a barrier.
+"""Runs all ranks in one process: each is a thread, and collectives meet at a barrier.
 
-The very runtime that runs on GPUs runs here; only the groups differ. Sums are taken in the order of the ranks, so that
-results are the same bits on all ranks and at every run. Collectives that do not match, and ranks that wait for each
-other for ever, are errors that say which; every collective that was done is recorded.
+The runtime is the same as on GPUs; only the groups differ. Sums are taken in the order of the ranks, so that results
+are equal bit for bit on all ranks and in every run. Collectives that do not match, and ranks that wait for each other
+for ever, are errors, which name both sides. Every collective is recorded.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ class CollectiveError(TpcError):
 
 @dataclass(frozen=True)
 class Executed:
-    """A collective that was done, once for its whole group."""
+    """The record of a collective that was done: one for the whole group."""
 
     kind: str  # all_reduce | all_gather | reduce_scatter
     direction: str  # forward | backward
     over: tuple[str, ...]  # mesh dimensions
     ranks: tuple[int, ...]  # the group's, in its order
-    shape: tuple[int, ...]  # of the whole value: of the result of an all-gather, of the argument of the others
+    shape: tuple[int, ...]  # of the whole value: the result of an all-gather, the argument of other collectives
     dtype: torch.dtype
     op: str = ""  # of the reducing ones: sum | max
     label: str = ""
 
     @property
     def bytes(self) -> int:
-        """Of the whole value."""
+        """The bytes of the whole value."""
         n = self.dtype.itemsize
         for d in self.shape:
             n *= d
@@ -57,10 +57,11 @@ def executed(log: Sequence[Executed], rank: int = 0) -> list[Executed]:
 
 
 def run_ranks(mesh: Mesh, fn: Callable[[Ranks], T], log: list[Executed] | None = None) -> list[T]:
-    """`[fn(ranks of rank 0), fn(ranks of rank 1), …]`, all at the same time, each in a thread of its own.
+    """Runs `fn(ranks)` for every rank of a mesh at the same time, each in a thread. Returns the results by rank.
 
-    Collectives are appended to `log`. The first exception of a rank ends the others and is raised here, once.
-    Threads take over the caller's gradient mode and default device; a rank's backward runs in its thread, on GPUs too.
+    Collectives are appended to `log`. The first exception on any rank ends all ranks and is raised here.
+    Threads take over the caller's gradient mode and default device. A rank's backward runs in its own thread, even on
+    GPUs.
     """
     hall = _Hall(mesh.size, [] if log is None else log)
     results: dict[int, T] = {}
@@ -71,7 +72,7 @@ def run_ranks(mesh: Mesh, fn: Callable[[Ranks], T], log: list[Executed] | None =
             return ThreadGroup(hall, rank, mesh.group(over, rank), over)
 
         try:
-            # One engine thread serves all of a device's backwards otherwise, and ranks would wait in it for each other.
+            # Otherwise one thread of the engine runs all backwards on a device, and ranks would wait for each other.
             with torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(grad), device:
                 results[rank] = fn(Ranks(mesh, rank, connect))
             hall.leave(rank)
@@ -169,7 +170,7 @@ def _with(x: Tensor, dim: int, size: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Offer:
-    """What one rank says it does; all ranks of the group must say the same."""
+    """The collective that one rank calls. All ranks of the group must call the same."""
 
     kind: str
     op: str
@@ -191,18 +192,20 @@ class _Offer:
 
 
 class _Aborted(BaseException):
-    """Ends the rank whose fellow failed. Not an `Exception`, so that the rank's own handlers let it pass."""
+    """Ends a rank because another one failed. It is not an `Exception`, so that the rank's handlers do not catch it."""
 
 
 @dataclass
 class _Meeting:
+    """One collective of a group: what each rank called it with, and the results once all have come."""
+
     offers: dict[int, tuple[_Offer, Tensor]] = field(default_factory=dict)
     results: list[Tensor] | None = None
     taken: int = 0
 
 
 class _Hall:
-    """Where the ranks of one run meet."""
+    """The barrier at which the ranks of one run meet for their collectives."""
 
     def __init__(self, size: int, log: list[Executed]) -> None:
         self.size = size

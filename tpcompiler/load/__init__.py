@@ -1,1 +1,1 @@
-"""MODEL on the command line: a file, a class, a Hugging Face directory or type."""
+"""Finds the model that MODEL names on the command line: in a Python file, or of Hugging Face."""

@@ -1,4 +1,4 @@
-"""Hugging Face models: `hf:DIR[:Class]` (config.json, maybe safetensors) and `hf:TYPE[:Class]`, from random weights.
+"""Hugging Face models: `hf:DIR[:Class]` (config.json, perhaps safetensors) and `hf:TYPE[:Class]` (random weights).
 
 Nothing is downloaded, and no code that comes with a model is run. `model:` and `--set` change the configuration.
 """
@@ -20,7 +20,7 @@ from tpcompiler.load.target import Arguments, Inputs, Loaded
 from tpcompiler.spec.located import one_line
 from tpcompiler.spec.schema import Spec, nearest
 
-# Files of a directory that say how text becomes tokens, and how text is generated.
+# Globs for the files of a directory that configure tokenization and generation.
 _BESIDE = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "spiece.*",
     "chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json",
@@ -29,7 +29,7 @@ _TASKS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQUENCE_CLASSIFICA
 
 
 def load_hf(ref: str, spec: Spec, arguments: Arguments) -> Loaded:
-    """The model of `hf:…`, in the architecture that its configuration names. Raises `TpcError`."""
+    """The model that `hf:…` names, in the architecture of its configuration or `:Class`. Raises `TpcError`."""
     try:
         import transformers
     except ImportError:
@@ -55,10 +55,10 @@ def load_hf(ref: str, spec: Spec, arguments: Arguments) -> Loaded:
 
 
 def save_beside(ref: str, spec: Spec, arguments: Arguments, dtype: torch.dtype, out: Path) -> None:
-    """What `from_pretrained` and generation need beside the weights of `hf:…`: configuration and tokenizer.
+    """Writes to `out` what `from_pretrained` needs besides the weights of `hf:…`: configurations and tokenizer.
 
-    The configuration is the one that the model was built by, with `dtype`; the tokenizer's files and the configuration
-    of generation are those of the directory, where it has them. Raises `TpcError`.
+    The configuration is the one that the model was built with, and has `dtype`. The tokenizer's files and the
+    configuration of generation are copied from the model's directory, if it has them. Raises `TpcError`.
     """
     import transformers
 
@@ -88,7 +88,7 @@ def _split(place: str) -> tuple[str, str]:
 
 
 def _read(directory: Path, place: str, transformers: Any) -> dict[str, Any]:
-    """config.json as it is written, of a type that transformers knows."""
+    """The content of config.json. Raises `ModelError` when it cannot be read or has a type unknown to transformers."""
     file = directory / "config.json"
     if not directory.is_dir():
         raise ModelError(f"hf:{place}: is a file; give the directory that holds config.json")
@@ -119,7 +119,8 @@ def _type(kind: str, transformers: Any) -> str:
 
 
 def _config(written: dict[str, Any], arguments: Arguments, ref: str, transformers: Any) -> Any:
-    """The configuration with `model:` and `--set` in it. What is written nowhere follows from the rest, as ever."""
+    """The configuration, with the keys of `model:` and `--set` in place of its own. Keys that are given nowhere get
+    transformers' defaults."""
     cls = transformers.CONFIG_MAPPING[written["model_type"]]
     try:
         known = {*cls.from_dict(written).to_dict(), *cls.attribute_map}
@@ -138,7 +139,7 @@ def _config(written: dict[str, Any], arguments: Arguments, ref: str, transformer
 
 
 def _class(config: Any, name: str, ref: str, transformers: Any) -> Any:
-    """The architecture: the one asked for, or the configuration's, or the usual one of its type."""
+    """The model class: the one that is asked for, else the configuration's, else the usual one of its type."""
     names = [name] if name else list(getattr(config, "architectures", None) or [])
     for candidate in names:
         cls = getattr(transformers, candidate, None)
@@ -161,7 +162,7 @@ def _class(config: Any, name: str, ref: str, transformers: Any) -> Any:
 
 
 def _no_cache(config: Any) -> None:
-    """A key-value cache is for generation: its tensors would be outputs of the program."""
+    """Switches the key-value cache off. It is for generation, and its tensors would be outputs of the program."""
     for part in (config, *(getattr(config, n, None) for n in getattr(config, "sub_configs", {}))):
         if part is not None and hasattr(part, "use_cache"):
             part.use_cache = False
@@ -177,9 +178,11 @@ def _built(cls: Any, config: Any) -> nn.Module:
 
 
 def _inputs(cls: Any, config: Any, sizes: Mapping[str, Any], spec: Spec, ref: str) -> dict[str, torch.Tensor]:
-    """Tensors that the architecture takes: `batch` and `sequence` sized, and switched by `attention_mask:`, `labels:`.
+    """Example inputs of the architecture. `batch` and `sequence` are their sizes; `attention_mask` and `labels` switch
+    inputs on.
 
-    A causal model gets no mask unless asked: without one, the causal mask is a constant that the fast kernels know.
+    A causal model gets no mask unless it is switched on: without one, the causal mask is a constant that the fast
+    kernels recognize.
     """
     known = ("batch", "sequence", "attention_mask", "labels")
     for key in sizes:
@@ -221,7 +224,7 @@ def _images(config: Any, batch: int, task: str | None, sizes: Mapping[str, Any])
 
 
 def _ids(config: Any, batch: int, sequence: int) -> torch.Tensor:
-    """Random tokens, none of which is the padding one: some models take positions from it."""
+    """Random tokens [batch, sequence] without the padding token, from which some models compute positions."""
     pad = getattr(config, "pad_token_id", None)
     ids = torch.randint(config.vocab_size - 1, (batch, sequence))
     return ids if pad is None else ids + (ids >= pad).long()
@@ -240,7 +243,7 @@ def _size(name: str, sizes: Mapping[str, Any], default: int, spec: Spec) -> int:
 
 
 def _task(cls: Any, config: Any) -> str | None:
-    """What the architecture is trained for, as transformers' own tables say; None for a bare model."""
+    """The task that the architecture is trained for, by transformers' own tables. None for a bare model."""
     from transformers.models.auto import modeling_auto
 
     for task in _TASKS:

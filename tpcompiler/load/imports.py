@@ -13,14 +13,14 @@ from types import ModuleType
 from tpcompiler.errors import ModelError
 from tpcompiler.spec.located import one_line
 
-_ALONE = "tpc_model_"  # prefix of a file's module name: `random.py` must not become `random`
+_ALONE = "tpc_model_"  # prefix of the module name of a file outside of packages, so that `random.py` is not `random`
 
 
 class Importer:
-    """The imports of one user's file. A context manager: inside it they work; after it `sys` is as before.
+    """A context manager in which the imports of a user's file work. After it, `sys` is as before.
 
-    It nests and can be entered again; the modules are then the same ones. Two files that import siblings of one name
-    (`layers.py`) never get each other's.
+    It can be nested and entered again, and then gives the same modules. Two files that import siblings of one name,
+    such as `layers.py`, never get each other's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class Importer:
                 self._modules[name] = sys.modules.pop(name)
 
     def load(self) -> ModuleType:
-        """The file's module; by its full name when it lies in a package. Raises `ModelError` for whatever it raises."""
+        """The file's module, under its full name if it lies in a package. Raises `ModelError` when its import fails."""
         whole = self.path.resolve()
         parts = whole.relative_to(self.root).with_suffix("").parts
         try:
@@ -62,7 +62,7 @@ class Importer:
             return module
         except (KeyboardInterrupt, ModelError):
             raise
-        except BaseException as e:  # also SystemExit: a script that was meant to be run
+        except BaseException as e:  # SystemExit too, which a script raises that was meant to be run
             raise failure(e, self.path, "cannot be imported: ") from e
 
     def _in_package(self, name: str, whole: Path) -> ModuleType:
@@ -73,7 +73,7 @@ class Importer:
 
 
 def failure(error: BaseException, path: Path, doing: str = "") -> ModelError:
-    """An exception of the user's code as one line: its file, its line, and what it says."""
+    """The error for an exception in the user's code, in one line: its file, its line, and what it says."""
     if isinstance(error, SyntaxError) and error.filename:
         return ModelError(f"{_shown(error.filename)}:{error.lineno}: not Python: {one_line(error.msg)}")
     root = str(_root(path)) + os.sep
@@ -88,7 +88,7 @@ def failure(error: BaseException, path: Path, doing: str = "") -> ModelError:
 
 
 def _root(path: Path) -> Path:
-    """The directory that the file's imports start from: beside it, or beside the package that it lies in."""
+    """The directory that the file's imports start from: its own, or the one around the package that it lies in."""
     root = path.resolve().parent
     while (root / "__init__.py").exists() and root.parent != root:
         root = root.parent
@@ -96,7 +96,7 @@ def _root(path: Path) -> Path:
 
 
 def _lies_in(module: ModuleType, name: str, root: Path) -> bool:
-    """Whether the module was found in `root` itself (and not, say, in a virtual environment below it)."""
+    """Whether the module was found in `root` itself, and not in a virtual environment below it, for example."""
     file = getattr(module, "__file__", None)
     if file is None:  # a namespace package: a directory without __init__.py
         return any(Path(p) == root / Path(*name.split(".")) for p in getattr(module, "__path__", ()))
@@ -105,7 +105,7 @@ def _lies_in(module: ModuleType, name: str, root: Path) -> bool:
 
 
 def _shown(file: str) -> str:
-    """A path as the user would write it: relative when it lies below the current directory."""
+    """A path as the user would write it: relative if it lies below the current directory."""
     try:
         return str(Path(file).relative_to(Path.cwd()))
     except ValueError:

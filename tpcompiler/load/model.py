@@ -1,10 +1,10 @@
 """Resolves MODEL on the command line to a function that builds the model, and to example inputs.
 
-`path/to/model.py[:name]`   a class, or a function that builds the model; `example_inputs` stands beside it
+`path/to/model.py[:name]`   a class, or a function that builds the model, in a file that has `example_inputs` too
 `hf:DIR`, `hf:TYPE`         Hugging Face: a local directory with config.json, or a model type (`huggingface.py`)
 
-Without `:name` the model is the file's attribute `Model`; or else its only `nn.Module` class that no other class
-of the file uses. Nothing is constructed here: who captures the model decides on which device that happens.
+Without `:name`, the model is the file's attribute `Model`, or else its only `nn.Module` class that no other class of
+the file uses. Nothing is constructed here. The caller decides when, and on which device.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def load_model(ref: str, spec: Spec, overrides: Mapping[str, Any] | None = None)
 
 
 def parse_settings(settings: list[str], option: str = "--set") -> dict[str, Any]:
-    """`["layers=2", "act=gelu"]` → typed values, as YAML types them."""
+    """Turns `["layers=2", "act=gelu"]` into a dictionary of values, with YAML's types. Raises `ModelError`."""
     out: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -107,7 +107,7 @@ def _readable(path: Path) -> None:
 
 
 def _target(module: Any, path: Path, name: str) -> tuple[Any, str]:
-    """What builds the model: the named attribute, or the one that the rule at the top picks."""
+    """The attribute that builds the model, and its name: `name`, or the one that the rule at the top picks."""
     own = [
         n
         for n, v in vars(module).items()
@@ -140,7 +140,7 @@ def _target(module: Any, path: Path, name: str) -> tuple[Any, str]:
 
 
 def _used_by_others(path: Path, classes: list[str]) -> set[str]:
-    """The classes of the file that another of its classes mentions: its layers and bases."""
+    """The classes of the file that another class of the file mentions, such as layers and base classes."""
     used: set[str] = set()
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.ClassDef):
@@ -150,7 +150,7 @@ def _used_by_others(path: Path, classes: list[str]) -> set[str]:
 
 
 def _constructor(target: Any, name: str, arguments: Arguments) -> str:
-    """Checks the arguments against the constructor's signature; gives them as a call shows them."""
+    """Checks the arguments against the constructor's signature. Returns them as they are written in a call."""
     values = arguments.values
     if isinstance(target, nn.Module):
         if values:
@@ -172,7 +172,7 @@ def _constructor(target: Any, name: str, arguments: Arguments) -> str:
 
 
 def _defaults(target: Any) -> dict[str, Any]:
-    """The constructor's arguments whose defaults a spec can say."""
+    """The constructor's arguments with defaults that a spec can express."""
     try:
         parameters = {} if isinstance(target, nn.Module) else inspect.signature(target).parameters
     except (TypeError, ValueError):
@@ -181,7 +181,7 @@ def _defaults(target: Any) -> dict[str, Any]:
 
 
 def _missing(target: Any, name: str, key: str, parameter: inspect.Parameter, spec: Spec) -> ModelError:
-    """An argument that nobody gave, and where to give it: a plain value in the spec, an object in a function."""
+    """The error for an argument that is not given. A plain value can be given in the spec, an object in a function."""
     annotation = parameter.annotation
     plain = {"int", "float", "bool", "str", "list", "tuple", "dict"}
     words = set(re.findall(r"\w+", annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")))
@@ -206,7 +206,7 @@ def _find_inputs(module: Any, path: Path) -> Any:
 
 
 def _call_inputs(inputs: Any, sizes: Mapping[str, Any], arguments: Arguments, path: Path) -> Inputs:
-    """The example inputs; a function gets those of `inputs:`, and those of `model:` that it names too (`vocab`)."""
+    """The example inputs. If they are a function, its arguments come from `inputs:` and, by name, from `model:`."""
     spec = arguments.spec
     if callable(inputs):
         parameters = inspect.signature(inputs).parameters
@@ -230,9 +230,9 @@ def _call_inputs(inputs: Any, sizes: Mapping[str, Any], arguments: Arguments, pa
 
 
 def as_call(value: Any, what: str = "example_inputs") -> Inputs:
-    """Example inputs in any of their forms as (args, kwargs).
+    """Turns example inputs into (args, kwargs). Raises `ModelError` when they hold no tensor.
 
-    A tensor, a tuple or list of positional arguments, a dictionary of keyword arguments, or a pair of both.
+    `value` is a tensor, a tuple or list of positional arguments, a dictionary of keyword arguments, or a pair of both.
     """
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

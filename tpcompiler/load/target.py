@@ -22,18 +22,18 @@ class Loaded:
     """A model that can be built, and example inputs for it."""
 
     build: Callable[[], nn.Module]  # raises ModelError
-    make_inputs: Callable[[Mapping[str, Any]], Inputs]  # of the sizes in `inputs:`, raises ModelError
+    make_inputs: Callable[[Mapping[str, Any]], Inputs]  # from sizes such as those in `inputs:`; raises ModelError
     source: str  # where the model stands, for messages
-    name: str  # what it is called there
+    name: str  # the name of the class or function that builds it
     sizes: Mapping[str, Any] = field(default_factory=dict)  # the spec's `inputs:`
     seed: int = 0
-    weights: Path | None = None  # a directory with safetensors that fit, when the reference has some
-    overrides: Mapping[str, Any] = field(default_factory=dict)  # `--set`, over the spec's `model:`
+    weights: Path | None = None  # the model's directory, if it has safetensors
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # `--set`, which wins over the spec's `model:`
     accepts: Mapping[str, Any] = field(default_factory=dict)  # the constructor's arguments that have plain defaults
-    environment: AbstractContextManager[Any] = field(default_factory=nullcontext)  # wherein the model's imports work
+    environment: AbstractContextManager[Any] = field(default_factory=nullcontext)  # in which the model's imports work
 
     def inputs(self, **changes: Any) -> Inputs:
-        """Example inputs (args, kwargs) at the spec's sizes, or others (`inputs(batch=3)`); the same at every call."""
+        """Example inputs (args, kwargs) at the spec's sizes, or at others: `inputs(batch=3)`. Equal at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return self.make_inputs({**self.sizes, **changes})
@@ -41,7 +41,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Constructor arguments and where each came from, so that a wrong one can be named by its place."""
+    """The constructor's arguments and where each comes from, so that an error can name the place of a wrong one."""
 
     spec: Spec
     overrides: dict[str, Any]

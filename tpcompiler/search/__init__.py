@@ -1,1 +1,1 @@
-"""`tpc plan`: from a number of GPUs to a spec, by the predicted time and memory of every layout."""
+"""`tpc plan`: finds the best spec for a number of GPUs, by the predicted time and memory of every layout."""

@@ -1,7 +1,7 @@
 """Searches the layouts of a model over a number of GPUs: tensor × data ranks, micro-batch, recomputation, overlap.
 
-Every layout is priced. Axes are chosen once and shared by all degrees that they have elements for; equal layers are
-one kernel with a count, so a deep model costs no more than a shallow one.
+Every layout is priced. The axes are chosen once for all degrees that do not exceed an axis. Equal layers are priced
+once, so that the search takes no longer for a deep model than for a shallow one.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from functools import cached_property
 from typing import Any, get_args
 
 from tpcompiler.api import Progress, compile_capture
-from tpcompiler.cost.predict import Layout, Model, Prediction
-from tpcompiler.cost.rates import Choice
+from tpcompiler.cost.predict import CostModel, ParallelLayout, Prediction
+from tpcompiler.cost.rates import Recompute
 from tpcompiler.errors import PlanError, TpcError
 from tpcompiler.program import Capture
 from tpcompiler.spec.machine import Hardware
 from tpcompiler.spec.schema import Spec
 
-LARGEST_TENSOR = 64  # a tensor group over more devices crosses so many hosts that nothing is left to split
+LARGEST_TENSOR = 64  # larger tensor groups are not tried, because they would reach over too many hosts
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be planned."""
+    """What the search is asked: a number of GPUs, a batch and a machine."""
 
     gpus: int
     batch: int  # sequences a step, over all GPUs
@@ -37,21 +37,21 @@ class Question:
 
     @property
     def memory(self) -> float:
-        """Bytes that a rank may fill."""
+        """Bytes that a rank may use."""
         return self.hardware.memory_gib * self.hardware.usable * GIB
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The best layout of every degree, the best of all first; and what is worse about every other choice."""
+    """The best layout, and by what the others lose against it."""
 
     question: Question
     best: Prediction
-    degrees: tuple[tuple[Prediction, str], ...]  # the best of each pair of degrees, with what it lost by
-    choices: tuple[tuple[Prediction, str], ...]  # the best with one choice changed
-    refused: tuple[str, ...]  # degrees that the model cannot be split by
+    degrees: tuple[tuple[Prediction, str], ...]  # the best layout of each tensor degree, with what it loses by
+    choices: tuple[tuple[Prediction, str], ...]  # the best layout with one choice changed, with what that loses by
+    refused: tuple[str, ...]  # tensor degrees that the model cannot be split by, with the reason
     layouts: int  # how many were priced
-    seconds: float
+    seconds: float  # how long the search took
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -69,7 +69,7 @@ class Answer:
 
 
 def search(capture: Capture, spec: Spec, question: Question, progress: Progress = lambda stage: None) -> Answer:
-    """The fastest layout that fits. Raises `PlanError`, one line with the least memory, when none does."""
+    """The fastest layout that fits in memory. Raises `PlanError`, one line with the least memory, if none fits."""
     start = time.perf_counter()
     programs = _Programs(capture, spec, progress)
     priced: list[Prediction] = []
@@ -104,13 +104,13 @@ def search(capture: Capture, spec: Spec, question: Question, progress: Progress 
 
 @dataclass(frozen=True)
 class _Programs:
-    """Compiled once for two ranks, and again only for degrees at which an axis would have fewer elements than ranks."""
+    """The compiled programs. One for two ranks serves every degree at which no axis has fewer elements than ranks."""
 
     capture: Capture
     spec: Spec
     progress: Progress
 
-    def of(self, tensor: int) -> Model:
+    def of(self, tensor: int) -> CostModel:
         if tensor == 1 and self.spec.mesh.tensor == 1:  # one GPU
             return self._compiled(1)
         smallest = min((b.size for b in self._two.plan.blocks), default=0)
@@ -120,38 +120,39 @@ class _Programs:
         return self._compiled(tensor)
 
     @cached_property
-    def _two(self) -> Model:
+    def _two(self) -> CostModel:
         return self._compiled(2)
 
-    def _compiled(self, tensor: int) -> Model:
+    def _compiled(self, tensor: int) -> CostModel:
         spec = self.spec.with_(mesh={"tensor": tensor}, overlap=True)
         sharded = compile_capture(self.capture, spec, progress=self.progress)
-        return Model(sharded.program, sharded.plan)
+        return CostModel(sharded.program, sharded.plan)
 
 
 def _divisors(gpus: int) -> list[int]:
     return [d for d in range(1, min(gpus, LARGEST_TENSOR) + 1) if gpus % d == 0]
 
 
-def _layouts(question: Question, tensor: int) -> Iterator[Layout]:
+def _layouts(question: Question, tensor: int) -> Iterator[ParallelLayout]:
     data = question.gpus // tensor
     share = -(-question.batch // data)
     if data > question.batch:
         return
     micros = sorted({share, *(2**i for i in range(share.bit_length()) if 2**i <= share)})
     for micro in micros:
-        for recompute in get_args(Choice):
+        for recompute in get_args(Recompute):
             for overlap in (True, False) if tensor > 1 else (False,):
-                yield Layout(tensor, data, micro, recompute, overlap, question.whole and data > 1)
+                yield ParallelLayout(tensor, data, micro, recompute, overlap, question.whole and data > 1)
 
 
 def _rank(p: Prediction) -> tuple[float, int, int]:
-    """Faster is better; of equally fast ones the smaller, with the smaller degree."""
+    """The order of layouts: the faster first, of equally fast ones that with less memory, then the smaller degree."""
     return (round(p.seconds, 6), p.memory.total, p.layout.tensor)
 
 
 def _by_degree(priced: Sequence[Prediction], fit: Sequence[Prediction], best: Prediction) -> list[Prediction]:
-    """The best of each degree that fits, the fastest first, and of the others the one that needs the least."""
+    """The best layout of each tensor degree, the fastest first. Degrees of which no layout fits come last, with the
+    layout that needs least memory."""
     found = {best.layout.tensor: best}
     for p in sorted(fit, key=_rank):
         found.setdefault(p.layout.tensor, p)
@@ -162,17 +163,17 @@ def _by_degree(priced: Sequence[Prediction], fit: Sequence[Prediction], best: Pr
 
 
 def _changed(priced: Sequence[Prediction], best: Prediction) -> list[Prediction]:
-    """The best with one of its choices changed: recomputation, overlap, the next micro-batches."""
+    """The best layout with one choice changed: recomputation, overlap, or the micro-batch halved or doubled."""
     same = {p.layout: p for p in priced}
     here = best.layout
-    others = [replace(here, recompute=r) for r in get_args(Choice)]
+    others = [replace(here, recompute=r) for r in get_args(Recompute)]
     others += [replace(here, overlap=not here.overlap)]
     others += [replace(here, micro=m) for m in (here.micro // 2, here.micro * 2)]
     return [same[layout] for layout in others if layout in same and layout != here]
 
 
 def _lost(p: Prediction, best: Prediction, question: Question) -> str:
-    """The number by which a layout is worse than the best."""
+    """Says by what a layout is worse than the best: memory, or time with the part of the step that takes most of it."""
     if p is best:
         return ""
     over = p.memory.total - question.memory
@@ -188,10 +189,10 @@ def _lost(p: Prediction, best: Prediction, question: Question) -> str:
 _PARTS = {
     "forward": "forward products (narrower, or in more kernels)",
     "backward": "backward",
-    "again": "computing activations again",
+    "again": "recomputing activations",
     "exposed": "tensor collectives that nothing hides",
     "update": "the optimizer's update",
-    "data": "what the data ranks exchange",
+    "data": "communication between data ranks",
 }
 
 

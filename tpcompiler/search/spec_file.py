@@ -1,4 +1,4 @@
-"""The spec that a search found, as a YAML file: what `tpc shard`, `verify` and `train` take."""
+"""Writes the spec that a search found as a YAML file, for `tpc shard`, `verify` and `train`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tpcompiler.spec.schema import Spec
 
 
 def as_spec(answer: Answer, base: Spec, inputs: dict[str, Any]) -> Spec:
-    """`base` with what the search decided. `inputs`: the example inputs' arguments that the model takes."""
+    """The spec `base` with the choices of the search. `inputs` are arguments of the model's example inputs."""
     layout, question = answer.best.layout, answer.question
     train = {
         "batch": question.batch,
@@ -30,7 +30,7 @@ def as_spec(answer: Answer, base: Spec, inputs: dict[str, Any]) -> Spec:
 
 
 def written(answer: Answer, spec: Spec, model: str, hardware: str) -> str:
-    """The file's text, with the prediction as a comment."""
+    """The text of the file, with the prediction in its comments."""
     p, question = answer.best, answer.question
     values = spec.dump()
     values.pop("hardware", None)

@@ -17,7 +17,7 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Suggests what would have worked: ` did you mean 'tensor'?`, or the list of what there is."""
+    """Suggests a name that would have worked: `did you mean 'tensor'?`, or the list of those that there are."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
@@ -26,14 +26,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def validate(model: type[S], value: Any, origin: Origin, prefix: Key = ()) -> S:
-    """`value` as a `model`, or the first thing wrong with it in the file's order, as one line."""
+    """Turns `value` into a `model`. Raises `SpecError`, one line, for the mistake that comes first in the file."""
     if not isinstance(value, Mapping):
         raise origin.error(prefix, f"{_shown(value)} is not a mapping; write keys and values, `key: value`")
     try:
         return model.model_validate(dict(value))
     except ValidationError as e:
         errors = e.errors(include_url=False)
-    # A misspelt key is also a missing one: the misspelling is the one to show.
+    # A misspelt key leaves the right one missing; of the two mistakes, the misspelling is shown.
     first = min(errors, key=lambda err: (err["type"] != "extra_forbidden", origin.line((*prefix, *err["loc"])) or 0))
     key, what = _explain(first, model)
     raise origin.error((*prefix, *key), what)
@@ -62,7 +62,7 @@ _BOUNDS = {
 
 
 def _explain(error: ErrorDetails, model: type[BaseModel]) -> tuple[Key, str]:
-    """One of pydantic's errors in our words: the key, what is wrong, what would work."""
+    """Words one of pydantic's errors: the key, and what is wrong with it and would work."""
     kind, got, context = error["type"], error["input"], error.get("ctx", {})
     key, owner, field = _locate(error["loc"], model)
     examples = (field.examples if field else None) or []
@@ -83,14 +83,14 @@ def _explain(error: ErrorDetails, model: type[BaseModel]) -> tuple[Key, str]:
         return key, f"{_shown(got)} {_FACTS[kind]}{example}"
     if kind == "value_error":
         return key, str(context["error"])
-    ours = error["msg"].startswith("Input should")  # pydantic's own, which does not say what it got
-    return key, f"{error['msg']}, not {_shown(got)}{example}" if ours else error["msg"]
+    general = error["msg"].startswith("Input should")  # pydantic's own message, which does not say what it got
+    return key, f"{error['msg']}, not {_shown(got)}{example}" if general else error["msg"]
 
 
 def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[Key, type[BaseModel], Any]:
-    """Pydantic's location as a key of the file, with the model and the field that it belongs to.
+    """The key of the file at pydantic's location, and the model and the field that it belongs to.
 
-    Locations of unions end in the name of a member (`int`, `str`), which is no key.
+    The location of a union ends in the name of one of its members (`int`, `str`), which is not a key.
     """
     key: list[int | str] = []
     owner, field = model, None

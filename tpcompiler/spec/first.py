@@ -16,9 +16,9 @@ _TRAIN = """\
 def first_spec(
     model: str, tensor: int, given: Mapping[str, Any], accepts: Mapping[str, Any], blocks: Iterable[tuple[str, str]]
 ) -> str:
-    """`accepts`: the constructor's arguments with their defaults; `blocks`: the kind of each split block and a line
-    about it."""
-    lines = [f"# A first spec for {model}; docs/spec.md says all that may stand here."]
+    """The text of a spec. `accepts` maps the constructor's arguments to their defaults; `blocks` has the kind of each
+    split block and a line about it."""
+    lines = [f"# A first spec for {model}. docs/spec.md lists all keys."]
     lines += [f"#   tpc shard {model} --spec THIS", f"#   tpc verify {model} --spec THIS", ""]
     lines += ["# Ranks that share one copy of the model; `data: N` for N copies, each on its own batch.", ""]
     lines.insert(-1, f"mesh: {{tensor: {tensor}}}")
@@ -31,7 +31,7 @@ def first_spec(
     for kind, line in blocks:
         kinds.setdefault(kind, []).append(line)
     if kinds:
-        lines.append("# What is split. `replicate` leaves a kind whole; a kind named here as `shard` must be had.")
+        lines.append("# What is split. `replicate` leaves a kind whole. A kind named `shard` here must be splittable.")
         lines.append("shard:")
         for kind, said in kinds.items():
             lines += [f"  # {line}" for line in said]

@@ -1,6 +1,6 @@
-"""YAML read so that every value knows its line: errors can then name file, line and key.
+"""Reads YAML and records the line of every key, so that errors can name file, line and key.
 
-The scalars are those of YAML 1.2's core schema, not PyYAML's 1.1: `1e-4` is a number, `on` and `no` are strings.
+Scalars follow the core schema of YAML 1.2, not PyYAML's 1.1: `1e-4` is a number, `on` and `no` are strings.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _NODE_LIMIT = 100_000  # aliases can make a small file exponentially large
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of a document: its file, the line of each key, and the keys that options gave.
+    """Where a document comes from: its file, the line of each key, and the keys that options gave.
 
-    All origins are equal, so that specs with equal values are equal.
+    All origins compare equal, so that specs with equal values are equal.
     """
 
     file: str = field(default="spec", compare=False)
@@ -33,7 +33,7 @@ class Origin:
     options: Mapping[Key, str] = field(default_factory=dict, compare=False)  # as written: `-t steps=5`
 
     def given(self, key: Key, said: str) -> Origin:
-        """The same origin, except that `key` and all below it come from an option of the command line."""
+        """The same origin, except that `key` and all keys below it come from the command-line option `said`."""
         return replace(self, options={**self.options, key: said})
 
     def line(self, key: Key) -> int | None:
@@ -64,7 +64,7 @@ def one_line(text: str, limit: int = 400) -> str:
 
 
 def read_text(path: Path, shown: str) -> str:
-    """A file's text, or a one-line `SpecError` that says why not."""
+    """The text of a file, which messages call `shown`. Raises `SpecError`, one line, when it cannot be read."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -81,7 +81,7 @@ def read_text(path: Path, shown: str) -> str:
 
 
 def parse(text: str, file: str) -> tuple[Any, Origin]:
-    """YAML text → plain values (mappings keep string keys) and where each stands. Raises `SpecError`."""
+    """Turns YAML text into plain values (keys of mappings are strings) and their origin. Raises `SpecError`."""
     lines: dict[Key, int] = {}
     origin = Origin(file, lines)
     try:
@@ -102,7 +102,7 @@ def parse(text: str, file: str) -> tuple[Any, Origin]:
 
 
 def scalar(text: str, file: str = "--set") -> Any:
-    """A value given on the command line, typed as YAML types it: `8` an int, `[1, 2]` a list, `gelu` a string."""
+    """A value given on the command line, with YAML's type: `8` is an int, `[1, 2]` a list, `gelu` a string."""
     return parse(text, file)[0]
 
 
@@ -124,7 +124,7 @@ for _tag, _pattern, _first in (
 
 
 class _Reader:
-    """Turns composed nodes into values and notes the line of each key."""
+    """Turns YAML's nodes into values and records the line of each key."""
 
     def __init__(self, origin: Origin, lines: dict[Key, int]) -> None:
         self.origin, self.lines, self.seen = origin, lines, 0

@@ -1,7 +1,7 @@
-"""The machine that a program is meant for: one device, its links within a host and between hosts.
+"""The machine that a program is meant for: one device, and its links within a host and between hosts.
 
-`hardware: h200` takes a description by name from `machines/`, `hardware: machine.yaml` from a file (`tpc calibrate`
-writes one). A mapping gives single keys, over those of `base:` if there is one.
+`hardware: h200` names a description in `machines/`, and `hardware: machine.yaml` names a file, such as one that
+`tpc calibrate` writes. A mapping gives single keys; the others come from its `base:`, or from the defaults.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ MACHINES = Path(__file__).with_name("machines")
 class Hardware(BaseModel):
     """The machine that the program is meant for. The defaults are one H100 (SXM, bf16) in an NVSwitch host of 8.
 
-    `tpc shard` compares a rank's memory with `memory_gib`; `tpc plan` predicts seconds from all keys. `measured` names
-    those that were measured on such a machine, `fitted` those that make whole steps come out as measured; the others
-    are assumed, from data sheets or from machines like it.
+    `tpc shard` compares a rank's memory with `memory_gib`. `tpc plan` predicts seconds from all keys. `measured` names
+    the keys that were measured on such a machine, and `fitted` those that were chosen so that predicted steps take as
+    long as measured ones. The others are assumed, from data sheets or from similar machines.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -51,7 +51,7 @@ class Hardware(BaseModel):
     bandwidth_efficiency: float = Field(
         default=0.8, gt=0, le=1, description="Share of the bandwidth that elementwise kernels reach."
     )
-    kernel_us: float = Field(default=4.0, ge=0, description="What a kernel takes besides its work, microseconds.")
+    kernel_us: float = Field(default=4.0, ge=0, description="Fixed time of every kernel, microseconds.")
     host: int = Field(default=8, ge=1, description="Devices in a host.")
     alpha_us: float = Field(default=50.0, ge=0, description="Latency of one collective in a host, microseconds.")
     beta_gbps: float = Field(
@@ -68,10 +68,12 @@ class Hardware(BaseModel):
         default=0.43,
         ge=0,
         le=1,
-        description="Share of a collective beside a long enough computation that the step is not longer by.",
+        description="Share of a collective's time that a long enough computation hides.",
     )
     measured: tuple[str, ...] = Field(default=(), description="The keys that were measured.")
-    fitted: tuple[str, ...] = Field(default=(), description="The keys fitted to steps; all others are assumed.")
+    fitted: tuple[str, ...] = Field(
+        default=(), description="The keys that were fitted to measured steps. All others are assumed."
+    )
 
     @field_validator("measured", "fitted", mode="before")
     @classmethod
@@ -85,7 +87,7 @@ def known_machines() -> list[str]:
 
 
 def resolve(value: Any) -> Any:
-    """`h200`, `machine.yaml`, or a mapping with a `base:`, as plain keys."""
+    """Turns `h200`, `machine.yaml`, or a mapping with a `base:` into plain keys. Raises pydantic's error, one line."""
     try:
         return _resolved(value)
     except SpecError as e:
@@ -93,7 +95,7 @@ def resolve(value: Any) -> Any:
 
 
 def _resolved(value: Any) -> Any:
-    """A file's name is left out of what it gives: a dumped spec is read elsewhere, too."""
+    """The plain keys without `base:` when it is a file, because a dumped spec is read in other places too."""
     if isinstance(value, str):
         return {**described(value), "base": value if value in known_machines() else ""}
     if isinstance(value, Mapping) and isinstance(value.get("base"), str) and value["base"]:
@@ -102,7 +104,7 @@ def _resolved(value: Any) -> Any:
 
 
 def described(name: str) -> dict[str, Any]:
-    """The keys of a description by its name or file."""
+    """The keys of the description with this name or in this file. Raises `SpecError`."""
     path = MACHINES / f"{name}.yaml"
     if name not in known_machines():
         path = Path(name)

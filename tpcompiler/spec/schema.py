@@ -25,7 +25,7 @@ KINDS = ("mlp", "attention", "embedding", "head", "other")
 
 
 class Section(BaseModel):
-    """A part of the spec: unknown keys and wrong types are errors, and values do not change."""
+    """A part of the spec. Unknown keys and wrong types are errors, and a section cannot be changed once it is made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_by_name=True)
 
@@ -40,7 +40,7 @@ class MeshSpec(Section):
 
 
 class ShardSpec(Section):
-    """What happens to each kind of block. It is an error when a kind that is `shard` here cannot be split."""
+    """What happens to each kind of block. It is an error if a kind that the spec names as `shard` cannot be split."""
 
     mlp: Choice = Field(default="shard", description="Feed-forward blocks: split over their hidden width.")
     attention: Choice = Field(default="shard", description="Attention blocks: split over their heads.")
@@ -48,7 +48,7 @@ class ShardSpec(Section):
     head: Choice = Field(default="shard", description="The output layer and the loss: split over the vocabulary.")
     other: Literal["auto", "shard", "replicate"] = Field(
         default="auto",
-        description="Any other block (experts, mixers, convolutions). auto: sharded where that is legal and pays.",
+        description="Any other block (experts, mixers, convolutions). auto: split where that is legal and saves time.",
     )
 
 
@@ -57,7 +57,7 @@ class Override(Section):
 
     match: str = Field(
         min_length=1,
-        description="Glob over module or parameter names; `*` also crosses dots. A module covers all below it.",
+        description="Glob over module or parameter names; `*` also matches dots. A module stands for all below it.",
         examples=["h.0.mlp"],
     )
     as_: Choice = Field(
@@ -73,7 +73,7 @@ class AxisSpec(Section):
     factor: int | str | None = Field(
         default=None,
         description="Which factor of that dimension: its index, major first, or the axis's name as `tpc explain` "
-        "prints it. Left out: the only one, or the first that can be split.",
+        "prints it. Default: the first factor that can be split.",
         examples=[0],
     )
     as_: Choice = Field(default="shard", alias="as", description="What to do with the axis.")
@@ -121,18 +121,20 @@ class Spec(Section):
         examples=[{"batch": 8, "sequence": 1024}],
     )
     shard: ShardSpec = Field(
-        default_factory=ShardSpec, description="Shard or replicate, by kind of block.", examples=[{"mlp": "shard"}]
+        default_factory=ShardSpec, description="What is split, by kind of block.", examples=[{"mlp": "shard"}]
     )
     override: tuple[Override, ...] = Field(
-        default=(), description="Exceptions by name.", examples=[[{"match": "h.0.mlp", "as": "replicate"}]]
+        default=(), description="Exceptions to `shard`, by name.", examples=[[{"match": "h.0.mlp", "as": "replicate"}]]
     )
     axes: tuple[AxisSpec, ...] = Field(
-        default=(), description="Axes named outright.", examples=[[{"parameter": "h.*.w", "dimension": 0}]]
+        default=(),
+        description="Single axes, each named by a dimension of a parameter.",
+        examples=[[{"parameter": "h.*.w", "dimension": 0}]],
     )
     outputs: Outputs = Field(
         default_factory=_gathered,
-        description="Whether outputs that come out sharded (logits) are gathered or left so: one word, or globs over "
-        "output names or positions, the last match winning.",
+        description="Whether outputs that are split (logits) are gathered or left sharded: one word for all outputs, "
+        "or a mapping from globs over output names or positions, of which the last match counts.",
         examples=["gather"],
     )
     uneven: Literal["allow", "warn", "error"] = Field(
@@ -145,13 +147,14 @@ class Spec(Section):
     )
     attention_dropout: Literal["fused", "exact"] = Field(
         default="fused",
-        description="Dropout inside attention. fused: the kernel's own random numbers, fast, a different draw at every "
-        "degree. exact: attention written out, the same masks at every degree, slower.",
+        description="Dropout inside attention. fused: the kernel draws its own random numbers, which is fast; masks "
+        "differ between degrees. exact: attention is written out, which is slower; masks are the same at every degree.",
     )
     overlap: bool | Literal["halves"] = Field(
         default=False,
-        description="What runs beside communication. true: the all-reduce of a product's input gradient runs while its "
-        "weight's is computed. halves: layers compute the two halves of a batch in turn as well, forward and backward.",
+        description="What runs during communication. true: the all-reduce of a product's input gradient runs while the "
+        "weight's gradient is computed. halves: in addition, layers compute one half of a batch while the other half "
+        "communicates, forward and backward.",
     )
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="Seed of the initial weights and of dropout.", examples=[0]
@@ -205,7 +208,7 @@ class Spec(Section):
 
     @property
     def file(self) -> str:
-        """What errors call it: the file's path, or `spec`."""
+        """What errors call this spec: the path of its file, or `spec`."""
         return self._origin.file
 
     @property
@@ -241,7 +244,7 @@ class Spec(Section):
                 raise self.error("outputs", pattern, what=f"matches no output of the model; {nearest(pattern, known)}")
 
     def put(self, key: Key, value: Any, said: str) -> Spec:
-        """A copy with one value set at `key`, such as `("mesh", "tensor")`; its errors name `said` instead of the file.
+        """A copy with one value set at `key`, such as `("mesh", "tensor")`. Errors about it name `said`, not the file.
 
         A mapping is merged into the existing one, key by key.
         """
@@ -260,7 +263,7 @@ class Spec(Section):
         return self._origin.error(key, what)
 
     def section(self, model: type[S], name: str = "train") -> S:
-        """A free-form section, checked against its owner's own schema, with the same errors."""
+        """A section that the spec itself does not check, such as `train`, checked by its own schema `model`."""
         return validate(model, getattr(self, name), self._origin, (name,))
 
     def with_(self, **changes: Any) -> Spec:
@@ -268,7 +271,7 @@ class Spec(Section):
         return Spec._checked({**self.dump(), **changes}, self._origin)
 
     def dump(self) -> dict[str, Any]:
-        """Plain values that `load` reads back to an equal spec; only what was given, so that defaults stay defaults."""
+        """Plain values from which `load` makes an equal spec. They hold only what was given; defaults are left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
     @classmethod
@@ -285,6 +288,6 @@ def _merged(old: Any, new: Any) -> Any:
 
 
 def covers(pattern: str, name: str) -> bool:
-    """Whether a glob matches a parameter's name or a module it lies in: `h.*.mlp` covers `h.3.mlp.c_fc.weight`."""
+    """Whether a glob matches the name of a parameter or of a module around it: `h.*.mlp` covers `h.3.mlp.fc.weight`."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))

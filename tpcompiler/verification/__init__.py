@@ -1,1 +1,1 @@
-"""Numbers: all ranks run and are compared with the plain model, outputs and every gradient."""
+"""Runs all ranks and compares outputs and every gradient with the plain model's."""

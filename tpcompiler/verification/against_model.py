@@ -1,4 +1,4 @@
-"""All ranks of a program against the plain model's graph: the same state and inputs in, outputs and gradients out."""
+"""Compares all ranks of a program with the plain model's graph: outputs and gradients for the same state and inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. Errors are relative: to the largest element of an output, or of all gradients."""
+    """The result of one comparison. Errors are relative to the largest element of the output, or of all gradients."""
 
     what: str
     errors: dict[str, float]
@@ -53,7 +53,7 @@ class Results:
 
 
 class Comparison:
-    """The plain graph and all ranks of the program, from the same state."""
+    """Runs the plain graph and all ranks of the program from the same state, and compares them."""
 
     def __init__(self, sharded: Sharded, state: Mapping[str, Tensor], dtype: torch.dtype, backward: bool) -> None:
         self.sharded, self.state, self.dtype, self.backward = sharded, state, dtype, backward
@@ -77,7 +77,7 @@ class Comparison:
         return Case(what, errors, self.tolerance, tuple(notes))
 
     def of_inputs(self, what: str, batch: Batch) -> Case:
-        """The gradients of all floating-point inputs, also of those that the example asks none of."""
+        """Compares the gradients of all floating-point inputs, even of those that need none in the example."""
         asked = {k: x.detach().requires_grad_(x.is_floating_point()) for k, x in batch.items()}
         plain = self.plain([asked])
         ranks = run_ranks(self.sharded.program.mesh, lambda r: self.rank(r, [asked]), [])
@@ -106,7 +106,8 @@ class Comparison:
         batches: Sequence[Batch],
         coords: Mapping[str, int] | None = None,
     ) -> Results:
-        """`coords`: of a rank, whose outputs may be slices; None for the plain model."""
+        """Runs `forward` and backward over the batches. `coords` is the place of a rank, whose outputs may be slices;
+        None for the plain model."""
         outputs: list[Any] = []
         inputs: dict[str, Tensor | None] = {}
         for n, given in enumerate(batches):
@@ -121,13 +122,13 @@ class Comparison:
         return Results(outputs, {k: v.grad for k, v in state.items()}, inputs)
 
     def output_dims(self, i: int) -> tuple[Dim, ...]:
-        """How output `i` (of one batch after the other) lies on the mesh: an output may be left sharded on request."""
+        """The layout of output `i`, counted over all batches. It is split if the spec leaves this output sharded."""
         flat = next(n for n in self.sharded.program.graph.nodes if n.op == "output").args[0]
         node = flat[i % len(flat)]
         return (layout_of(node) or ()) if isinstance(node, fx.Node) else ()
 
     def cotangent(self, i: int, x: Any, coords: Mapping[str, int]) -> Tensor | None:
-        """A rank's part of the gradient of `probe` by output `i`, of which it has `x`."""
+        """A rank's part of the gradient of `probe` with respect to output `i`. The rank holds the part `x` of it."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return None
         dims = self.output_dims(i)
@@ -174,7 +175,7 @@ class Comparison:
 
 
 def _input_error(rank: Results, name: str, expected: Tensor | None) -> float:
-    """Of one rank's gradient of an input; a run elsewhere that was not asked for any has none to compare."""
+    """The error of one rank's gradient of an input. It is 0 if the rank did not compute input gradients."""
     found = rank.inputs.get(name, expected)
     if found is None or expected is None:
         return 0.0 if found is expected else float("inf")
@@ -182,7 +183,8 @@ def _input_error(rank: Results, name: str, expected: Tensor | None) -> float:
 
 
 def probe(outputs: Sequence[Any], cotangents: Sequence[Tensor | None] | None = None) -> Tensor | None:
-    """One number that every floating-point output moves; `cotangents` are its gradients where not the usual ones."""
+    """A scalar that depends on every floating-point output. `cotangents` are its gradients with respect to the outputs,
+    by default those of `cotangent`."""
     total: Tensor | None = None
     for i, (x, given) in enumerate(zip(outputs, cotangents or [None] * len(outputs), strict=True)):
         if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad:
@@ -192,7 +194,7 @@ def probe(outputs: Sequence[Any], cotangents: Sequence[Tensor | None] | None = N
 
 
 def cotangent(i: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The gradient of `probe` by output `i`: 1 by scalars, fixed random numbers by others."""
+    """The gradient of `probe` with respect to output `i`: 1 for a scalar, fixed random numbers for any other shape."""
     if not shape:
         return torch.ones((), dtype=dtype)
     generator = torch.Generator().manual_seed(i)
@@ -200,7 +202,8 @@ def cotangent(i: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def relative(a: Tensor, b: Tensor, scale: float | None = None) -> float:
-    """Largest difference over the largest element of `b` (or `scale`); inf for other shapes or what is no number."""
+    """The largest difference, divided by the largest element of `b` or by `scale`. Infinite for different shapes, and
+    where values that are not finite differ."""
     if a.shape != b.shape:
         return float("inf")
     if not a.numel():
@@ -219,7 +222,7 @@ def relative(a: Tensor, b: Tensor, scale: float | None = None) -> float:
 
 
 def local_slice(value: Tensor, dims: Sequence[Dim], mesh: Mesh, coords: Mapping[str, int]) -> Tensor:
-    """One rank's slice of a whole value."""
+    """A rank's slice of a whole value."""
     for i, dim in enumerate(dims):
         if dim.over:
             value = take_rows(value, i, dim.runs(mesh, coords))
@@ -227,7 +230,7 @@ def local_slice(value: Tensor, dims: Sequence[Dim], mesh: Mesh, coords: Mapping[
 
 
 def merged(parts: Sequence[Tensor | None], p: Parameter, program: Program) -> tuple[Tensor | None, bool]:
-    """The whole value from the ranks' slices, and whether ranks that hold the same slice agree to the bit."""
+    """The whole value from the ranks' slices, and whether all ranks that hold the same slice agree bit for bit."""
     mesh, dims = program.mesh, program.dims[p.name]
     whole: Tensor | None = None
     seen: dict[Any, Tensor] = {}
@@ -258,7 +261,8 @@ def count_executed(log: Sequence[Any]) -> dict[str, int]:
 
 
 def count_listed(program: Program, runs: int, backward: bool, halves: int = 0) -> dict[str, int]:
-    """The collectives of so many runs, `halves` of which compute an even batch as the emitted source does."""
+    """How many collectives of each kind and direction the list has for so many runs. In `halves` of the runs, an even
+    batch is computed in two halves, as the emitted source does."""
     out: dict[str, int] = {}
     for c in program.collectives:
         if c.direction == "forward" or backward:

@@ -1,4 +1,4 @@
-"""The emitted source, run on all ranks in threads: what `tpc shard` writes is the program that was verified."""
+"""Runs the emitted source on all ranks in threads, so that what `tpc shard` writes is what was verified."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tpcompiler.runtime.precision import cast
 from tpcompiler.verification.against_model import Batch, Case, Comparison, Results, count_executed, count_listed
 from tpcompiler.weights.fill import fill_from
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs of the model's forward
+ForwardArguments = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs of the model's forward
 
 
 def emitted_case(run: Comparison, batches: Sequence[Batch]) -> Case:
-    """Outputs, accumulated gradients and executed collectives of the emitted source over `batches`."""
+    """Compares outputs, accumulated gradients and executed collectives of the emitted source over `batches`."""
     program, source = run.sharded.program, run.sharded.source
     name = hashlib.sha256(source.encode()).hexdigest()[:12]
     emitted = load_source(source, f"tpc_verify_{name}")
@@ -46,7 +46,7 @@ def emitted_case(run: Comparison, batches: Sequence[Batch]) -> Case:
     return Case("the emitted source", errors, run.tolerance, tuple(notes))
 
 
-def call_of(capture: Capture, batch: Batch) -> Call:
+def call_of(capture: Capture, batch: Batch) -> ForwardArguments:
     """The arguments of the model's forward from its tensor inputs by placeholder."""
     leaves = [batch[leaf.node] if isinstance(leaf, InputLeaf) else leaf for leaf in capture.input_leaves]
     args, kwargs = pytree.tree_unflatten(leaves, capture.in_spec)

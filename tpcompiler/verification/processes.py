@@ -1,6 +1,6 @@
-"""The emitted source with the written weights, every rank in a process of its own: what `tpc shard -o` gives, run.
+"""Runs what `tpc shard -o` writes: the emitted source with the written weights, each rank in a process of its own.
 
-Nothing of the compiler is in those processes (`tpcompiler.runtime.worker`); the parent compares what they found.
+The processes import nothing of the compiler (`tpcompiler.runtime.worker`). The parent compares their results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.worker import CALL, ERRORS, LONGEST, RESULT
 from tpcompiler.spec.located import one_line
 from tpcompiler.verification.against_model import Batch, Case, Comparison, Results, cotangent, local_slice
-from tpcompiler.verification.emitted import Call, call_of
+from tpcompiler.verification.emitted import ForwardArguments, call_of
 
 LIMIT = 900.0  # seconds that the processes may take
 WAIT = 300.0  # seconds that a rank waits for the others in a collective
@@ -32,10 +32,10 @@ ALLOWED = ("tpcompiler", "tpcompiler.errors", "tpcompiler.runtime")  # what a pr
 
 
 def processes_case(run: Comparison, batches: Sequence[Batch], state: Mapping[str, Tensor] | None = None) -> Case:
-    """Outputs, and gradients accumulated over the batches, of the emitted program in processes.
+    """Compares outputs, and gradients accumulated over the batches, of the emitted program in processes.
 
-    `state`: the whole model's values that are written, if not those of `run`, which knows the plain model.
-    Errors: `TpcError` when a rank fails or does not come to an end; then all are ended, and nothing is left on disk.
+    `state` has the whole model's values that are written, by default those of `run`. Raises `TpcError` when a rank
+    fails or does not end in time. Then all ranks are ended, and nothing is left on disk.
     """
     sharded, state = run.sharded, run.state if state is None else state
     capture, mesh = sharded.capture, sharded.program.mesh
@@ -53,7 +53,8 @@ def processes_case(run: Comparison, batches: Sequence[Batch], state: Mapping[str
 
 
 def _cotangents(run: Comparison, plain: Results, batches: int) -> list[list[list[Tensor | None]]]:
-    """For each rank and batch, the gradient of each output: the one of `probe`, cut where an output stays sharded."""
+    """For each rank and batch, the gradient of `probe` with respect to each output. Where an output stays sharded, it
+    is the rank's part."""
     mesh = run.sharded.program.mesh
     n = len(plain.outputs) // batches
     out = []
@@ -69,7 +70,7 @@ def _cotangents(run: Comparison, plain: Results, batches: int) -> list[list[list
 
 @dataclass(frozen=True)
 class Found:
-    """What one rank gave: outputs flat, of one call after the other; gradients by all of a parameter's names."""
+    """The results of one rank: the outputs of all calls in one list, and gradients under every name of a parameter."""
 
     outputs: list[Any]
     gradients: dict[str, Tensor | None]
@@ -77,24 +78,25 @@ class Found:
 
 
 def backend_for(mesh: Mesh) -> str:
-    """NCCL where every rank can have a GPU of its own, else gloo."""
+    """`nccl` if every rank can have a GPU of its own, else `gloo`."""
     return "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= mesh.size else "gloo"
 
 
 def run_processes(
     program: Path | str,
     mesh: Mesh,
-    calls: Sequence[Call],
+    calls: Sequence[ForwardArguments],
     cotangents: Sequence[Sequence[Sequence[Tensor | None]]] | None = None,
     *,
     dtype: torch.dtype | None = None,
     limit: float = LIMIT,
 ) -> list[Found]:
-    """Runs a written program on each rank, in evaluation mode, a process a rank.
+    """Runs a written program in evaluation mode, each rank in a process of its own.
 
-    `program` is a directory with `model.py`, manifest and weights. `cotangents` per rank, call and output; None for no
-    backward. `dtype`: of parameters, else the program's own. Takes at most `limit` seconds.
-    Errors: `TpcError` that says the first rank to fail and the last line it wrote. No process outlives the call.
+    `program` is a directory with `model.py`, manifest and weights. `cotangents` has a gradient for each rank, call and
+    output; with None, there is no backward. `dtype` converts floating-point parameters. The run may take `limit`
+    seconds. Raises `TpcError`, which names the first rank that failed and the last line that it wrote. No process
+    outlives the call.
     """
     with tempfile.TemporaryDirectory(prefix="tpc-ranks-") as directory:
         work = Path(directory)
@@ -108,7 +110,7 @@ def run_processes(
                 "cotangents": None if cotangents is None else [list(c) for c in cotangents[rank]],
             }
             torch.save(given, work / CALL.format(rank=rank))
-        # The store is here, so that its port is taken from the moment it is chosen.
+        # The parent holds the store, so that no other process can take the port between its choice and its use.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         processes: list[subprocess.Popen[bytes]] = []
         try:
@@ -135,10 +137,10 @@ def _start(program: Path, work: Path, rank: int, size: int, port: int) -> subpro
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # as under torchrun: the store is the parent's, rank 0 makes none
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # as under torchrun: ranks use the parent's store
     }
     if "lo" in [name for _, name in _interfaces()]:
-        env["GLOO_SOCKET_IFNAME"] = "lo"  # a host whose own name does not resolve would do
+        env["GLOO_SOCKET_IFNAME"] = "lo"  # so that it works on a host whose own name does not resolve
     command = [sys.executable, "-P", "-m", "tpcompiler.runtime.worker", str(program), str(work)]
     with open(work / ERRORS.format(rank=rank), "wb") as errors:
         return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
@@ -151,13 +153,13 @@ def _interfaces() -> list[tuple[int, str]]:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], work: Path, mesh: Mesh, limit: float) -> None:
-    """Until all have ended well. The first that fails is the one to hear: others then fail for want of it."""
+    """Waits until all ranks have ended. Raises `TpcError` for the first that fails, since others then fail as well."""
     stop = time.monotonic() + limit
     while True:
         codes = [p.poll() for p in processes]
         failed = [r for r, code in enumerate(codes) if code]
         if failed:
-            time.sleep(0.05)  # what they wrote settles
+            time.sleep(0.05)  # the ranks' last lines reach their files
             first = min(failed, key=lambda r: (work / ERRORS.format(rank=r)).stat().st_mtime_ns)
             raise TpcError(f"rank {first} of {mesh} ended with status {codes[first]}: {_last_line(work, first)}")
         if all(code == 0 for code in codes):

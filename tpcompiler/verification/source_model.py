@@ -1,8 +1,8 @@
-"""The traced graph against the user's own module: outputs and gradients, in both modes, at the module's own dtype.
+"""Compares the traced graph with the user's module: outputs and gradients in both modes, at the module's own dtype.
 
-A trace may lose what no graph shows: a backward of the model's own, a branch on `self.training`. So the module itself
-is run and differentiated, and the graph beside it. In training mode dropout is off in both: their masks are drawn in
-other ways.
+A trace may lose what a graph cannot show, such as a backward of the model's own or a branch on `self.training`. The
+module itself is therefore run and differentiated, and the graph is compared with it. In training mode both run without
+dropout, because they draw their masks in different ways.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DROPOUTS = frozenset(
 
 
 def same_as_module(captured: Capture, module: nn.Module, example_inputs: Any, backward: bool) -> list[Case]:
-    """One case for evaluation and one for training. The module is left as it is."""
+    """Compares them in evaluation and in training mode. The module is not changed."""
     return [
         _case("the traced graph is the module", captured, module, example_inputs, backward, training=False),
         _case("the same in training, dropout off", captured, module, example_inputs, backward, training=True),
@@ -41,7 +41,7 @@ def same_as_module(captured: Capture, module: nn.Module, example_inputs: Any, ba
 
 
 def _case(what: str, captured: Capture, given: nn.Module, example: Any, backward: bool, *, training: bool) -> Case:
-    module = without_caches(copy.deepcopy(given))  # running statistics change, and gradients are its own
+    module = without_caches(copy.deepcopy(given))  # the run changes running statistics and sets gradients
     module.train(training)
     args, kwargs = split_example(example)
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -70,7 +70,7 @@ def _case(what: str, captured: Capture, given: nn.Module, example: Any, backward
 def _run(
     function: Callable[[Sequence[Any]], Any], module: nn.Module, leaves: Sequence[Any], backward: bool
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The tensors that come out, and the gradients of the parameters and of the inputs that ask for one."""
+    """Runs a function. Returns its output tensors, and the gradients of parameters and of inputs that require one."""
     module.zero_grad()
     inputs = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(backward):
@@ -93,7 +93,7 @@ def _held(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _without_dropout(captured: Capture) -> Capture:
-    """The capture with no dropout in training either."""
+    """The capture without dropout in training mode."""
     graph = copy_graph(captured.graph)
     for node in graph.nodes:
         if node.target is aten.dropout.default:
@@ -105,7 +105,7 @@ def _without_dropout(captured: Capture) -> Capture:
 
 
 class NoDropout(TorchFunctionMode):
-    """While it lasts, nothing is dropped."""
+    """A mode in which dropout functions drop nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -117,7 +117,7 @@ class NoDropout(TorchFunctionMode):
                 args = (*args[:4], 0.0, *args[5:])
             else:
                 kwargs["dropout_p"] = 0.0
-        elif name == "multi_head_attention_forward":  # what it calls is not seen here: a mode is off inside its handler
+        elif name == "multi_head_attention_forward":  # calls inside it are not seen: a mode is off in its own handler
             bound = inspect.signature(func).bind(*args, **kwargs)
             bound.arguments["dropout_p"] = 0.0
             return func(*bound.args, **bound.kwargs)

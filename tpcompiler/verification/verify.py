@@ -1,8 +1,8 @@
-"""`tpc verify`: all ranks run, and compared with the plain model: outputs, loss and every gradient.
+"""`tpc verify`: runs all ranks and compares outputs, loss and every gradient with the plain model's.
 
-The plain model's graph is the reference, in float64 with the casts that the model makes itself promoted, so that an
-error is an error and not rounding. That the graph is the model is a case of its own, at the model's own precision.
-Weights are the model's initial ones with noise on top: a bias that starts at zero must not hide its own mistakes.
+The plain model's graph is the reference. It runs in float64, and the model's own casts become casts to float64, so that
+a difference is an error and not rounding. Another case compares the graph with the model itself, at the model's own
+precision. Weights are the model's initial ones plus noise, because a bias of zero would hide errors in its use.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from tpcompiler.verification.processes import processes_case
 from tpcompiler.verification.source_model import same_as_module
 
 NOISE = 0.02
-LARGEST = 2 * 2**30  # bytes of weights that a verification is willing to hold several times over
+LARGEST = 2 * 2**30  # bytes of weights; a verification, which holds several copies, refuses larger models
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `tpc verify` found. `errors` by name, over all cases; `collectives` as executed: kind, direction → count."""
+    """What `tpc verify` found. `errors` has the largest of each name over all cases. `collectives` counts the executed
+    ones by kind and direction."""
 
     model: str
     mesh: Mesh
@@ -107,10 +108,10 @@ def verify(
 ) -> Report:
     """Compile `model`, run every rank, and compare with the plain model.
 
-    Cases: the traced graph against the module; outputs and gradients at the example's sizes, at smaller ones, and over
-    `micro_batches` accumulated batches (3 when it is 1 and `backward`); the emitted source; with `distributed`, that
-    and the written weights in real processes, over NCCL where each can have a GPU, else gloo. Raises `TpcError` for
-    bad input; differences are in the report.
+    Compared are: the traced graph with the module; outputs and gradients at the example's sizes, at smaller ones, and
+    accumulated over `micro_batches` batches (3 if it is 1 and `backward` is true); and the emitted source. With
+    `distributed`, the emitted source also runs with written weights in real processes, over NCCL if each rank can have
+    a GPU, else over gloo. Raises `TpcError` for bad input. Differences are in the report.
     """
     tell = progress or (lambda stage: None)
     read = Spec.load(spec)
@@ -142,7 +143,8 @@ def _on_ranks(
     distributed: bool,
     tell: Callable[[str], None],
 ) -> list[Case]:
-    """The program on all ranks against the graph: at the example's sizes and others, accumulated, and as source."""
+    """Compares the program on all ranks with the graph: at the example's sizes and others, with accumulated gradients,
+    and as emitted source."""
     tell("running all ranks")
     cases = [run.case("outputs and gradients" if run.backward else "outputs", [batch])]
     if run.backward and any(x.is_floating_point() for x in batch.values()):
@@ -180,7 +182,7 @@ def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def initial_state(captured: Capture, module: nn.Module, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """The module's values in `dtype`, floating-point parameters with noise on top, by the capture's names."""
+    """The module's values in `dtype` by the capture's names, with noise added to floating-point parameters."""
     held: dict[str, Tensor] = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -200,7 +202,7 @@ def initial_state(captured: Capture, module: nn.Module, dtype: torch.dtype, seed
 
 
 def inputs_of(captured: Capture, example_inputs: Any, dtype: torch.dtype) -> Batch:
-    """The example's tensors by placeholder, floating-point ones in `dtype`."""
+    """The example's tensors by placeholder, those of a floating-point type in `dtype`."""
     leaves, _ = pytree.tree_flatten(split_example(example_inputs))
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     assert len(tensors) == len(captured.inputs), f"{len(tensors)} tensors for inputs {captured.inputs}"
@@ -215,7 +217,8 @@ def is_dynamic(size: int | torch.SymInt) -> bool:
 
 
 def _at_other_sizes(captured: Capture, state: dict[str, Tensor], batch: Batch) -> Batch | None:
-    """Smaller inputs that the plain model takes: in all dimensions, or in the first alone (images have their size)."""
+    """Smaller inputs that the plain model takes: smaller in all dimensions, or only in the first, as for images. None
+    if it takes neither."""
     for first in (False, True):
         other = smaller(captured, batch, first)
         if other is None:
@@ -230,8 +233,8 @@ def _at_other_sizes(captured: Capture, state: dict[str, Tensor], batch: Batch) -
 
 
 def smaller(captured: Capture, batch: Batch, first: bool = False) -> Batch | None:
-    """The same inputs one element shorter in every dimension that is not fixed, or in the `first` alone; None when
-    there is none."""
+    """The inputs, one element shorter in every dimension that is not fixed, or only in the `first`. None if no
+    dimension can be shorter."""
     nodes = {n.name: n for n in captured.graph.nodes if n.op == "placeholder"}
     out: Batch = {}
     changed = False
@@ -245,7 +248,7 @@ def smaller(captured: Capture, batch: Batch, first: bool = False) -> Batch | Non
 
 
 def vary(captured: Capture, batch: Batch, i: int) -> Batch:
-    """The same inputs in another order: rolled along every dimension that is not fixed, so that values stay valid."""
+    """The inputs in another order: rolled by `i` along every dimension that is not fixed, so that values stay valid."""
     nodes = {n.name: n for n in captured.graph.nodes if n.op == "placeholder"}
     out: Batch = {}
     for name, x in batch.items():

@@ -1,13 +1,13 @@
 """One format for weights and checkpoints (docs/format.md): shard, merge and reshard, slice by slice, bit for bit.
 
-layouts.py       layouts resolved to each rank's runs
-tensor_files.py  safetensors files, written in pieces; runtime/stored.py reads them
-manifest.py      what lies in a directory;  wire.py  its text
+layouts.py       layouts as each rank's runs of indices
+tensor_files.py  writes safetensors files in pieces; runtime/stored.py reads them
+manifest.py      what a directory holds;  wire.py  writes and reads its text
 sources.py       where weights are read from
-match.py         a model's parameters found in a source
-atomic.py        directories and files that change all at once
+match.py         finds a model's parameters in a source
+atomic.py        replaces directories and files all at once
 write.py         shard, merge, reshard, verify
-fill.py          a rank's module given its values
+fill.py          gives a rank's module its values
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def replacing(
     directory: Path | str, ours: Callable[[Path], bool], keep: Callable[[Path], list[Path]] = lambda old: []
 ) -> Iterator[Path]:
-    """Yields a temporary directory; it becomes `directory` when the block succeeds and is removed when it fails.
+    """Yields a temporary directory, which becomes `directory` when the block succeeds and is removed when it fails.
 
-    A crash at any moment leaves the old directory whole; what a killed process left behind is removed by the next one.
-    `ours(old)` says whether an old, non-empty directory may be replaced: one that we did not write is refused
-    (`WeightsError`). `keep(old)` are those of its entries that are carried over, unless the new one has them too.
+    A crash at any moment leaves the old directory whole. The next writer removes what a killed one left behind.
+    `ours(old)` says whether a non-empty directory may be replaced; raises `WeightsError` if not. `keep(old)` lists the
+    entries of the old directory that are carried over, unless the new one has entries of the same name.
     """
     target = Path(os.path.realpath(directory))
     if target.exists() and not target.is_dir():
@@ -41,7 +41,10 @@ def replacing(
 
 @contextmanager
 def replacing_file(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path that becomes `path`. The block writes and syncs the file."""
+    """Yields a temporary path, which becomes `path` when the block succeeds. The block writes and syncs the file.
+
+    Raises `WeightsError` when a directory has that name or the disk fails.
+    """
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise WeightsError(f"{path}: a directory of that name is in the way")
@@ -54,7 +57,7 @@ def replacing_file(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def _temporary(target: Path, name: Path | str) -> Iterator[Path]:
-    """Yields a locked directory beside the target; at the end it has been renamed or is removed."""
+    """Yields a locked directory beside the target. At the end it is removed, unless it was renamed."""
     with disk(name, "write"):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
@@ -76,7 +79,7 @@ def _carry(kept: list[Path], into: Path) -> None:
 
 
 def put_in_place(new: Path, target: Path) -> None:
-    """Renames a finished directory durably, replacing an old one of that name."""
+    """Renames a finished directory so that a crash cannot undo it. An old directory of that name is replaced."""
     _sync(new)
     _swap(new, target)
     _sync(target.parent)
@@ -93,7 +96,7 @@ def _sync(directory: Path) -> None:
 
 
 def _make(target: Path) -> tuple[Path, int]:
-    """Makes a temporary directory beside the target and locks it; the lock tells others that its writer is alive."""
+    """Makes a temporary directory beside the target and locks it. The lock tells others that its writer is alive."""
     while True:
         path = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
         path.mkdir()
@@ -137,7 +140,8 @@ def _swap(temporary: Path, target: Path) -> None:
         return
     if _exchange(temporary, target):
         return
-    # No exchange here (not Linux, or a file system without it). Between the two renames the old one has another name.
+    # There is no atomic exchange here (not Linux, or not on this file system). A crash between the two renames leaves
+    # the old directory under the name `aside`.
     aside = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
     os.rename(target, aside)
     try:

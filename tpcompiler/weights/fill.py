@@ -1,4 +1,4 @@
-"""Fills a rank's parameters: with slices of a file, of a model's own values, or of what its constructor would draw."""
+"""Fills a rank's parameters with slices of a file, of a model's own values, or of what its constructor would draw."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tpcompiler.weights.sources import Info
 
 
 class InitialValues:
-    """A source of the values that the recorded constructor draws; they depend on seed and name, not on the mesh.
+    """A source of the values that the recorded constructor draws. They depend on seed and name, not on the mesh.
 
-    Each read makes one whole parameter, returns the slice and drops the rest.
+    Each read draws one whole parameter and returns the slice of it.
     """
 
     def __init__(self, recorded: Recorded, seed: int = 0) -> None:
@@ -44,15 +44,15 @@ class InitialValues:
 
 
 def own_values(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters and buffers, each under all of its names: a source that shares their memory."""
+    """A model's parameters and buffers, each under all of its names, as a source that shares their memory."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: t.detach() for name, t in named}
 
 
 def ranks_of(device_mesh: Any, mesh: Mesh) -> Ranks:
-    """The place of this process in `mesh`, by a `DeviceMesh` or, when that is None, by torchrun's environment.
+    """The place of this process in `mesh`, by a `DeviceMesh`, or by torchrun's environment when that is None.
 
-    A program for one copy of the model runs on any number of them: nothing in it is split over `data`.
+    A program for one copy of the model runs on any number of copies, because nothing in it is split over `data`.
     """
     if device_mesh is None:
         return Ranks.from_env(mesh)
@@ -60,7 +60,7 @@ def ranks_of(device_mesh: Any, mesh: Mesh) -> Ranks:
 
 
 def device_of(device_mesh: Any) -> torch.device:
-    """Where this process's parameters belong: its GPU when the ranks talk over NCCL or the mesh is one of GPUs."""
+    """The device of this process's parameters: its GPU if the mesh consists of GPUs or the ranks use NCCL, else CPU."""
     kind = None if device_mesh is None else device_mesh.device_type
     if kind is None:
         kind = "cuda" if dist.is_initialized() and "nccl" in str(dist.get_backend()) else "cpu"
@@ -73,9 +73,9 @@ def fill_from(
 ) -> None:
     """Gives every parameter and buffer of a rank's module its slice of `source`, cast to the module's own dtype.
 
-    `coords` is the rank's place. Buffers that the source lacks keep the value that the model's constructor computed.
-    One parameter is read at a time, and only its slice where the source allows that.
-    Errors: `WeightsError` when a name is missing or a shape differs.
+    `coords` is the rank's place in the mesh. Buffers that the source lacks keep the value that the model's constructor
+    computed. One parameter is read at a time, and only its slice where the source allows that. Raises `WeightsError`
+    when a name is missing or a shape differs.
     """
     capture, mesh = program.capture, program.mesh
     place = {name: coords.get(name, 0) for name in mesh.names}
@@ -88,7 +88,7 @@ def fill_from(
         for job in match(opened, capture.parameters, entries, mesh):
             part = slice_on(program.dims.get(job.entry.name, ()), mesh, place)
             found = [targets.pop(n) for n in (job.entry.name, *job.entry.aliases) if n in targets]
-            if found:  # else the program does without it: a buffer, or what the source has beyond the model
+            if found:  # else the program does not use it: a buffer, or a tensor that the model does not have
                 value = job.read(part)
                 for target in {id(t): t for t in found}.values():
                     target.copy_(value)

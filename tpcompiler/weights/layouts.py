@@ -13,15 +13,15 @@ from tpcompiler.layout import Dim
 from tpcompiler.runtime.mesh import Mesh
 from tpcompiler.runtime.runs import Run, Runs, Slice, join, length
 
-_KEPT = 4096  # layouts that are remembered: those of a model's parameters repeat from layer to layer
+_KEPT = 4096  # how many layouts are remembered, since a model's layouts repeat from layer to layer
 
 
 @dataclass(frozen=True)
 class RankRuns:
-    """One dimension of a tensor: the runs that each rank holds.
+    """One dimension of a tensor: the runs of indices that each rank holds.
 
-    `runs` are the distinct sets and `rank[r]` says which of them rank r has. `tree` is the layout they come from; None
-    when they come from elsewhere (FSDP's chunks of a slice).
+    `runs` lists the distinct sets of runs, and `rank[r]` is the index of the set that rank r holds. `tree` is the
+    layout that they come from; None when they have another origin, such as FSDP's chunks of a slice.
     """
 
     size: int
@@ -32,7 +32,7 @@ class RankRuns:
     @staticmethod
     @lru_cache(_KEPT)
     def of(dim: Dim, mesh: Mesh) -> RankRuns:
-        """A layout on a mesh, written out."""
+        """The runs of each rank of a mesh under a layout."""
         known: dict[int, Runs] = {}
         mine: list[Runs] = []
         for r in range(mesh.size):
@@ -45,7 +45,7 @@ class RankRuns:
 
     @classmethod
     def of_runs(cls, size: int, per_rank: Sequence[Runs], tree: Dim | None = None) -> RankRuns:
-        """The runs of each rank, from any source."""
+        """The dimension, from the runs of each rank."""
         maximal = [join(runs) for runs in per_rank]
         distinct = {runs: i for i, runs in enumerate(dict.fromkeys(maximal))}
         return cls(size, tuple(distinct), tuple(distinct[runs] for runs in maximal), tree)
@@ -61,11 +61,12 @@ class RankRuns:
 
     @cached_property
     def classes(self) -> tuple[tuple[int, Runs], ...]:
-        """Partitions `range(size)` by its holders: (bit mask of ranks, the indices that exactly these ranks hold)."""
+        """The indices grouped by the ranks that hold them: pairs of a bit mask of ranks, and the runs that exactly
+        these ranks hold."""
         masks = [0] * len(self.runs)
         for r, i in enumerate(self.rank):
             masks[i] |= 1 << r
-        turns: dict[int, list[int]] = defaultdict(list)  # index → the slices that begin or end there
+        turns: dict[int, list[int]] = defaultdict(list)  # index → the sets of runs of which one begins or ends there
         for i, runs in enumerate(self.runs):
             for bound in (bound for run in runs for bound in run):
                 turns[bound].append(i)
@@ -82,7 +83,7 @@ class RankRuns:
 
 @dataclass(frozen=True)
 class Cell:
-    """A part of a tensor that one set of ranks holds; each of them holds all of it."""
+    """A part of a tensor that each of `ranks` holds whole, and no other rank holds."""
 
     ranks: tuple[int, ...]
     runs: Slice
@@ -90,7 +91,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Layout:
-    """A whole tensor: `RankRuns` per dimension, over `ranks` ranks."""
+    """How a tensor lies on `ranks` ranks: a `RankRuns` for each dimension."""
 
     dims: tuple[RankRuns, ...]
     ranks: int
@@ -117,7 +118,7 @@ class Layout:
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """The tensor partitioned by its holders: disjoint cells that cover it."""
+        """The tensor as disjoint cells that cover it, one for each set of ranks that hold the same elements."""
         return tuple(Cell(tuple(_members(mask)), runs) for mask, runs in self._masked())
 
     def _masked(self) -> Iterator[tuple[int, Slice]]:
@@ -129,7 +130,7 @@ class Layout:
             yield mask, tuple(runs for _, runs in combination)
 
     def check(self, name: str) -> None:
-        """Raises `WeightsError` when some element is held by no rank."""
+        """Raises `WeightsError` when no rank holds some element."""
         hole = _hole(self)
         if hole is not None:
             raise WeightsError(f"{name} {list(self.shape)}: no rank holds element {hole}: the layout has a hole")

@@ -24,7 +24,7 @@ DATA = "data"  # the mesh dimension whose ranks hold the same weights
 
 
 def weight_mesh(mesh: Mesh) -> Mesh:
-    """The mesh without its `data` dimension: its ranks are the weight-ranks, one file each."""
+    """The mesh without its `data` dimension. Each of its ranks has a file of weights."""
     return Mesh(tuple((name, degree) for name, degree in mesh.dims if name != DATA))
 
 
@@ -32,13 +32,13 @@ def weight_mesh(mesh: Mesh) -> Mesh:
 class Entry:
     """A tensor, and the file that holds each rank's slice of it.
 
-    `file` holds it under `name`: with `{rank:05d}` in it, there is a file per rank and each holds that rank's slice;
-    without, the one file holds all of the tensor; empty, the tensor is described only, as in a program without weights.
-    `stored` are the names it had where it came from, which a merge gives back; none: it was not there, a merge leaves
-    it out. `like`: the parameter whose layout it follows (optimizer state).
+    If `file` contains `{rank:05d}`, there is a file for each rank with that rank's slice; else one file holds the whole
+    tensor. An empty `file` means that the tensor has no values here, as in a program without weights. `stored` lists
+    the names that the tensor had in its source. A merge gives them back, and leaves out a tensor that has none. `like`
+    names the parameter whose layout the tensor follows, for optimizer state.
     """
 
-    name: str
+    name: str  # what the files call it
     kind: str  # parameter | buffer | state | extra
     dtype: torch.dtype
     layout: Layout
@@ -50,7 +50,7 @@ class Entry:
 
     @classmethod
     def of(cls, parameter: Parameter, dims: Iterable[Dim], mesh: Mesh) -> Entry:
-        """The entry of a model's parameter or buffer: a parameter and a split buffer per rank, other buffers once."""
+        """The entry of a model's parameter or buffer. Buffers that are not split are stored once, all else per rank."""
         layout = Layout.of(tuple(dims), weight_mesh(mesh))
         once = parameter.buffer and layout.is_whole
         return cls(
@@ -76,7 +76,7 @@ class Entry:
         return self.file.format(rank=rank)
 
     def spot(self, rank: int) -> Spot:
-        """What the file of a rank holds of the tensor."""
+        """The part of the tensor that a rank's file holds."""
         return Spot(self.name, self.dtype, self.layout.local_shape(rank))
 
     def check(self) -> None:
@@ -86,7 +86,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of a directory of weights. `mesh` has the dimensions whose ranks have files of their own."""
+    """What a directory of weights holds. `mesh` has the dimensions whose ranks have files of their own."""
 
     mesh: Mesh
     entries: tuple[Entry, ...]
@@ -113,7 +113,7 @@ class Manifest:
 
     @property
     def tensor_files(self) -> Iterable[str]:
-        """The names of the files that tensors lie in."""
+        """The names of the files that hold tensors."""
         return self._homes.keys()
 
     def contents(self, file: str) -> list[Spot]:
@@ -123,7 +123,7 @@ class Manifest:
 
     @property
     def has_weights(self) -> bool:
-        """False for a program sharded without weights: its parameters lie in no file."""
+        """Whether every tensor is in a file. It is not so for a program that was sharded without weights."""
         return all(e.file for e in self.entries)
 
     def with_files(self, files: Iterable[FileInfo]) -> Manifest:

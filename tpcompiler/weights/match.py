@@ -49,11 +49,11 @@ def match(
     mesh: Mesh,
     dtype: torch.dtype | None = None,
 ) -> tuple[Job, ...]:
-    """What to write, in order: the model's tensors, then what else the source has (kind `extra`).
+    """What to write, in order: the model's tensors, then all others of the source (kind `extra`).
 
-    Buffers that the source lacks, or that no state_dict has, come from the model. `dtype`: floating-point parameters
-    are converted to it, else they keep the source's. Without a source, parameters have no job.
-    Errors: `WeightsError` for a missing name (with the nearest ones), a wrong shape, or tied names that differ in kind.
+    Buffers that the source lacks, or that no state_dict has, come from the model. `dtype` converts floating-point
+    parameters; without it they keep the source's. Without a source, parameters have no job. Raises `WeightsError` for a
+    name that is missing, a wrong shape, or tied names whose tensors differ.
     """
     jobs: list[Job] = []
     used: set[str] = set()
@@ -111,7 +111,8 @@ def _from_model(p: Parameter, entry: Entry) -> Job:
 
 
 def _extra(source: StateSource, name: str, info: Info, ranks: int, called: str) -> Job:
-    """`called`: another name where the model has a buffer of this one, not persistent, which keeps its own value."""
+    """The job for a tensor that the model does not have. `called` is its name in the new files. It differs from `name`
+    where the model has a buffer of that name that is not persistent."""
     layout = whole_layout(info.shape, ranks)
     entry = Entry(called, "extra", info.dtype, layout, EXTRA_FILE, stored=info.stored, trainable=False)
     return Job(entry, lambda runs: source.read(name, runs))

@@ -22,7 +22,7 @@ from tpcompiler.weights.wire import load_manifest
 
 @dataclass(frozen=True)
 class Info:
-    """What a source knows about a tensor before it reads it. `stored`: the names it has where the source came from."""
+    """What a source knows about a tensor before it is read. `stored` lists the names that its origin had for it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -32,13 +32,13 @@ class Info:
 class StateSource(Protocol):
     """Named tensors that can be read in part."""
 
-    where: str  # for messages
+    where: str  # what messages call the source
 
     @property
     def tensors(self) -> Mapping[str, Info]: ...
 
     def read(self, name: str, runs: Slice | None = None) -> torch.Tensor:
-        """A slice (default: all) of a tensor, on the CPU, in its own dtype. May share memory with the source."""
+        """A slice of a tensor (by default all of it) on the CPU, in its own dtype. It may share the source's memory."""
         ...
 
     def close(self) -> None: ...
@@ -66,7 +66,7 @@ class TensorSource:
 
 
 class FileSource:
-    """Safetensors files: one, or the parts of a sharded model. `index`: name → file, when there is one."""
+    """One safetensors file, or the parts of a sharded model. `index` maps names to files, if there is an index."""
 
     def __init__(self, where: str, paths: Sequence[Path], index: Mapping[str, str] | None = None) -> None:
         self.where = where
@@ -96,10 +96,11 @@ class FileSource:
 
 
 class Weights:
-    """A directory with a manifest, open: whole tensors, put together from the ranks' files as needed.
+    """An open directory with a manifest. It reads whole tensors from the ranks' files.
 
-    Files are opened at first use; sizes, names and shapes are compared with the manifest, digests only by `verify`.
-    With `compare_copies`, elements that several ranks hold are read from all of them and must agree bit for bit.
+    Files are opened at first use. Sizes, names and shapes are compared with the manifest; only `verify` compares
+    digests. With `compare_copies`, elements that several ranks hold are read from all of them and must agree bit for
+    bit.
     """
 
     def __init__(self, directory: Path | str, compare_copies: bool = False) -> None:
@@ -144,7 +145,7 @@ class Weights:
         return first
 
     def _read_rank(self, entry: Entry, rank: int, part: Slice) -> torch.Tensor:
-        """Global indices `part`, all held by `rank`, from its file."""
+        """Reads the global indices `part` from the file of `rank`, which holds all of them."""
         held = entry.layout.runs(rank)
         local = tuple(positions(p, h) for p, h in zip(part, held, strict=True))
         return self._reader(entry.file_of(rank)).read(entry.name, local)
@@ -178,7 +179,7 @@ class Weights:
 
 
 class Stripped:
-    """A source whose names lose a prefix, as when a base model is read from the file of a model built on it."""
+    """A source without a prefix of its names, as when a base model is read from the file of a model built on it."""
 
     def __init__(self, source: StateSource, prefix: str) -> None:
         self.where = source.where
@@ -200,8 +201,8 @@ def open_source(what: StateSource | Mapping[str, torch.Tensor] | Path | str, str
     """Opens weights of any supported form as a `StateSource`, and closes what it has opened.
 
     A path is a safetensors file; a `.pt`, `.pth` or `.bin` file of `torch.save` (tensors only, memory-mapped); an index
-    of such files; a Hugging Face directory; or a directory with a manifest. `strip` is a prefix that names lose.
-    Errors: `WeightsError`, one line that names the file.
+    of such files; a Hugging Face directory; or a directory with a manifest. The prefix `strip` is removed from names.
+    Raises `WeightsError`, one line that names the file.
     """
     with disk(what if isinstance(what, str | Path) else "weights", "read"):
         source = _open(what)
@@ -267,7 +268,8 @@ def _open_index(path: Path) -> StateSource:
 
 
 def _load_torch(path: Path) -> Mapping[str, torch.Tensor]:
-    """The tensors of a `torch.save` file, memory-mapped: a dictionary of them, or the only such within one."""
+    """The tensors of a `torch.save` file, memory-mapped. The file holds a dictionary of tensors, or a dictionary that
+    contains one dictionary of tensors."""
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as e:

@@ -1,7 +1,7 @@
 """Writes safetensors files piece by piece.
 
-The safetensors library writes whole dictionaries from memory only, hence a writer of our own; the library reads the
-files.
+The safetensors library can only write whole dictionaries from memory, so that this is a writer of our own. Any reader
+of safetensors reads its files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A finished file: size in bytes and SHA-256 of its content, in hexadecimal."""
+    """A finished file: its name, its size in bytes, and the SHA-256 of its content in hexadecimal."""
 
     name: str
     bytes: int
@@ -34,7 +34,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Spot:
-    """A tensor that is to be written into a file."""
+    """A tensor's place in a file: its name, dtype and shape there."""
 
     name: str
     dtype: torch.dtype
@@ -46,10 +46,10 @@ class Spot:
 
 
 class TensorFileWriter:
-    """A safetensors file being written: the header first, then the tensors' bytes, in the order of `spots`.
+    """Writes a safetensors file: first the header, then the tensors' bytes in the order of `spots`.
 
     The order must put wider dtypes first (`in_order`), so that every tensor is aligned. `close` syncs the file and
-    returns its digest. Errors: `WeightsError` when the disk is full or fails.
+    returns its digest. Raises `WeightsError` when the disk is full or fails.
     """
 
     def __init__(self, path: Path, spots: Sequence[Spot]) -> None:
@@ -65,7 +65,7 @@ class TensorFileWriter:
     def write(self, tensor: torch.Tensor) -> None:
         """Appends a tensor, or the next rows of one."""
         if tensor.numel():
-            value = bits(tensor.detach()).cpu().contiguous()  # a name of its own: `memory` does not keep it alive
+            value = bits(tensor.detach()).cpu().contiguous()  # the name keeps it alive, as `memory` alone would not
             self._append(memory(value))
 
     def _append(self, data: memoryview) -> None:
@@ -85,7 +85,7 @@ class TensorFileWriter:
         return FileInfo(self.path.name, self._written, self._sha.hexdigest())
 
     def abort(self) -> None:
-        """Closes the file and reports no error. The maker of the temporary directory removes it."""
+        """Closes an unfinished file and reports no error. Whoever made the temporary directory removes it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -98,7 +98,7 @@ class TensorFileWriter:
 
 
 def in_order(spots: Iterable[Spot]) -> list[Spot]:
-    """Wider dtypes first, otherwise as given."""
+    """The tensors with wider dtypes first, otherwise in the given order."""
     return sorted(spots, key=lambda s: -s.dtype.itemsize)
 
 
@@ -116,7 +116,7 @@ def _make_header(spots: Sequence[Spot]) -> bytes:
 
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileInfo:
-    """One safetensors file from tensors in memory, synced: what one rank contributes to a checkpoint."""
+    """Writes and syncs a safetensors file from tensors in memory, such as one rank's part of a checkpoint."""
     spots = in_order(Spot(name, t.dtype, tuple(t.shape)) for name, t in tensors.items())
     with TensorFileWriter(path, spots) as writer:
         for spot in spots:
@@ -125,7 +125,7 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileInfo:
 
 
 def digest(path: Path) -> FileInfo:
-    """Size and SHA-256 of a file as it lies on the disk."""
+    """The size and SHA-256 of a file, read from the disk."""
     sha, n = hashlib.sha256(), 0
     with disk(path, "read"), open(path, "rb", buffering=0) as file:
         buffer = memoryview(bytearray(1 << 20))
@@ -136,7 +136,7 @@ def digest(path: Path) -> FileInfo:
 
 
 def write_text(path: Path, text: str) -> FileInfo:
-    """A small text file (`state.json`, `model.py`), new and synced."""
+    """Writes and syncs a new, small text file, such as `state.json` or `model.py`."""
     data = text.encode()
     with disk(path, f"write {len(data)} bytes"), open(path, "xb") as file:
         file.write(data)

@@ -1,4 +1,4 @@
-"""The text of `manifest.json`, both ways: strict, versioned, sealed with a digest of its own."""
+"""Writes and reads the text of `manifest.json`: strict, versioned, and sealed with a digest of its own."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from tpcompiler.weights.tensor_files import CODES, FileInfo, write_text
 
 
 def save_manifest(manifest: Manifest, directory: Path) -> FileInfo:
-    """Write `manifest.json`, synced: the last file of a directory, without which the others count for nothing."""
+    """Writes and syncs `manifest.json`. It is written last, because a directory without it counts as unfinished."""
     return write_text(directory / MANIFEST, encode(manifest))
 
 
 def load_manifest(directory: Path | str) -> Manifest:
-    """Read and check `manifest.json`.
+    """Reads and checks `manifest.json`.
 
-    Errors: `WeightsError` when there is none, it is altered, of another version, contradicts itself, or a layout
+    Raises `WeightsError` when it is missing, altered, of another version or contradicts itself, and when a layout
     leaves elements out.
     """
     return decode(read_manifest(directory), Path(directory) / MANIFEST)
@@ -87,7 +87,7 @@ class _Manifest(_Strict):
 
 
 def encode(manifest: Manifest) -> str:
-    """The manifest as JSON: one line a dimension, a tensor and a file; equal dimensions are written once."""
+    """The manifest as JSON, with one line for each dimension, tensor and file. Equal dimensions are written once."""
     dims: dict[RankRuns, int] = {}
     tensors = []
     for e in manifest.entries:
@@ -133,7 +133,7 @@ def _block(items: Iterable[Any]) -> str:
 
 
 def decode(raw: bytes, path: Path) -> Manifest:
-    """The inverse of `encode`. `path` stands in the messages."""
+    """The inverse of `encode`. Raises `WeightsError`, which names `path`."""
     parse_manifest(raw, path)
     try:
         return _build(_Manifest.model_validate_json(raw))
@@ -207,7 +207,7 @@ def _entry(wire: _Tensor, dims: list[RankRuns], mesh: Mesh) -> Entry:
 
 
 def to_tree(dim: Dim) -> Any:
-    """A layout as JSON: a whole unnamed dimension is its size, others objects of one shape each."""
+    """A layout as JSON: an integer for a dimension that is whole and has no name, else an object."""
     match dim:
         case Factor(n, "", ()):
             return n

@@ -1,4 +1,4 @@
-"""Writes directories of weights: shard, merge, reshard. Weights pass in blocks; memory never holds a whole model."""
+"""Writes directories of weights: shard, merge, reshard. Weights are copied in blocks; no whole model is in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tpcompiler.weights.sources import StateSource, Weights, open_source
 from tpcompiler.weights.tensor_files import FileInfo, Spot, TensorFileWriter, digest, in_order, write_text
 from tpcompiler.weights.wire import load_manifest, save_manifest
 
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+ByteProgress = Callable[[int, int], None]  # called with (bytes done, bytes in all)
 Named = tuple[str, Entry]
 Readable = StateSource | Mapping[str, torch.Tensor] | Path | str
 MAX_FILE = 5 * 10**9  # bytes of a merged file, Hugging Face's limit
@@ -45,14 +45,15 @@ def shard(
     spec: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     strip: str = "",
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> Manifest:
-    """Write a model's weights for the ranks of `mesh` (without its `data` dimension) into `directory`, all or nothing.
+    """Writes a model's weights for the ranks of `mesh` (without its `data` dimension) into `directory`, all or nothing.
 
-    `dims`: parameter name → layout per dimension. `source`: anything `open_source` takes; None writes buffers and the
-    manifest only. `dtype` converts floating-point parameters; else every bit stays. `strip`: a prefix of the source's
-    names. What the source has beyond the model is kept for `merge`. An earlier output there is replaced, files in it
-    that are not ours stay. Errors: `WeightsError`; the directory is then as it was.
+    `dims` maps each parameter's name to its layout. `source` is anything that `open_source` takes; with None, only
+    buffers and the manifest are written. `dtype` converts floating-point parameters; without it, every bit stays. The
+    prefix `strip` is removed from the source's names. Tensors that the model does not have are kept for `merge`. An
+    earlier output in `directory` is replaced; other files in it stay. Raises `WeightsError`, and then leaves the
+    directory as it was.
     """
     with output(directory) as new:
         return write_shards(source, parameters, dims, mesh, new, spec=spec, dtype=dtype, strip=strip, progress=progress)
@@ -68,9 +69,9 @@ def write_shards(
     spec: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     strip: str = "",
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> Manifest:
-    """`shard` into a directory that exists, such as the temporary one of `output`; a failure leaves pieces there."""
+    """`shard` into a directory that exists, such as the temporary one of `output`. A failure may leave files there."""
     entries = entries_of(parameters, dims, mesh)
     with ExitStack() as stack:
         opened = None if source is None else stack.enter_context(open_source(source, strip))
@@ -91,14 +92,14 @@ def reshard(
     out: Path | str,
     *,
     spec: Mapping[str, Any],
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> Manifest:
-    """Write the weights of `directory` for another mesh into `out`, all or nothing, every bit kept.
+    """Writes the weights of `directory` for another mesh into `out`, all or nothing, bit for bit.
 
-    `dims`: parameter name → its layout on the new mesh; `spec`: the one that says so, for the record. Optimizer state
-    follows the parameter it belongs to; tensors that are whole and not in `dims` stay whole; `state.json` and its like
-    are copied.
-    Errors: `WeightsError` for a damaged directory, copies that differ, or a split tensor without a new layout.
+    `dims` maps each parameter's name to its layout on the new mesh. `spec` is recorded in the manifest. Optimizer state
+    follows the parameter that it belongs to. Tensors that are whole and not in `dims` stay whole. Files without
+    tensors, such as `state.json`, are copied. Raises `WeightsError` for a damaged directory, for copies that differ, or
+    for a split tensor without a new layout.
     """
     verify(directory)
     with Weights(directory, compare_copies=True) as weights, output(out) as new:
@@ -141,16 +142,15 @@ def merge(
     dtype: torch.dtype | None = None,
     beside: Callable[[Path], None] = lambda new: None,
     instead: Callable[[str], str] = lambda name: name,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> tuple[Path, ...]:
-    """Put a model's tensors together again, under the names they came with, bit for bit. Returns the files.
+    """Merges a model's tensors under the names that they came with, bit for bit. Returns the paths of the files.
 
-    `dtype` converts floating-point tensors. `beside(new)` adds files to a directory before it is put in place.
-    `instead` names the tensor whose values are taken for one of that name.
-
-    `out` ending in `.safetensors` is one file; else a directory in Hugging Face's form: `model.safetensors`, or
-    parts of at most `max_file` bytes and an index. Digests, and copies on several ranks, are compared.
-    Errors: `WeightsError`; then `out` is as it was.
+    If `out` ends in `.safetensors`, it becomes one file; else a directory as Hugging Face writes it, with
+    `model.safetensors`, or parts of at most `max_file` bytes and an index. `dtype` converts floating-point tensors.
+    `beside(new)` may add files to the new directory before it is put in place. `instead(name)` is the tensor whose
+    values are written for `name`. Digests are checked, and copies on several ranks are compared. Raises `WeightsError`,
+    and then leaves `out` as it was.
     """
     verify(directory)
     with Weights(directory, compare_copies=True) as weights:
@@ -211,8 +211,8 @@ def _write_plain(weights: Weights, chosen: Sequence[Named], path: Path, total: _
         writer.close()
 
 
-def write_jobs(jobs: Sequence[Job], into: Path, progress: Progress | None = None) -> tuple[FileInfo, ...]:
-    """Write the files of all jobs, each tensor read once. The files are synced; the manifest is the caller's."""
+def write_jobs(jobs: Sequence[Job], into: Path, progress: ByteProgress | None = None) -> tuple[FileInfo, ...]:
+    """Writes and syncs the files of all jobs, and reads each tensor once. The caller writes the manifest."""
     manifest = Manifest(_ranks_of(jobs), tuple(job.entry for job in jobs))
     total = _Count(sum(Spot(j.entry.name, j.entry.dtype, j.entry.shape).bytes for j in jobs), progress)
     groups: dict[str, list[Job]] = {}
@@ -258,7 +258,7 @@ def _write_tensor(job: Job, writers: Sequence[TensorFileWriter], pool: ThreadPoo
 class _Count:
     """Counts the bytes done and reports them."""
 
-    def __init__(self, whole: int, progress: Progress | None) -> None:
+    def __init__(self, whole: int, progress: ByteProgress | None) -> None:
         self.whole, self._done, self._progress = whole, 0, progress
 
     def add(self, n: int) -> None:
@@ -268,7 +268,7 @@ class _Count:
 
 
 def verify(directory: Path | str, files: Iterable[str] | None = None) -> Manifest:
-    """Compare sizes and SHA-256 digests of the files (default: all) with the manifest. Errors: `WeightsError`."""
+    """Compares the sizes and SHA-256 digests of the files (by default all) with the manifest. Raises `WeightsError`."""
     manifest = load_manifest(directory)
     chosen = [f for f in manifest.files if files is None or f.name in set(files)]
     for f in chosen:
@@ -283,13 +283,13 @@ def verify(directory: Path | str, files: Iterable[str] | None = None) -> Manifes
 def output(directory: Path | str) -> AbstractContextManager[Path]:
     """Yields a temporary directory that becomes `directory` as a whole when the block succeeds.
 
-    It may replace an earlier output of ours; other files in that are carried over.
+    It may replace an earlier output of tpcompiler. Other files that lie there are carried over.
     """
     return replacing(directory, lambda old: (old / MANIFEST).is_file(), _foreign)
 
 
 def refuse_to_replace(directory: Path | str) -> None:
-    """Raises `WeightsError` when a directory holds weights or a checkpoint, so that only who insists loses them."""
+    """Raises `WeightsError` when a directory holds weights or a checkpoint. Only `--force` may overwrite them."""
     files = [p.name for p in Path(directory).iterdir()] if (Path(directory) / MANIFEST).is_file() else []
     if not any(fnmatch(name, "rank-*.safetensors") for name in files):
         return
@@ -298,7 +298,7 @@ def refuse_to_replace(directory: Path | str) -> None:
 
 
 def _foreign(old: Path) -> list[Path]:
-    """What in an earlier output we did not write as weights: programs, notes."""
+    """The entries of an earlier output that are not files of weights, such as a program or notes."""
     ours: set[str] = {MANIFEST}
     try:
         ours |= {f.name for f in load_manifest(old).files}
