@@ -94,7 +94,7 @@ def generate(options: GenerateOptions) -> None:
     start_ranks(spec)
     screen = Screen(options.as_json)
     with joined(screen, spec, options) as place:
-        from tpcompiler.generation.run import Source, opened, run
+        from tpcompiler.generation.run import WeightsSource, opened, run
         from tpcompiler.generation.stream import Sampling, Wish
 
         o, first = options, place.rank == 0
@@ -108,7 +108,9 @@ def generate(options: GenerateOptions) -> None:
             opened(o.out) if o.out is not None and first else nullcontext() as file,
             _showing(screen, texts, first and not o.as_json, o.out is not None) as show,
         ):
-            report = run(loaded, spec, train_section(spec), place, Source(there, o.renaming), texts, wish, show, file)
+            report = run(
+                loaded, spec, train_section(spec), place, WeightsSource(there, o.renaming), texts, wish, show, file
+            )
     if place.rank == 0:
         screen.err.write(f"{report['tokens']} tokens, {report['tokens_per_second']:.4g} a second\n")
         screen.result(report)

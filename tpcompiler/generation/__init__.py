@@ -1,1 +1,1 @@
-"""Text from a trained model: prompts in, tokens out, on the ranks of a spec."""
+"""Generates text with a trained model, on the ranks of a spec: prompts in, tokens out."""

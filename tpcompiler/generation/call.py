@@ -1,4 +1,4 @@
-"""`tpc.generate`: a generator of tokens, for those who build a server around it."""
+"""`tpc.generate`: generates tokens from Python, for example in a server."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ def generate(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Token]:
-    """Continues prompts of token ids, and yields a `Token` for every new one, as soon as it is chosen.
+    """Continues prompts of token ids, and yields a `Token` for every new token as soon as it is chosen.
 
-    Call it on every rank, as `tpc.parallelize`, whose `mesh`, `weights`, `device` and `dtype` these are; all ranks
-    yield the same. `example_inputs` are those for which the model gives logits [batch, sequence, vocabulary].
-    `temperature` 0 takes the most likely token. Nothing follows a token of `stop`. `batch` prompts grow at a time, and
-    a finished one gives its place to the next. Errors: `TpcError`, one line, before the first token.
+    Every rank must call it, and all ranks yield the same tokens. `mesh`, `weights`, `device` and `dtype` are as in
+    `tpc.parallelize`. `example_inputs` are inputs for which the model returns logits [batch, sequence, vocabulary].
+    With `temperature` 0, the most likely token is taken. A text ends after a token in `stop`, or after `tokens` new
+    ones. `batch` prompts are continued at the same time, and the next prompt takes the slot of a finished one. Raises
+    `TpcError`, one line, before the first token.
     """
     how = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     wish = Wish(tokens, how, frozenset(stop), batch)
@@ -71,6 +72,6 @@ def generate(
 
 
 def held_by(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's parameters and buffers by each of their names."""
+    """A module's parameters and buffers, each under all of its names."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: tensor.detach() for name, tensor in named}

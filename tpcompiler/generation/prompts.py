@@ -1,4 +1,4 @@
-"""Prompts from the command line and from files, and their texts as they grow."""
+"""Reads prompts from files, and turns new tokens into text."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _FIELDS = ("prompt", "text")
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file of JSON lines: a text each, or an object with one under `prompt` or `text`.
+    """The prompts of a file of JSON lines. Each line is a string, or an object with a string under `prompt` or `text`.
 
-    All lines are read before anything is generated. Raises `TpcError` with the file and the line that is wrong.
+    All lines are read before anything is generated. Raises `TpcError`, which names the file and the line.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -23,7 +23,7 @@ def read_prompts(path: Path) -> list[str]:
         raise TpcError(f"{path}: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}") from None
     prompts = [_prompt(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise TpcError(f"{path}: holds no prompt; one a line, such as {{'prompt': 'Once upon a time'}}, would work")
+        raise TpcError(f"{path}: holds no prompt; write one per line, such as {{'prompt': 'Once upon a time'}}")
     return prompts
 
 
@@ -41,7 +41,7 @@ def _prompt(where: str, line: str) -> str:
 
 @dataclass
 class Text:
-    """The continuation of a prompt. A character may take several tokens, so `take` gives only what can be shown."""
+    """The continuation of a prompt, as it is shown. A character may consist of several tokens."""
 
     tokenizer: Tokenizer
     ids: list[int] = field(default_factory=list)
@@ -52,7 +52,8 @@ class Text:
         return self.tokenizer.decode(self.ids)
 
     def take(self, token: int | None, last: bool) -> str:
-        """Returns the text that this token adds, or None for a token that stands for no text."""
+        """Adds a token, or None for one that is not shown. Returns the characters that are now complete, or at the
+        `last` token all that are left."""
         if token is not None:
             self.ids.append(token)
         whole = self.whole

@@ -1,4 +1,4 @@
-"""`tpc generate`: a trained model on the ranks of a spec, prompts as text."""
+"""`tpc generate`: continues texts with a trained model on the ranks of a spec."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tpcompiler.train.run.launch import Place
 from tpcompiler.train.settings import Train
 from tpcompiler.train.step.compiled import compile_model, logits_output
 
-Show = Callable[[int, str, bool], None]  # (number of the prompt, what its text has more, whether it is done)
+Show = Callable[[int, str, bool], None]  # called with the number of a prompt, its new text, and whether it is finished
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightsSource:
     """Where a model's weights come from, and under which names."""
 
     weights: Path
@@ -40,7 +40,7 @@ class Source:
 
 
 def tokenizer_of(loaded: Loaded, spec: Spec, train: Train) -> Tokenizer:
-    """The spec's tokenizer, or the one that lies beside a Hugging Face model."""
+    """The spec's tokenizer. If the spec names none, it is that of a Hugging Face model's directory, if there is one."""
     beside = None if loaded.weights is None else loaded.weights / "tokenizer.json"
     if "tokenizer" not in spec.train and beside is not None and beside.is_file():
         return load_tokenizer(str(beside))
@@ -52,15 +52,16 @@ def run(
     spec: Spec,
     train: Train,
     place: Place,
-    source: Source,
+    source: WeightsSource,
     texts: Sequence[str],
     wish: Wish,
     show: Show,
     out: TextIO | None = None,
 ) -> dict[str, Any]:
-    """The report, the same on all ranks. `show` is told what texts grow by; finished ones are lines of `out`.
+    """Continues `texts`. Returns a report, which is the same on all ranks.
 
-    Raises `TpcError` for a model that cannot generate and for prompts that do not fit, before weights are read.
+    `show` is called with every piece of new text. Finished texts are written to `out` as JSON lines. Raises `TpcError`,
+    before weights are read, for a model that cannot generate and for prompts that do not fit.
     """
     tokenizer = tokenizer_of(loaded, spec, train)
     prompts = [tokenizer.encode(text) for text in texts]
@@ -113,7 +114,7 @@ def _generated(
 
 
 def opened(path: Path) -> TextIO:
-    """A file for results, which must not be there yet. Raises `TpcError`."""
+    """A new file for results. Raises `TpcError` if it exists already."""
     try:
         return path.open("x", encoding="utf-8")
     except FileExistsError:
