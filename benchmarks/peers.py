@@ -3,11 +3,12 @@
     python benchmarks/peers.py --spec specs/gpt2-1.2b.yaml ours:true plain
     python benchmarks/peers.py --spec specs/gpt2-2.5b.yaml --alone 2 --wire 50,300 ours:true ours:halves:wire hand
 
-Contestants: `ours:OVERLAP`, `plain` (models/gpt2.py, blocks compiled, fused AdamW), `hand` (a Megatron split written by
-hand, blocks compiled). After it, separated by colons: `wire` (collectives take the wire's time; else none), `graphs`
-(`hand`'s step is one CUDA graph; ours always is), `unfused` (ours with output layer and loss apart), `trace` (how much
-of the communication is hidden, by the profiler). All are set up first, then each takes a few steps in turn, for several
-rounds. Printed: one JSON object a contestant with the median, and with the ratio to the first one's in each round.
+Contestants: `ours:OVERLAP`; `plain` (models/gpt2.py, blocks compiled, fused AdamW); `transformers` (the same for
+--model hf:TYPE, whose settings are the spec's); `hand` (a Megatron split written by hand, blocks compiled). After it,
+separated by colons: `wire` (collectives take the wire's time; else none), `graphs` (`hand`'s step is one CUDA graph;
+ours always is), `unfused` (ours with output layer and loss apart), `trace` (how much of the communication is hidden,
+by the profiler). All are set up first, then each takes a few steps in turn, for several rounds. Printed: one JSON
+object a contestant with the median, and with the ratio to the first one's in each round.
 With --alone N all are the first of N ranks; see wire.py. `plain` is always the whole model.
 """
 
@@ -99,10 +100,10 @@ class HandGPT2(nn.Module):
         self.h = nn.ModuleList(HandBlock(hidden, heads, size) for _ in range(layers))
         self.ln_f = nn.LayerNorm(hidden)
 
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        outside = ids >= self.rows
-        x = Reduce.apply(self.wte(ids.masked_fill(outside, 0)).masked_fill(outside.unsqueeze(-1), 0))
-        x = x + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        outside = input_ids >= self.rows
+        x = Reduce.apply(self.wte(input_ids.masked_fill(outside, 0)).masked_fill(outside.unsqueeze(-1), 0))
+        x = x + self.wpe(torch.arange(labels.shape[1], device=labels.device))
         for block in self.h:
             x = block(x)
         logits = F.linear(Enter.apply(self.ln_f(x)), self.wte.weight).float()
@@ -113,9 +114,9 @@ class HandGPT2(nn.Module):
         return (log_sum - Reduce.apply(picked.masked_fill(outside, 0))).mean()
 
 
-def torch_step(model: nn.Module, a: argparse.Namespace, vocab: int, graphs: bool, layers: str) -> Step:
+def torch_step(model: nn.Module, a: argparse.Namespace, vocab: int, graphs: bool, layers: str = "h") -> Step:
     """Forward, backward and fused AdamW of a model in bf16, its layers compiled."""
-    for layer in getattr(model, layers):
+    for layer in model.get_submodule(layers).children():
         layer.compile()
     cuda = a.device == "cuda"
     how: dict[str, Any] = {"fused": True, "capturable": True} if cuda else {}
@@ -123,7 +124,8 @@ def torch_step(model: nn.Module, a: argparse.Namespace, vocab: int, graphs: bool
     ids, labels = (torch.randint(vocab, (a.batch, a.sequence), device=a.device) for _ in range(2))
 
     def step() -> Tensor:
-        loss: Tensor = model(ids, labels)
+        found = model(input_ids=ids, labels=labels)
+        loss: Tensor = found if isinstance(found, Tensor) else found.loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -157,7 +159,7 @@ def passes_of(words: list[str]) -> Any:
 def ours(a: argparse.Namespace, place: Place, words: list[str]) -> tuple[Step, float]:
     overlap = next((train_gpu.OVERLAP[w] for w in words if w in train_gpu.OVERLAP), False)
     with passes_of(words):
-        run = train_gpu.build(a, place, 0.0, "layers", overlap)
+        run = train_gpu.build(a, place, None if a.model.startswith("hf:") else 0.0, "layers", overlap)
     batches = [[run.batches.batch_at(s, 0).to(place.device)] for s in range(4)]
     done = [0]
 
@@ -174,11 +176,22 @@ def build(a: argparse.Namespace, place: Place, wire: Wire | None, name: str) -> 
         wire.set(*(a.wire if "wire" in words else ()), multiprocessors=a.occupy if "wire" in words else 0)
     if kind == "ours":
         return ours(a, place, words)
+    if kind == "transformers":
+        return torch_step(transformers_model(a), a, 256, False, "model.layers"), None
     sizes = {k: v for k, v in {**Spec.load(a.spec).model, **train_gpu.parse_settings(a.set)}.items() if k != "dropout"}
     vocab = sizes["vocab"] if kind == "plain" else sizes["vocab"] // place.world
     with torch.device(a.device):
         model = gpt2.Model(**sizes, dropout=0.0) if kind == "plain" else HandGPT2(**sizes, size=place.world)
-    return torch_step(model.bfloat16().train(), a, vocab, "graphs" in words, "h"), None
+    return torch_step(model.bfloat16().train(), a, vocab, "graphs" in words), None
+
+
+def transformers_model(a: argparse.Namespace) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(a.model.removeprefix("hf:"), **Spec.load(a.spec).model, use_cache=False)
+    with torch.device(a.device):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.train()
 
 
 def main() -> None:

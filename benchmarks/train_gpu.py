@@ -105,13 +105,14 @@ def alone(size: int, device: str | None, wired: bool) -> tuple[Place, Wire | Non
     return Place(0, size, 0, torch.device("cuda", 0) if cuda else torch.device("cpu"), Board()), wire
 
 
-def build(a: argparse.Namespace, place: Place, dropout: float, compile: str, overlap: bool | str) -> TrainingRun:
+def build(a: argparse.Namespace, place: Place, dropout: float | None, compile: str, overlap: bool | str) -> TrainingRun:
+    """A run, set up. `dropout` None: the model has no setting of that name."""
     spec = Spec.load(a.spec).with_(overlap=overlap)
     if a.tensor is not None:
         spec = spec.with_(mesh={"tensor": a.tensor})
     total = a.warm_up + a.steps + 4
     spec = spec.with_(
-        model={**spec.model, "dropout": dropout},
+        model={**spec.model, **({} if dropout is None else {"dropout": dropout})},
         train={
             "steps": total,
             "batch": a.batch,
@@ -123,6 +124,7 @@ def build(a: argparse.Namespace, place: Place, dropout: float, compile: str, ove
             "activation_checkpointing": a.recompute,
             "schedule": {"warmup": 2},
             "evaluation": {"every": 0},
+            "data": {"labels": "same" if a.model.startswith("hf:") else "next"},
         },
     )
     loaded = load_model(a.model, spec, parse_settings(a.set))

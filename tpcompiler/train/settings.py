@@ -198,6 +198,12 @@ class Logging(Section):
     wandb: str | None = Field(
         default=None, min_length=1, description="A project of Weights & Biases that gets the records as well."
     )
+    trace: int | None = Field(
+        default=None,
+        gt=0,
+        description="A step that torch's profiler traces on GPUs: the run then says how much of its communication ran "
+        "beside computation.",
+    )
 
 
 class Train(Section):

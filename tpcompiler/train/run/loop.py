@@ -101,7 +101,7 @@ def _steps(run: TrainingRun, stop: StopRequest) -> RunReport:
             place.activity.now = f"step {done}, waiting for its data"
             batches = reporter.timed(partial(feed, step))
             place.activity.now = f"step {done}"
-            reporter.add(engine.step(step, batches))
+            reporter.take(done, partial(engine.step, step, batches))
             reason = stop.agreed()
             _between(run, reporter, done, stopping=reason > 0)
             if reason:

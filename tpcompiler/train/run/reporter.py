@@ -20,6 +20,7 @@ from tpcompiler.train.show.display import Display, Meter
 from tpcompiler.train.show.log import RunLog, StepRecord
 from tpcompiler.train.step.engine import Outcome
 from tpcompiler.train.step.flops import flops_per_token, peak_tflops
+from tpcompiler.train.step.traced import traced
 
 Returned = TypeVar("Returned")
 
@@ -45,6 +46,7 @@ class RunReport:
     tokens_per_second: float | None = None
     tflops: float | None = None
     memory: int | None = None
+    hidden: float | None = None  # share of a traced step's communication that ran beside computation
     checkpoint: str | None = None
     stopped: str | None = None  # what asked for the end: Ctrl-C, SIGTERM, the time limit
 
@@ -100,6 +102,7 @@ class Reporter:
         self._last = StepRecord(run.first)
         self._evaluation: float | None = None
         self._checkpoint: Path | None = None
+        self._hidden: float | None = None
         self._waited = 0.0  # for data, in the step that runs
         self._clock = time.perf_counter()
 
@@ -119,6 +122,21 @@ class Reporter:
         out = read()
         self._waited = time.perf_counter() - before
         return out
+
+    def take(self, step: int, work: Callable[[], Outcome]) -> None:
+        """Adds what a step's `work` gives. The step that is to be traced is traced."""
+        if self._run.train.logging.trace != step:
+            self.add(work())
+            return
+        if self._run.place.device.type != "cuda":
+            self.message(f"step {step}: not traced, since only what GPUs do is traced")
+            self.add(work())
+            return
+        done: list[Outcome] = []
+        found, _ = traced(lambda: done.append(work()))
+        self._hidden = found.share
+        self.message(f"step {step}: {found}")
+        self.add(done[0])
 
     def add(self, outcome: Outcome) -> None:
         self._pending.append(Pending(outcome))
@@ -182,9 +200,10 @@ class Reporter:
 
     def report(self, stopped: str | None = None) -> RunReport:
         r = self._last
+        hidden = None if self._hidden is None else round(self._hidden, 3)
         return RunReport(
             r.step, self._run.first, r.loss, self._evaluation, r.tokens_per_second, r.tflops, r.memory,
-            None if self._checkpoint is None else str(self._checkpoint), stopped,
+            hidden, None if self._checkpoint is None else str(self._checkpoint), stopped,
         )  # fmt: skip
 
 
