@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from tpcompiler.api import shard as shard
     from tpcompiler.errors import TpcError as TpcError
     from tpcompiler.generation.call import generate as generate
+    from tpcompiler.interop.clip_grads import clip_grad_norm_ as clip_grad_norm_
+    from tpcompiler.interop.sharded_state import load_state_dict as load_state_dict
+    from tpcompiler.interop.sharded_state import state_dict as state_dict
     from tpcompiler.ops.record import OpRule as OpRule
     from tpcompiler.ops.record import WeightProduct as WeightProduct
     from tpcompiler.ops.table import rule as rule
@@ -22,6 +25,9 @@ _HOME = {
     "shard": "api",
     "parallelize": "api",
     "generate": "generation.call",
+    "clip_grad_norm_": "interop.clip_grads",
+    "state_dict": "interop.sharded_state",
+    "load_state_dict": "interop.sharded_state",
     "verify": "verification.verify",
     "Spec": "spec",
     "rule": "ops.table",
@@ -30,7 +36,20 @@ _HOME = {
     "TpcError": "errors",
     "__version__": "version",
 }
-__all__ = ["OpRule", "Spec", "TpcError", "WeightProduct", "generate", "parallelize", "rule", "shard", "verify"]
+__all__ = [
+    "OpRule",
+    "Spec",
+    "TpcError",
+    "WeightProduct",
+    "clip_grad_norm_",
+    "generate",
+    "load_state_dict",
+    "parallelize",
+    "rule",
+    "shard",
+    "state_dict",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

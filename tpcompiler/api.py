@@ -173,7 +173,7 @@ def shard(
     """Compile a model for the ranks of a spec. The program that is returned is proven equal to the model.
 
     `model` is a module or a function that builds one (its parameters are then never allocated). `example_inputs` is a
-    tuple, a dictionary of keyword arguments, or a pair of both. Raises `TpcError`, one line.
+    tuple, a dictionary of keyword arguments, or a pair of both (docs/loops.md). Raises `TpcError`, one line.
     """
     seconds: dict[str, float] = {}
     tell = progress or (lambda stage: None)
@@ -263,6 +263,7 @@ def parallelize(
     from tpcompiler.runtime import Rng
     from tpcompiler.runtime.precision import cast
     from tpcompiler.weights.fill import InitialValues, device_of, fill_from, own_values, ranks_of
+    from tpcompiler.weights.on_mesh import OnMesh, attach
 
     read = Spec.load(spec)
     recorded = record(model)
@@ -279,6 +280,7 @@ def parallelize(
     if weights is None:
         weights = own_values(model) if isinstance(model, nn.Module) else InitialValues(recorded, read.seed)
     fill_from(module, program, ranks.coords, weights)
+    attach(module, OnMesh(program, ranks, mesh, where.type))
     return module
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _loaded(model: str, spec: Path, settings: list[str] | None, stages: Stages) -> Iterator[tuple[Loaded, Spec]]:
+def loaded_for(model: str, spec: Path, settings: list[str] | None, stages: Stages) -> Iterator[tuple[Loaded, Spec]]:
     """Loads a command's model and spec. Within the block, the modules next to the model can be imported."""
     from tpcompiler.spec.schema import Spec
 
@@ -36,7 +36,8 @@ def _loaded(model: str, spec: Path, settings: list[str] | None, stages: Stages) 
         yield loaded, read
 
 
-def _compiled(loaded: Loaded, spec: Spec, stages: Stages) -> Sharded:
+def compiled(loaded: Loaded, spec: Spec, stages: Stages) -> Sharded:
+    """The command's model, compiled and proven."""
     from tpcompiler.api import shard
 
     return shard(loaded.build, loaded.inputs(), spec, progress=stages, source=loaded.source)
@@ -70,8 +71,8 @@ def shard(
             from tpcompiler.weights import refuse_to_replace
 
             refuse_to_replace(out)
-        with _loaded(model, spec, settings, stages) as (loaded, read):
-            sharded = _compiled(loaded, read, stages)
+        with loaded_for(model, spec, settings, stages) as (loaded, read):
+            sharded = compiled(loaded, read, stages)
         if out is not None:
             stages(f"writing {out}")
             sharded.write(out, weights or loaded.weights, progress=stages.bytes, force=force)
@@ -107,8 +108,8 @@ def diff(
 
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
-        with _loaded(model, spec, settings, stages) as (loaded, read):
-            sharded = _compiled(loaded, read, stages)
+        with loaded_for(model, spec, settings, stages) as (loaded, read):
+            sharded = compiled(loaded, read, stages)
             from tpcompiler.api import compile_capture
 
             plain = compile_capture(sharded.capture, read.with_(mesh={"tensor": 1}), progress=stages).proven()
@@ -144,7 +145,7 @@ def verify(
     """
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
-        with _loaded(model, spec, settings, stages) as (loaded, read):
+        with loaded_for(model, spec, settings, stages) as (loaded, read):
             from tpcompiler.verification.verify import verify as run
 
             report = run(
@@ -180,8 +181,8 @@ def explain(
     """
     screen = Screen(as_json)
     with screen.open(), screen.progress() as stages:
-        with _loaded(model, spec, settings, stages) as (loaded, read):
-            sharded = _compiled(loaded, read, stages)
+        with loaded_for(model, spec, settings, stages) as (loaded, read):
+            sharded = compiled(loaded, read, stages)
             from tpcompiler.plan.explain import explain as explained
 
             rows = [e.as_dict() for e in explained(sharded.capture, sharded.axes, sharded.plan, name)]

@@ -18,7 +18,7 @@ from typing import Any
 
 import typer
 
-from tpcompiler.cli import calibrate, merge, plan, start
+from tpcompiler.cli import calibrate, html_report, merge, plan, start
 from tpcompiler.cli import compile as compiling
 from tpcompiler.cli import eval as measuring
 from tpcompiler.cli import generate as generating
@@ -31,7 +31,7 @@ app = typer.Typer(
     name="tpc",
     help="A plain PyTorch transformer and a short YAML spec in, a tensor-parallel program out.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -54,6 +54,10 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
         ),
     ),
     "explain": (compiling.explain, ("tpc explain models/gpt2.py --spec specs/2way.yaml 'h.*.mlp'",)),
+    "report": (
+        html_report.report,
+        ("tpc report models/gpt2.py --spec specs/8way.yaml -o report.html",),
+    ),
     "plan": (
         plan.plan,
         (

@@ -85,16 +85,16 @@ class CostModel:
 
     @cached_property
     def work(self) -> Work:
-        return self._reader.work()
+        return self.reader.work()
 
     @cached_property
-    def _reader(self) -> WorkReader:
+    def reader(self) -> WorkReader:
         return WorkReader(self.program)
 
     @cached_property
     def _communicating(self) -> list[tuple[torch.fx.Node, bool, bool, int]]:
         """The nodes that communicate, equal ones once: (node, is it in a layer, is it recomputed, how many equal)."""
-        reader, again = self._reader, self._reader.again
+        reader, again = self.reader, self.reader.again
         found: dict[Any, list[Any]] = {}
         for node in self.program.graph.nodes:
             if node.target in CollectiveReader.KINDS:
@@ -129,7 +129,7 @@ class CostModel:
         priced = [(k, rates.price(k)) for k in self.work.kernels if k.kind not in ("view", "collective")]
         forward = sum(p.forward * k.count for k, p in priced)
         backward = sum(p.backward * k.count for k, p in priced)
-        again = sum(p.forward * k.count for k, p in priced if _recomputed(k, layout.recompute))
+        again = sum(p.forward * k.count for k, p in priced if recomputed(k, layout.recompute))
         exposed, crossing, number = self._communication(layout, rates, priced, mesh)
         update, data = self._state(layout, rates, mesh, steps, steps * (forward + backward + again))
         computing = forward + backward + again + exposed
@@ -153,7 +153,7 @@ class CostModel:
         self, layout: ParallelLayout, rates: Rates, priced: list[tuple[Kernel, Price]], mesh: Mesh
     ) -> tuple[float, float, int]:
         """The tensor ranks' collectives in a micro-batch: seconds that nothing hides, seconds in all, and bytes."""
-        reader = CollectiveReader(self.program, self.plan, rates.sizes.number, mesh, self._reader.live)
+        reader = CollectiveReader(self.program, self.plan, rates.sizes.number, mesh, self.reader.live)
         beside = {k.node: p.weights for k, p in priced}
         exposed = total = 0.0
         number = 0
@@ -161,7 +161,7 @@ class CostModel:
             repeated = count * (2 if layered and again and layout.recompute == "layer" else 1)
             for c in reader.of(node):
                 degree = mesh.degree(c.over)
-                size = _collective_bytes(c, node, rates.width, layout.overlap)
+                size = collective_bytes(c, node, rates.width, layout.overlap)
                 seconds = rates.collective(c.kind, size, degree, 1)
                 times = repeated if c.direction == "forward" else count
                 hidden = 0.0
@@ -216,13 +216,14 @@ class CostModel:
         return total + layered // max(1, self.work.layers)  # backward recomputes one layer at a time
 
 
-def _recomputed(kernel: Kernel, recompute: Recompute) -> bool:
+def recomputed(kernel: Kernel, recompute: Recompute) -> bool:
+    """Whether backward computes a kernel again."""
     if not (kernel.layered and kernel.again) or recompute == "none":
         return False
     return recompute == "layer" or kernel.kind != "product"
 
 
-def _collective_bytes(c: Collective, node: torch.fx.Node, width: int, overlap: bool) -> int:
+def collective_bytes(c: Collective, node: torch.fx.Node, width: int, overlap: bool) -> int:
     """The bytes of a collective's value under autocast: `width` per number, except for sums of the loss and of norms.
 
     A norm's result is float32 under autocast. So is the gradient of an `enter` on it, unless the product's own backward

@@ -116,7 +116,7 @@ class WorkReader:
         return self.roots.get(node, node)
 
     def work(self) -> Work:
-        kernels = self._folded_kernels(map(self._kernel, self.groups))
+        kernels = self._folded_kernels(map(self.kernel, self.groups))
         return Work(kernels, self._folded_kept(self.kept), len({frame for frame in self.layer.values() if frame}))
 
     def _groups(self) -> list[list[fx.Node]]:
@@ -201,7 +201,8 @@ class WorkReader:
                 out.add(node)
         return out
 
-    def _kernel(self, group: Sequence[fx.Node]) -> Kernel:
+    def kernel(self, group: Sequence[fx.Node]) -> Kernel:
+        """The nodes of one kernel as what they read, compute and write."""
         reads, writes = self._reads(group), self._writes(group)
         alive = any(n.name in self.live for n in group)
         wanted = tuple(n for n in reads if alive and n.name in self.live)

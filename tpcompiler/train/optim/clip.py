@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from tpcompiler.layout import Dim
+from tpcompiler.runtime import private_apis
 from tpcompiler.runtime.groups import Ranks
 from tpcompiler.runtime.mesh import Coords, Mesh, chunk
 from tpcompiler.runtime.runs import Run, positions
@@ -59,8 +60,8 @@ def grad_norm(
 ) -> Tensor:
     """The 2-norm of all gradients of the whole model: a scalar, the same on all ranks of the mesh.
 
-    Gradients are local slices, plain or as FSDP2's DTensors (whose mesh dimensions bear the names of the ranks' mesh);
-    they are whole sums, not partial. Squares are accumulated in `dtype`, or in
+    Gradients are local slices, plain or as FSDP2's DTensors, whose mesh dimensions are those of the ranks' mesh with
+    their names, or others; they are whole sums, not partial. Squares are accumulated in `dtype`, or in
     float64 where gradients are float64. One small all-reduce for each mesh dimension that anything is split over; not
     finite when any gradient is not.
     """
@@ -75,10 +76,10 @@ def grad_norm(
     # A rank may hold nothing of a parameter that others hold a part of; it still takes part in their all-reduce.
     kinds = sorted({_over(g, shares[name]) for name, g in gradients.items()})
     totals = [torch.stack(sums[over]).sum() if over in sums else zero for over in kinds]
-    for name in ranks.mesh.names:
+    for name, all_reduce in _sums_over(gradients.values(), ranks).items():
         split = [i for i, over in enumerate(kinds) if name in over]
         if split:
-            whole = ranks.group(name).all_reduce(torch.stack([totals[i] for i in split]))
+            whole = all_reduce(torch.stack([totals[i] for i in split]))
             for i, total in zip(split, whole, strict=True):
                 totals[i] = total
     return torch.stack(totals).sum().sqrt() if totals else zero
@@ -111,6 +112,20 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def _sums_over(gradients: Iterable[Tensor], ranks: Ranks) -> dict[str, Callable[[Tensor], Tensor]]:
+    """How a small tensor is summed over each mesh dimension: those of the ranks, then those that FSDP2 has beside."""
+    sums: dict[str, Callable[[Tensor], Tensor]] = {
+        name: (lambda x, name=name: ranks.group(name).all_reduce(x))  # type: ignore[misc]
+        for name in ranks.mesh.names
+    }
+    for g in gradients:
+        if isinstance(g, DTensor):
+            for i, name in enumerate(data_names(g)):
+                group = g.device_mesh.get_group(i).group_name
+                sums.setdefault(name, lambda x, group=group: private_apis.all_reduce(x, "sum", group))  # type: ignore[misc]
+    return sums
+
+
 def _over(g: Tensor, s: Share) -> tuple[str, ...]:
     return s.over + _data_dims(g)
 
@@ -119,10 +134,13 @@ def _data_dims(g: Tensor) -> tuple[str, ...]:
     """The mesh dimensions that a DTensor is sharded over."""
     if not isinstance(g, DTensor):
         return ()
-    names = g.device_mesh.mesh_dim_names
-    assert names is not None, "the data mesh needs dimension names"
     assert not any(p.is_partial() for p in g.placements), "a partial gradient has no norm yet"
-    return tuple(name for name, p in zip(names, g.placements, strict=True) if p.is_shard())
+    return tuple(name for name, p in zip(data_names(g), g.placements, strict=True) if p.is_shard())
+
+
+def data_names(x: DTensor) -> tuple[str, ...]:
+    """The names of the dimensions of a DTensor's mesh; `data0`, … where it has none."""
+    return x.device_mesh.mesh_dim_names or tuple(f"data{i}" for i in range(x.device_mesh.ndim))
 
 
 def _pieces(

@@ -1,0 +1,1 @@
+"""The page of `tpc report`: what was split, what crosses ranks, memory and time, the diff, the verdict."""
