@@ -100,10 +100,10 @@ class Data(Section):
 class Group(Section):
     """Parameters that are trained in another way."""
 
-    match: str = Field(min_length=1, description="A glob of parameters' names.", examples=["*.wte.weight"])
+    match: str = Field(min_length=1, description="Glob over parameter names.", examples=["*.wte.weight"])
     lr: float = Field(default=1.0, ge=0, description="Factor on the learning rate.")
     weight_decay: float | None = Field(
-        default=None, ge=0, description="Instead of the optimizer's, for norms and biases too."
+        default=None, ge=0, description="Weight decay instead of the optimizer's. It acts on norms and biases too."
     )
 
 
@@ -123,14 +123,14 @@ class Optimizer(Section):
         default=None,
         gt=0,
         lt=1,
-        description="Keeps an average of the weights in checkpoints: of each step's, this share of the step's before. "
-        "`tpc merge --average` gives it. Left out: none.",
+        description="Keeps an exponential moving average of the weights in checkpoints, which decays by this factor at "
+        "every step. `tpc merge --average` writes it. Default: no average.",
         examples=[0.999],
     )
     groups: Annotated[tuple[Group, ...], BeforeValidator(_tuple)] = Field(
         default=(),
         description="Parameters that are trained in another way: {match: a glob of names, lr: a factor, weight_decay}. "
-        "The first that matches counts.",
+        "The first group that matches a parameter counts.",
         examples=[[{"match": "*.bias", "lr": 2.0}]],
     )
 
@@ -143,57 +143,62 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
-    """Warm-up from 0, linear; then the decay."""
+    """The learning rate as a function of the step: a linear warm-up from 0, then a decay."""
 
     decay: Literal["cosine", "linear", "constant", "inverse_sqrt", "stable"] = Field(
         default="cosine",
         description="How the learning rate falls. cosine, linear: from the warm-up to `until`. constant: not at all. "
-        "inverse_sqrt: with one over the root of the step. stable: not until the last `cooldown` of the steps before "
-        "`until`, "
-        "then by a line.",
+        "inverse_sqrt: with one over the square root of the step. stable: not at all at first, then linearly during "
+        "the last share `cooldown` of the steps until `until`.",
     )
-    cooldown: Fraction = Field(default=0.2, gt=0, description="stable only: share of `until` that the fall takes.")
+    cooldown: Fraction = Field(default=0.2, gt=0, description="For stable: the share of `until` in which it falls.")
     warmup: int = Field(default=0, ge=0, description="Steps until the peak learning rate.")
     until: int | None = Field(
-        default=None, gt=0, description="The step at which `min_lr` is reached. Left out: the last step."
+        default=None, gt=0, description="The step at which `min_lr` is reached. Default: the last step."
     )
-    min_lr: float = Field(default=1e-5, ge=0, description="What the learning rate falls to.")
+    min_lr: float = Field(default=1e-5, ge=0, description="The learning rate at the end of the decay.")
 
 
 class LossScale(Section):
     """Dynamic loss scaling (Micikevicius et al., arXiv 1710.03740). Only fp16 uses it."""
 
     start: float = Field(default=2.0**16, gt=0, description="The first scale.")
-    growth: float = Field(default=2.0, gt=1, description="Factor after `interval` good steps in a row.")
-    backoff: float = Field(default=0.5, gt=0, lt=1, description="Factor after a step whose gradients are not finite.")
-    interval: int = Field(default=1000, gt=0, description="Good steps before the scale grows.")
-    smallest: float = Field(default=1.0, gt=0, description="Below this the run stops: the fault is not the scale's.")
+    growth: float = Field(default=2.0, gt=1, description="Factor on the scale after `interval` good steps in a row.")
+    backoff: float = Field(
+        default=0.5, gt=0, lt=1, description="Factor on the scale after a step whose gradients are not finite."
+    )
+    interval: int = Field(default=1000, gt=0, description="How many good steps in a row let the scale grow.")
+    smallest: float = Field(
+        default=1.0,
+        gt=0,
+        description="The run stops when the scale falls below this, as the scale is not the cause then.",
+    )
 
 
 class Evaluation(Section):
     """Loss on held-out text, while training."""
 
     every: int = Field(default=1000, ge=0, description="Steps between evaluations; 0: never.")
-    batches: int = Field(default=10, gt=0, description="Global batches an evaluation averages over.")
+    batches: int = Field(default=10, gt=0, description="How many global batches an evaluation averages over.")
 
 
 class Checkpoints(Section):
-    """What is kept to go on from."""
+    """When checkpoints are written, and which are kept."""
 
-    every: int = Field(default=1000, ge=0, description="Steps between checkpoints; 0: only the last step's.")
-    keep: int = Field(default=2, gt=0, description="How many of the latest are kept.")
+    every: int = Field(default=1000, ge=0, description="Steps between checkpoints; 0: only at the last step.")
+    keep: int = Field(default=2, gt=0, description="How many of the latest checkpoints are kept.")
     keep_best: bool = Field(
-        default=True, description="Whether the one with the lowest evaluation loss is kept as well."
+        default=True, description="Whether the checkpoint with the lowest evaluation loss is kept as well."
     )
 
 
 class Logging(Section):
-    """What is written down."""
+    """What a run logs."""
 
     every: int = Field(default=1, gt=0, description="Steps between records.")
     tensorboard: bool | None = Field(
         default=None,
-        description="Whether a TensorBoard log is written beside log.jsonl. Left out: when the package is there.",
+        description="Whether a TensorBoard log is written besides log.jsonl. Default: if the package is installed.",
     )
     wandb: str | None = Field(
         default=None, min_length=1, description="A project of Weights & Biases that gets the records as well."
