@@ -276,9 +276,9 @@ def test_diff_shows_every_collective_of_the_program(capsys: pytest.CaptureFixtur
     lines, rows = json.loads(out)["lines"], json.loads(out)["collectives"]
     assert all(x["plain"] == x["sharded"] or x["change"] != "same" or "#" in x["sharded"] for x in lines)
     found = [x["collective"] for x in lines if x["collective"]]
-    # Equal layers are one class, and one row; the loss's two reductions stand in one line.
-    assert found.count("backward") == sum(r["direction"] == "backward" for r in rows) > 0
-    assert found.count("forward") == sum(r["direction"] == "forward" for r in rows) - 1 > 0
+    # Equal layers are one class, and one row. The loss communicates forward and backward in one line, a forward one.
+    assert found.count("backward") == sum(r["direction"] == "backward" for r in rows) - 1 > 0
+    assert found.count("forward") == sum(r["direction"] == "forward" for r in rows) > 0
     status, out, _ = run(capsys, "diff", MODEL, "--spec", SPEC, *SMALL)
     assert status == 0
     assert "class Block(nn.Module):  × 2" in out

@@ -178,7 +178,7 @@ def test_a_program_without_weights_says_so(tmp_path: Path) -> None:
     def fill(ranks: Ranks) -> None:
         load(model(ranks), tmp_path / "program", ranks)
 
-    with pytest.raises(TpcError, match=r"program: holds the program alone, no weights; tpc shard --weights"):
+    with pytest.raises(TpcError, match=r"program: holds a program without weights; tpc shard --weights"):
         run_ranks(program.program.mesh, fill)
 
 

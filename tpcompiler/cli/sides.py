@@ -19,9 +19,10 @@ _FEW = 7  # lines; shorter repetitions are not layers
 _TWO_PROGRAMS = 160  # columns; from this width on, two programs are shown side by side
 _HANG = 4  # columns by which the rest of a long line is indented further
 _ALIKE = 0.55  # similarity above which two lines count as one changed line
-# Calls of the runtime's operators, which a program imports by name; `F.cross_entropy` is torch's.
+# Calls of the runtime's operators, which a program imports by name; `F.cross_entropy` is torch's. The plain program
+# calls `linear_cross_entropy` as well, but without a group.
 _FORWARD = re.compile(
-    r"(?<![.\w])(reduce|gather|gather_sequence|scatter_sequence|cross_entropy|linear_cross_entropy)\("
+    r"(?<![.\w])((reduce|gather|gather_sequence|scatter_sequence|cross_entropy)\(|linear_cross_entropy\(.*\bgroup=)"
 )
 _BACKWARD = re.compile(r"(?<![.\w])enter\(")
 _ALIKE_LAYERS = re.compile(r"\((\d+) alike\)")  # in the docstring of an emitted class

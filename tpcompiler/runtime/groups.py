@@ -28,11 +28,11 @@ BACKWARD = "backward"
 
 
 class Group:
-    """The ranks that differ from this one on the mesh dimensions `over`, this one being the `index`-th of `size`.
+    """The ranks that differ from this rank only on the mesh dimensions `over`. This rank is the `index`-th of `size`.
 
-    Every method is collective: all ranks of the group call it in the same order with the same arguments. Results are
-    new tensors, or the argument itself in a group of one. `direction` tells a recording group on whose behalf the
-    call is made; it changes nothing. None of the methods is differentiable: `tpcompiler.runtime.operators` is.
+    Every method is collective: all ranks of the group must call it in the same order with the same arguments. Results
+    are new tensors, or the argument itself in a group of one. `direction` says whether forward or backward calls; only
+    a group that records uses it. The methods cannot be differentiated, those in `tpcompiler.runtime.operators` can.
     """
 
     def __init__(self, size: int = 1, index: int = 0, over: tuple[str, ...] = ()) -> None:
@@ -55,15 +55,15 @@ class Group:
         return tuple(stop - start for start, stop in (part(n, self.size, i) for i in range(self.size)))
 
     def labelled(self, label: str) -> Group:
-        """The same group; a recording group writes `label` beside the collectives called through the result."""
+        """The same group, whose collectives a recording group records with this label."""
         return self
 
     def all_reduce(self, x: Tensor, op: str = "sum", direction: str = FORWARD) -> Tensor:
-        """The elementwise sum (or "max") of all ranks' `x`, which have one shape."""
+        """The elementwise sum of all ranks' `x`, or their maximum with "max". All have the same shape."""
         return x
 
     def begin_all_reduce(self, x: Tensor, direction: str = FORWARD) -> Tensor:
-        """A sum that may be under way still: nobody reads it before `finish`, nor writes `x`."""
+        """Starts an all-reduce. The result must not be read, and `x` not written to, before `finish`."""
         return self.all_reduce(x, direction=direction)
 
     def begin_all_gather(self, x: Tensor, direction: str = FORWARD) -> Tensor:
@@ -75,13 +75,13 @@ class Group:
         return x
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None, direction: str = FORWARD) -> Tensor:
-        """All ranks' `x` one after the other along `dim`; `sizes` are their lengths when they differ."""
+        """The concatenation of all ranks' `x` along `dim`. `sizes` are their lengths, if these differ."""
         return x
 
     def reduce_scatter(
         self, x: Tensor, dim: int, sizes: Sequence[int] | None = None, direction: str = FORWARD
     ) -> Tensor:
-        """This rank's chunk along `dim` of the sum of all `x`; `sizes` are the chunks' lengths when they differ."""
+        """This rank's chunk along `dim` of the sum of all `x`. `sizes` are the chunks' lengths, if these differ."""
         return x
 
     def __repr__(self) -> str:
@@ -89,10 +89,10 @@ class Group:
 
 
 class ProcessGroup(Group):
-    """A group whose ranks are processes, named `name` among `torch.distributed`'s process groups.
+    """A group whose ranks are processes. `name` is the name of its process group in `torch.distributed`.
 
-    The collectives return new tensors and take the group's bare name, so that torch.compile can trace them.
-    `slots[i]` is the place in the process group of the group's i-th rank.
+    The collectives return new tensors and take the name of the group, so that torch.compile can trace them. `slots[i]`
+    is the rank, within the process group, of the i-th rank of this group.
     """
 
     def __init__(self, name: str, size: int, index: int, over: tuple[str, ...], slots: tuple[int, ...]) -> None:
@@ -151,8 +151,8 @@ def _pad(x: Tensor, dim: int, length: int) -> Tensor:
 class Ranks:
     """One rank's place on the mesh, and its communication groups.
 
-    `connect(over)` makes the group over mesh dimensions; it is called once for each `over` whose degree exceeds 1, and
-    is collective for process groups: every rank asks for its groups in the same order, as SPMD programs do.
+    `connect(over)` makes the group over mesh dimensions. It is called once for each `over` whose degree exceeds 1. For
+    process groups it is collective: every rank must ask for its groups in the same order, as SPMD programs do.
     """
 
     def __init__(
@@ -174,7 +174,8 @@ class Ranks:
     def group(self, *over: str | tuple[str, ...]) -> Group:
         """The group over one mesh dimension or several: `group("tensor")`, `group("kv", "heads")`, `group(("kv",))`.
 
-        Dimensions that the mesh lacks are an error; with none, or of degree 1, the group is this rank alone.
+        Raises `TpcError` for a dimension that the mesh does not have. Without dimensions, or over dimensions of degree
+        1, the group is this rank alone.
         """
         names = tuple(n for o in over for n in ((o,) if isinstance(o, str) else o))
         if names not in self._groups:
@@ -188,20 +189,20 @@ class Ranks:
         return self._groups[names]
 
     def beside(self) -> Ranks:
-        """The same place with groups of its own: what is sent in them does not wait for what is sent in these."""
+        """The same place with other groups. Collectives in these do not wait for collectives in the present ones."""
         return Ranks(self.mesh, self.rank, self._connect, self.timeout)
 
     @classmethod
     def single(cls) -> Ranks:
-        """The only rank."""
+        """The place of the only rank of a mesh without dimensions."""
         return cls(Mesh(()), 0)
 
     @classmethod
     def from_env(cls, mesh: Mesh, backend: str | None = None, timeout: timedelta | None = None) -> Ranks:
-        """This process's place, after `torchrun`'s environment; joins the other processes when nobody did before.
+        """This process's place by `torchrun`'s environment. Joins the other processes, if that has not been done yet.
 
-        `backend` is NCCL with CUDA and gloo without, unless given; `timeout` is that of every group.
-        A mesh of one rank needs no other processes.
+        `backend` is by default NCCL with CUDA, else gloo. `timeout` is that of every group. A mesh of one rank needs no
+        other processes. Raises `TpcError` when the number of processes is not that of the mesh.
         """
         if not dist.is_initialized():
             if mesh.size == 1:
@@ -218,9 +219,9 @@ class Ranks:
     def from_device_mesh(cls, device_mesh: Any, mesh: Mesh | None = None) -> Ranks:
         """This process's place on a `torch.distributed.DeviceMesh` whose dimensions have names.
 
-        `mesh` is a program's. It may have a dimension of the device mesh as factors, tensor 8 as tensor0 2 × tensor1 4,
-        and then so do the ranks. What the device mesh has beyond it (pipeline stages, copies) stays as it is.
-        Errors: `TpcError` when a dimension has no name, is missing or has another degree.
+        `mesh` is that of a program. It may have a dimension of the device mesh in factors, such as tensor 8 as
+        tensor0 2 × tensor1 4. Other dimensions of the device mesh, such as pipeline stages, have no influence. Raises
+        `TpcError` when a dimension has no name, is missing or has another degree.
         """
         names, coordinate = device_mesh.mesh_dim_names, device_mesh.get_coordinate()
         if names is None:
@@ -260,12 +261,12 @@ def _init_from_env(mesh: Mesh, backend: str | None, timeout: timedelta | None) -
 def _connector(
     mesh: Mesh, rank: int, world: Sequence[int], timeout: timedelta | None = None
 ) -> Callable[[tuple[str, ...]], Group]:
-    """Makes process groups; `world[r]` is the process that plays the mesh's rank r."""
+    """A function that makes process groups. `world[r]` is the process that is rank r of the mesh."""
 
     def connect(over: tuple[str, ...]) -> Group:
         mine = None
-        # A process group is made by all processes together, members or not, in one order. Where the mesh is only a
-        # part of the processes, those outside it do not come: there its members alone make it.
+        # All processes must make a process group together and in the same order, even those that are not in it. If the
+        # mesh has only some of the processes, the others do not take part, and its members alone make the group.
         everybody = len(world) == dist.get_world_size()
         for first in range(mesh.size):
             members = mesh.group(over, first)
@@ -283,7 +284,7 @@ def _connector(
 
 
 def _factors(coarse: Mesh, fine: Mesh) -> dict[str, tuple[tuple[str, int], ...]]:
-    """The dimensions of `fine` that each one of `coarse` is made of: its own name, or that with a number behind it."""
+    """The dimensions of `fine` that each dimension of `coarse` consists of: the same one, or numbered factors of it."""
     out: dict[str, tuple[tuple[str, int], ...]] = {}
     for name, degree in coarse.dims:
         parts = tuple(d for d in fine.dims if d[0] == name or re.fullmatch(rf"{re.escape(name)}\d+", d[0]))

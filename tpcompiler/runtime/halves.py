@@ -1,8 +1,8 @@
-"""Layers on two halves of a batch that take turns on the device: one computes while the other waits for other ranks.
+"""Runs layers on two halves of a batch in turn: one half computes while the other waits for other ranks.
 
-In a program's graph `cut_batch` and `join_batch` mark where that begins and ends. The emitted source says it with
-`Halves`. Nothing is computed twice, and no value changes: every operation between the marks treats the samples of a
-batch apart from each other, which the checker proves.
+In a program's graph, `cut_batch` and `join_batch` mark where that begins and ends. The emitted source writes it as
+`Halves`. Nothing is computed twice, and no value changes, because every operation between the marks computes each
+sample by itself. The checker proves this.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from tpcompiler.runtime.random import Rng
 
 
 def cut_batch(x: Tensor) -> Tensor:
-    """`x`, whose first dimension is the batch, on its way to layers that compute its halves in turn."""
+    """Marks `x`, whose first dimension is the batch: the layers that follow compute its halves in turn. Returns `x`."""
     return x.view_as(x)
 
 
 def join_batch(x: Tensor) -> Tensor:
-    """`x`, whose halves layers have computed in turn, whole again."""
+    """Marks `x`, whose halves were computed in turn: what follows computes the whole batch. Returns `x`."""
     return x.view_as(x)
 
 
 class Halves:
-    """`for layer in layers: x = layer(x, *rest)`, on two halves of the batch, each on a CUDA stream of its own.
+    """Runs `for layer in layers: x = layer(x, *rest)` on two halves of the batch, each on a CUDA stream of its own.
 
-    The halves communicate in groups of their own, so that neither waits for the other's messages: a device that has
-    nothing to compute for one half computes for the other, forward and backward. `cut` are the places of the arguments
-    that have a row a sample; all others go to both halves. Masks of dropout are those of the whole batch.
+    Each half communicates in groups of its own, so that neither waits for the other's collectives. While one half
+    waits, the device computes for the other, forward and backward. `cut` lists the positions of the arguments with one
+    row per sample; both halves get all other arguments. Masks of dropout are those of the whole batch.
 
-    The batch stays whole where there is nothing to halve or nothing would be gained: an odd batch, layers with hooks
-    (FSDP2's), and a program that torch.compile traces as one graph. Collective: every rank makes its groups here.
+    The batch is not halved if it is odd, if the layers have hooks (as FSDP2's do), or if torch.compile traces the
+    program as one graph. The constructor is collective, because every rank makes its groups in it.
     """
 
     def __init__(self, layers: Iterable[nn.Module], ranks: Ranks, cut: Sequence[int] = (0,)) -> None:
@@ -74,7 +74,7 @@ class Halves:
         main = torch.cuda.current_stream(x.device)
         side = self._beside(x.device)
         side.wait_stream(main)
-        for t in second:  # their memory may be used again only after `side` has read them, in backward too
+        for t in second:  # their memory must not be used again before `side` has read them, in backward as well
             t.record_stream(side)
         for layer, twin in zip(self.layers, self.twins, strict=True):
             x = layer(x, *beside_x)
@@ -87,12 +87,12 @@ class Halves:
     def _beside(self, device: torch.device) -> torch.cuda.Stream:
         if self._stream is None or self._stream.device != device:
             self._stream = torch.cuda.Stream(device)
-            # Autograd adds the halves' gradients of a parameter on the stream of the first half, and says so.
+            # Autograd adds both halves' gradients of a parameter on the stream of the first half, and warns of that.
             getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", _nothing)(False)
         return self._stream
 
     def _twin(self, module: nn.Module, ranks: Ranks) -> nn.Module:
-        """The same parameters and buffers in a module that communicates and draws for the second half."""
+        """A copy of a module for the second half. It shares parameters and buffers, but not groups and `Rng`."""
         twin = copy.copy(module)  # shares the dictionaries of parameters and buffers
         own = vars(twin)
         own["_modules"] = {name: self._twin(m, ranks) for name, m in module.named_children()}
@@ -106,7 +106,7 @@ class Halves:
 
 
 def twins_of(module: nn.Module) -> list[nn.Module]:
-    """The layers that compute second halves anywhere in a module. They are not among its submodules."""
+    """The copies of layers that compute second halves in a module. They are not among its submodules."""
     return [t for m in module.modules() for v in vars(m).values() if isinstance(v, Halves) for t in v.twins]
 
 
@@ -115,7 +115,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _nothing(_: bool) -> None:
-    """Where torch does not know the warning."""
+    """Stands in for the switch of a warning that this torch does not have."""
 
 
 __all__ = ["Halves", "cut_batch", "join_batch", "twins_of"]

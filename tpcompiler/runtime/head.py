@@ -1,8 +1,9 @@
 """The output layer and its loss as one operator, so that the logits of a batch never exist in 32 bits.
 
-Tokens go through in chunks. While one chunk is multiplied, three numbers a token of the chunk before it cross ranks, in
-one all-gather. As soon as these are there, the chunk's logits become their own gradient, in place. Backward multiplies
-that gradient by the weight and by the input, and starts the all-reduce of the first before it computes the second.
+The tokens are computed in chunks. While one chunk is multiplied by the weight, an all-gather exchanges three numbers
+per token of the chunk before. When it is done, that chunk's logits are overwritten by their gradient. Backward
+multiplies the gradient by the weight, starts the all-reduce of that product, and then multiplies the gradient by the
+input.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`F.cross_entropy(F.linear(enter(x, group), weight, bias).flatten(0, -2), target)`, the "mean" or the "sum".
 
-    `x` is `[..., width]`, the same on all ranks, and so is `target`, global classes, one a token. This rank holds the
-    classes `rows`; `weight` is `[classes, width]` and may have padding after them. Without a group it holds them all.
-    The loss is computed in `dtype`, by default in that of the logits, and half precision in float32. A target that is
-    no class at all gives nan, not a plausible number.
+    `x` is `[..., width]`. `target` has a global class for each token. Both are the same on all ranks. This rank holds
+    the classes `rows`, or all classes without a group. `weight` is `[classes, width]` and may have padding after the
+    classes. The loss is computed in `dtype`, by default that of the logits, and for half precision in float32. A target
+    that is not a class gives nan, so that it is noticed.
     """
     assert reduction in ("mean", "sum"), reduction
     group = Group() if group is None else group
@@ -122,9 +123,10 @@ class _Loss(torch.autograd.Function):
 
 
 def chunk_numbers(logits: Tensor, labels: Tensor, rows: Runs, dtype: torch.dtype) -> Tensor:
-    """What the other ranks must know of a chunk, `[1, 3, tokens]`.
+    """The numbers `[1, 3, tokens]` of a chunk that the other ranks need.
 
-    For each token: log Σ exp of the logits here, that of the target, or 0, and whether the target is here.
+    They are, for each token: log Σ exp over this rank's logits; the target's logit, or 0 if another rank holds it; and
+    whether this rank holds it.
     """
     local, held = local_ids(labels, rows)
     if logits.shape[1] == 0:
@@ -150,9 +152,9 @@ def chunk_losses(
     trained: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The sum of a chunk's losses, and its gradient with respect to the logits here, which may be written to `out`.
+    """The sum of a chunk's losses, and its gradient with respect to this rank's logits, which may be written to `out`.
 
-    `numbers` are all ranks' `chunk_numbers`. The gradient of one token is p_c − [c = y], and 0 where it is ignored.
+    `numbers` are the `chunk_numbers` of all ranks. The gradient is p_c − [c = y] for class c, and 0 for ignored tokens.
     """
     local, held = local_ids(labels, rows)
     counted = labels != ignore_index

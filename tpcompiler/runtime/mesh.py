@@ -1,4 +1,4 @@
-"""The arithmetic of a mesh of ranks: who holds what, without a process group in sight."""
+"""The arithmetic of a mesh of ranks: which rank holds what. It needs no process groups."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Coords = Mapping[str, int]  # mesh dimension → this rank's place on it
 
 
 def part(size: int, degree: int, index: int) -> Run:
-    """The `index`-th of `degree` parts of `range(size)`: contiguous, in order, the longer ones first.
+    """The `index`-th of `degree` contiguous parts of `range(size)`. Longer parts come first.
 
-    25 over 8 is 4, 3, 3, 3, 3, 3, 3, 3.
+    25 elements over 8 ranks are 4, 3, 3, 3, 3, 3, 3, 3.
     """
     q, r = size // degree, size % degree  # divmod would not do for torch.compile's symbolic sizes
     start = index * q + min(index, r)
@@ -24,14 +24,14 @@ def part(size: int, degree: int, index: int) -> Run:
 
 
 def chunk(size: int, degree: int, index: int) -> Run:
-    """`torch.chunk`'s parts, which are FSDP2's: as long as ceil allows, the last ones short or empty."""
+    """The `index`-th part as `torch.chunk` and FSDP2 divide: ceil(size / degree) elements each, until none are left."""
     longest = -(-size // degree)
     return min(index * longest, size), min((index + 1) * longest, size)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Named dimensions of ranks, the last one fastest: rank = ((c0 · d1) + c1) · d2 + …"""
+    """Named dimensions of ranks. The last dimension varies fastest: rank = ((c0 · d1) + c1) · d2 + …"""
 
     dims: tuple[tuple[str, int], ...]
 
@@ -69,14 +69,14 @@ class Mesh:
         return r
 
     def index(self, over: tuple[str, ...], coords: Coords) -> int:
-        """A rank's place among the `degree(over)` ranks that differ on `over`, first name major."""
+        """A rank's index among the `degree(over)` ranks that differ only on `over`. The first name is major."""
         i = 0
         for name in over:
             i = i * self[name] + coords[name]
         return i
 
     def group(self, over: tuple[str, ...], rank: int) -> tuple[int, ...]:
-        """The ranks that share all but the `over` coordinates with `rank`, in the order of `index`."""
+        """The ranks that differ from `rank` only on `over`, in the order of `index`."""
         mine = self.coords(rank)
         places = product(*(range(self[name]) for name in over))
         return tuple(self.rank({**mine, **dict(zip(over, place, strict=True))}) for place in places)

@@ -1,7 +1,7 @@
-"""Norms over a dimension that is spread over ranks: the statistic is reduced, a few numbers a token.
+"""Norms over a dimension that is split over ranks. Only statistics are reduced, a few numbers per token.
 
-Full-width query and key norms need it (the norm is taken before the heads are told apart). Forward, each statistic is
-one all-reduce; backward, its gradient is another: what every rank computes with it differs.
+Norms of queries and keys over all heads at once need this. Each statistic is one all-reduce in forward. Its gradient is
+another in backward, because each rank computes something else with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tpcompiler.runtime.operators import enter, reduce
 
 
 def rms_norm(x: Tensor, group: Group, size: int, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """`F.rms_norm` over the last dimension, which has `size` elements; this rank holds some, and of `weight`."""
+    """`F.rms_norm` over the last dimension, which has `size` elements. This rank holds a part of it and of `weight`."""
     x_wide = wide(x)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     square = _total(x_wide.square(), group, size)
@@ -25,7 +25,8 @@ def rms_norm(x: Tensor, group: Group, size: int, weight: Tensor | None = None, e
 def layer_norm(
     x: Tensor, group: Group, size: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """`F.layer_norm` over the last dimension, which has `size` elements; this rank holds some, and of weights."""
+    """`F.layer_norm` over the last dimension, which has `size` elements. This rank holds a part of it, of `weight` and
+    of `bias`."""
     x_wide = wide(x)
     centred = x_wide - enter(_total(x_wide, group, size), group)
     variance = _total(centred.square(), group, size)
@@ -39,5 +40,5 @@ def _total(x: Tensor, group: Group, size: int) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """Half precision as float32; other dtypes as they are."""
+    """Casts half precision to float32. Other dtypes stay."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,4 +1,4 @@
-"""The operators that stand between local computations: what crosses ranks, forward and backward.
+"""The operators between local computations: how they communicate, forward and backward.
 
 | operator           | forward                      | backward                     |
 |--------------------|------------------------------|------------------------------|
@@ -10,9 +10,9 @@
 | `gather_sequence`  | all-gather                   | reduce-scatter               |
 | `scatter_sequence` | reduce-scatter               | all-gather                   |
 
-`enter` and `reduce` are Megatron's f and g (arXiv 1909.08053, §3), the last two those of sequence parallelism
-(arXiv 2205.05198, §4). The collectives' own autograd formulas are not these (an all-reduce's backward there is another
-all-reduce), hence the `autograd.Function`s. A group of one rank makes every operator the plain one.
+`enter` and `reduce` are Megatron's f and g (arXiv 1909.08053, §3). The last two are those of sequence parallelism
+(arXiv 2205.05198, §4). They are `autograd.Function`s, because torch's own collectives have other gradients: there, the
+backward of an all-reduce is another all-reduce. In a group of one rank, no operator communicates.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ from tpcompiler.runtime.runs import Runs, length, local_ids, put_rows, take_rows
 
 
 def enter(x: Tensor, group: Group) -> Tensor:
-    """`x`, the same on all ranks, on its way to operations whose results differ by rank: its gradient is summed."""
+    """Returns `x`, which is the same on all ranks, for operations that differ by rank. Its gradient is all-reduced."""
     return x if group.size == 1 else _Enter.apply(x, group)
 
 
 def reduce(x: Tensor, group: Group) -> Tensor:
-    """The sum of all ranks' partial `x`, on all of them; each rank's gradient is the sum's."""
+    """The sum of all ranks' partial `x`, on every rank. Each `x` gets the gradient of the sum."""
     return x if group.size == 1 else _Reduce.apply(x, group)
 
 
 def gather(x: Tensor, group: Group, dim: int, rows: Sequence[Runs]) -> Tensor:
-    """The whole value, on all ranks, of which each holds the rows `rows[index]` along `dim`.
+    """The whole value, on every rank. The i-th rank of the group holds its rows `rows[i]` along `dim`.
 
-    `rows` are runs of global indices for each rank of the group in order; uneven, strided and shared ones are allowed.
+    `rows` are runs of global indices. They may be uneven or strided, and several ranks may hold the same rows.
     """
     return take_whole(x, dim, rows[0]) if group.size == 1 else _Gather.apply(x, group, dim % x.dim(), rows)
 
 
 def take_whole(x: Tensor, dim: int, rows: Runs) -> Tensor:
-    """A gather among one rank: its rows, put in order."""
+    """`gather` in a group of one rank: puts its rows in order."""
     return put_rows(x, dim, (rows,))
 
 
 def take(x: Tensor, dim: int, rows: Runs) -> Tensor:
-    """The running rank's rows of a replicated value, along `dim`."""
+    """This rank's rows, along `dim`, of a value that every rank holds whole."""
     return take_rows(x, dim, rows)
 
 
 def lookup(weight: Tensor, ids: Tensor, rows: Runs, padding_idx: int | None = None) -> Tensor:
-    """`F.embedding` of the rows held here, zero for ids held elsewhere: a partial value, `[*ids, width]`.
+    """`F.embedding` with this rank's rows, and zero for ids of other ranks: a partial value `[*ids, width]`.
 
-    `rows` are the global ids of `weight`'s rows; further rows of `weight` are padding. As in `F.embedding`, the row of
-    `padding_idx` (global) gets no gradient.
+    `rows` are the global ids of the rows of `weight`; further rows of `weight` are padding. As in `F.embedding`, the
+    row of `padding_idx` (a global id) gets no gradient.
     """
     if length(rows) == 0:
         weight, rows = F.pad(weight, (0, 0, 0, 1)), ((-1, 0),)  # no id is negative; the gradient still reaches weight
@@ -82,15 +82,16 @@ def _place(index: int, rows: Runs) -> int | None:
 
 
 def gather_sequence(x: Tensor, group: Group, dim: int, size: int | None = None) -> Tensor:
-    """The whole value, about to be used differently by each rank: all-gather forward, reduce-scatter backward.
+    """The whole value, for operations that differ by rank: an all-gather in forward, a reduce-scatter in backward.
 
-    `size` is the whole length along `dim` where it may not divide by the degree; the parts are then `group.part`'s.
+    `size` is the whole length along `dim`. It is needed if it may not divide by the degree; ranks then hold the parts
+    of `group.part`.
     """
     return x if group.size == 1 else _GatherSequence.apply(x, group, dim, _sizes(group, size))
 
 
 def scatter_sequence(x: Tensor, group: Group, dim: int) -> Tensor:
-    """This rank's part along `dim` of the sum of partial values: reduce-scatter forward, all-gather backward."""
+    """This rank's part, along `dim`, of the sum of partial values: reduce-scatter forward, all-gather backward."""
     return x if group.size == 1 else _ScatterSequence.apply(x, group, dim, _sizes(group, x.shape[dim]))
 
 

@@ -1,8 +1,8 @@
-"""Products whose communication runs beside them.
+"""Products whose communication overlaps with computation.
 
-`entered_linear` is `enter` followed by products of what entered. Backward, the all-reduce of its input's gradient is
-started as soon as that gradient is there, the gradients of the weights are computed meanwhile, and then it is waited
-for: Megatron's `LinearWithAsyncCommunication`, for several products of one input.
+`entered_linear` is `enter` followed by products with several weights. Backward computes the gradient of the input,
+starts its all-reduce, computes the gradients of the weights, and then waits. Megatron-LM's
+`LinearWithAsyncCommunication` does the same for one product.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tpcompiler.runtime.groups import BACKWARD, Group
 def entered_linear(
     x: Tensor, group: Group, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """`F.linear(enter(x, group), weights[i], biases[i])` for every i, the same values and gradients to the bit.
+    """`F.linear(enter(x, group), weights[i], biases[i])` for every i. Values and gradients are equal bit for bit.
 
-    `x` is `[..., width]`, the same on all ranks; a weight is `[rows, width]`. Under autocast the operands are cast as
-    `F.linear`'s are, and the gradient that crosses ranks has 16 bits.
+    `x` is `[..., width]` and the same on all ranks. A weight is `[rows, width]`. Under autocast, operands are cast as
+    by `F.linear`, and the gradient that is reduced has 16 bits.
     """
     if group.size == 1:
         return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))

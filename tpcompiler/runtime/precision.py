@@ -7,5 +7,5 @@ from torch import nn
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`module.to(dtype)` for real numbers alone, in place: complex ones (rotations) would lose their imaginary part."""
+    """`module.to(dtype)` in place, except for complex tensors, which would lose their imaginary part."""
     return module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)

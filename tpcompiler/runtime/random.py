@@ -1,9 +1,9 @@
-"""Dropout whose mask is a function of where an element stands in the unsharded run, not of who computes it.
+"""Dropout whose mask depends on an element's place in the unsharded run, and not on the rank that computes it.
 
 The mask is a hash, Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), of (seed, step,
-site, global element index). Any layout over tensor- and data-parallel ranks and micro-batches gives bit for bit the
-mask of the unsharded model. It is plain integer operations of torch: the same bits on CPU and GPU, and torch.compile
-fuses them.
+site, global element index). Any layout over tensor- and data-parallel ranks and micro-batches gives the mask of the
+unsharded model, bit for bit. The hash consists of integer operations of torch, which give the same bits on CPU and GPU
+and which torch.compile fuses.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ShardedRows = tuple[int, int, Runs]  # dimension, its global size, the rows held
 
 
 class Rng:
-    """What dropout draws from: a seed, the optimizer step, and where the micro-batch stands in the step's batch.
+    """The state that dropout draws from: a seed, the optimizer step, and the micro-batch's first sample in the step.
 
-    The numbers are held in a tensor, so that a compiled program is not compiled again when they change. It stays on the
-    CPU unless moved; a step's forward and backward must both run before `at` is called for the next.
+    The numbers are in a tensor, so that a compiled program is not compiled again when they change. It is on the CPU
+    unless it is moved. Forward and backward of a step must both have run before `at` is called for the next step.
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
@@ -46,18 +46,18 @@ class Rng:
         return self
 
     def follow(self, other: Rng, samples: int) -> None:
-        """Moves to where `other` stands, and so many samples on."""
+        """Takes over the place of `other`, moved on by `samples` samples."""
         self.state = other.state.clone()
         self.state[3] += samples
 
     def to(self, device: torch.device | str) -> Rng:
-        """Moves the numbers to where they will be used."""
+        """Moves the tensor of numbers to the device that uses them."""
         self.state = self.state.to(device)
         return self
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = ROUNDS) -> list[Tensor]:
-    """Four words of 32 random bits, in int64, from four words of counter and two of key, which broadcast."""
+    """Four words of 32 random bits, as int64, from four words of a counter and two of a key, which are broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for i in range(rounds):
@@ -82,9 +82,9 @@ def dropout(
 ) -> Tensor:
     """`F.dropout` with a mask that no layout changes; `p` counts in steps of 2⁻¹⁶.
 
-    `site` (below 2³²) tells the calls of one step apart. `rows` = (dimension, global size, rows held) for each sharded
-    dimension. `batch_dim` counts samples, or rows of `samples` samples one after the other, (b s); None: no dimension
-    does.
+    `site` (below 2³²) tells the calls of one step apart. `rows` has (dimension, global size, rows held) for each
+    sharded dimension. `batch_dim` is the dimension of samples, or None if there is none. With `samples`, it holds the
+    rows of so many samples, one sample after the other: (b s).
     """
     if not training or p == 0:
         return x
@@ -95,7 +95,7 @@ def dropout(
 
 
 class _Dropout(torch.autograd.Function):
-    """Keeps one bit an element for backward."""
+    """Scales and masks `x`. It keeps one bit per element for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: Tensor, scale: float, packing: _Packing) -> Tensor:
@@ -116,9 +116,9 @@ def _scaled(x: Tensor, keep: Tensor, scale: float) -> Tensor:
 class _Packing(NamedTuple):
     """How `mask_bits` packed a mask."""
 
-    lanes: Runs  # in use, of the last dimension's
-    batch: int | None  # where the first dimension belongs
-    scalar: bool  # the last dimension is not there, it stands for a single element
+    lanes: Runs  # the lanes of the last dimension that are used
+    batch: int | None  # the position of the packed first dimension in the value
+    scalar: bool  # whether the last dimension, of one element, was added to a value with no dimension but the batch
 
 
 def mask_bits(
@@ -131,9 +131,9 @@ def mask_bits(
     samples: int | None,
     device: torch.device,
 ) -> tuple[Tensor, _Packing]:
-    """The mask, a bit an element in bytes of `LANES` neighbours, and how to unpack it.
+    """The mask, one bit per element in bytes of `LANES` neighbours, and how to unpack it.
 
-    Elements are counted in the order (batch, other dimensions …), the last one in whole blocks of `LANES`.
+    Elements are counted in the order (batch, other dimensions …). The last dimension comes in whole blocks of `LANES`.
     """
     held = {dim % len(shape): (size, runs) for dim, size, runs in rows}
     batch = None if batch_dim is None else batch_dim % len(shape)

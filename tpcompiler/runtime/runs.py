@@ -1,7 +1,8 @@
-"""Sets of indices as runs: what a rank holds of a dimension, arithmetic on such sets, and copying by them.
+"""Sets of indices as runs: the part of a dimension that a rank holds, arithmetic on such sets, and copies by them.
 
-`((0, 4), (8, 12))` are the indices 0…3 and 8…11, in that order at local positions 0…7. A rank's slice of a tensor is a
-product of such sets, one for each dimension. Even and uneven parts, strided and segmented slices all have this form.
+`((0, 4), (8, 12))` are the indices 0…3 and 8…11, which have the local positions 0…7 in that order. A rank's slice of a
+tensor is a product of such sets, one for each dimension. Even and uneven parts, strided and segmented slices all have
+this form.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ Run = tuple[int, int]  # [start, stop)
 Runs = tuple[Run, ...]  # a set of indices; as a rank's part of a dimension: ascending, disjoint, none empty
 Slice = tuple[Runs, ...]  # a part of a tensor: a set of indices for each dimension
 
-_FEW = 32  # so many runs are copied one by one, each as a block; more are copied by an index tensor
+_FEW = 32  # up to so many runs are copied one by one, as blocks; more are copied by an index tensor
 
 
 def whole(shape: Iterable[int]) -> Slice:
-    """The slice that is everything."""
+    """The slice that covers a whole tensor of this shape."""
     return tuple(((0, n),) if n else () for n in shape)
 
 
@@ -34,7 +35,7 @@ def shape_of(part: Slice) -> tuple[int, ...]:
 
 
 def join(runs: Iterable[Run]) -> Runs:
-    """The same indices, with neighbouring runs made one and empty ones left out."""
+    """The same indices as maximal runs: neighbouring runs are joined, and empty ones are left out."""
     out: list[Run] = []
     for a, b in runs:
         if out and out[-1][1] == a:
@@ -60,7 +61,7 @@ def intersect(a: Runs, b: Runs) -> Runs:
 
 
 def positions(part: Runs, within: Runs) -> Runs:
-    """Where the indices of `part`, a subset of `within`, stand among those of `within`."""
+    """The positions of the indices of `part` among those of `within`, which must contain them."""
     out: list[Run] = []
     j, before = 0, 0
     for a, b in part:
@@ -90,7 +91,7 @@ def cut(runs: Runs, start: int, stop: int) -> Runs:
 
 
 def take_rows(x: Tensor, dim: int, rows: Runs) -> Tensor:
-    """The elements of `x` at `rows` along `dim`, in order: a view when they are one run or evenly strided."""
+    """The elements of `x` at `rows` along `dim`, in order. It is a view if they are one run or evenly strided."""
     if len(rows) == 0:
         return x.narrow(dim, 0, 0)
     if len(rows) == 1:
@@ -110,7 +111,7 @@ def take_rows(x: Tensor, dim: int, rows: Runs) -> Tensor:
 
 
 def _stride(rows: Runs) -> int | None:
-    """The distance between runs when all are alike and evenly spaced, in order and apart."""
+    """The distance between runs, if all have the same length and distance, are ascending and do not touch."""
     stride, width = rows[1][0] - rows[0][0], rows[0][1] - rows[0][0]
     even = all(b - a == width and a == rows[0][0] + i * stride for i, (a, b) in enumerate(rows))
     return stride if even and stride >= width else None
@@ -121,9 +122,9 @@ def _index(runs: Runs, device: torch.device) -> Tensor:
 
 
 def put_rows(x: Tensor, dim: int, rows: Sequence[Runs]) -> Tensor:
-    """The inverse of a gather: `x` holds, along `dim`, each rank's rows one after the other; the result, all in order.
+    """Puts gathered rows in order. Along `dim`, `x` holds the rows of each rank, one rank after the other.
 
-    Rows that several ranks hold are taken from the first.
+    Rows that several ranks hold are taken from the first of them.
     """
     pieces: list[tuple[int, int, int]] = []  # global start, global stop, position in x
     position = 0
@@ -149,7 +150,7 @@ def put_rows(x: Tensor, dim: int, rows: Sequence[Runs]) -> Tensor:
 
 
 def local_ids(ids: Tensor, rows: Runs) -> tuple[Tensor, Tensor]:
-    """The positions of the global `ids` among `rows` (0 for those that are not there), and which of them are there."""
+    """The positions of the global `ids` among `rows` (0 for ids that are not in them), and which ids are in them."""
     if len(rows) == 1:
         start, stop = rows[0]
         held = (ids >= start) & (ids < stop)
@@ -163,7 +164,7 @@ def local_ids(ids: Tensor, rows: Runs) -> tuple[Tensor, Tensor]:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The same bytes seen as integers: copies and comparisons are then exact for every dtype, NaNs included."""
+    """The same bytes as integers, so that copies and comparisons are exact for every dtype and for NaNs."""
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
 
 
@@ -173,7 +174,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def slice_of(tensor: Tensor, part: Slice) -> Tensor:
-    """The elements of a slice, in local order, bit for bit. A view where every dimension is one run."""
+    """The elements of a slice, in local order, bit for bit. It is a view if every dimension is one run."""
     assert len(part) == tensor.ndim, (part, tensor.shape)
     out = bits(tensor)
     for d in sorted(range(tensor.ndim), key=lambda d: len(part[d])):  # what is thrown away is never copied

@@ -1,9 +1,9 @@
-"""Choosing the next token from scores that are spread over ranks, without ever gathering them.
+"""Chooses the next token from scores that are split over ranks, without gathering them.
 
-What crosses ranks is a few numbers a sequence: each rank's best token, its `top_k` best, or how much probability lies
-above some scores. The noise is counter-based (Philox of seed, sequence, position and token), and a token is drawn by
-adding Gumbel noise to the scores and taking the largest. Every rank thus finds the same token without being told, and
-the same seed gives the same text at every degree.
+Ranks exchange a few numbers per sequence: each rank's best token, its `top_k` best tokens, or the probability above
+some scores. A token is drawn by adding Gumbel noise to the scores and taking the largest. The noise is counter-based (a
+Philox hash of seed, sequence, position and token). Every rank therefore finds the same token, and the same seed gives
+the same text at every degree.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Sampling:
 def choose(scores: Tensor, index: Tensor, group: Group, how: Sampling, sequences: Tensor, positions: Tensor) -> Tensor:
     """The next token of every sequence [b], the same on all ranks.
 
-    `scores` [b, v]: this rank's part of the vocabulary; `index` [v]: which tokens they are. `sequences` [b] number the
-    sequences and `positions` [b] the places that are drawn for: together with the seed they are all that noise depends
-    on. Tokens of equal score go by their number, the smallest first.
+    `scores` [b, v] are those of this rank's part of the vocabulary, and `index` [v] are its tokens. `sequences` [b]
+    numbers the sequences, and `positions` [b] are the positions of the new tokens. The noise depends only on these and
+    on the seed. Of tokens with equal scores, the one with the smallest number comes first.
     """
     x = scores.float()
     tokens = index.expand_as(x)
@@ -54,18 +54,18 @@ def choose(scores: Tensor, index: Tensor, group: Group, how: Sampling, sequences
 
 
 def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Scores [b, v] of tokens that a sequence has had, `seen` [b, v], less likely by `penalty` (arXiv 1909.05858)."""
+    """Makes tokens that occurred in a sequence, `seen` [b, v], less likely by `penalty` (arXiv 1909.05858)."""
     return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
 def held(rows: Runs, device: torch.device | str) -> Tensor:
-    """The tokens that a rank holds scores of."""
+    """The tokens whose scores a rank holds."""
     parts = [torch.arange(a, b, device=device) for a, b in rows]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def _best(x: Tensor, tokens: Tensor, group: Group) -> Tensor:
-    """The token of the largest score, of all ranks'."""
+    """The token with the largest score on any rank."""
     there = x.shape[1] > 0
     best = x.amax(1) if there else x.new_full((x.shape[0],), -torch.inf)
     token = tokens.masked_fill(x != best[:, None], _NONE).amin(1) if there else tokens.new_full(best.shape, _NONE)
@@ -95,9 +95,9 @@ def _sorted(x: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _nucleus(x: Tensor, p: float, group: Group) -> Tensor:
-    """The least score [b] that stays: those above it have together a probability below `p` (arXiv 1904.09751).
+    """The smallest score [b] that is kept: the scores above it have a total probability below `p` (arXiv 1904.09751).
 
-    It is looked for among all numbers of 32 bits, 63 at a time, so that six sums over ranks find it to the bit.
+    The search covers all float32 numbers and tries 63 at a time, so that six sums over ranks find the exact score.
     """
     top = group.all_reduce(x.amax(1) if x.shape[1] else x.new_full((x.shape[0],), -torch.inf), "max")
     weight = (x - top[:, None]).double().exp()
@@ -119,7 +119,7 @@ def _nucleus(x: Tensor, p: float, group: Group) -> Tensor:
 
 
 def _ordered(x: Tensor) -> Tensor:
-    """Integers in the order of the numbers of 32 bits."""
+    """Maps float32 numbers to integers that have the same order."""
     bits = (x + 0.0).view(torch.int32).long()
     return torch.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits)
 
@@ -130,7 +130,7 @@ def _number(ordered: Tensor) -> Tensor:
 
 
 def _gumbel(tokens: Tensor, seed: int, sequences: Tensor, positions: Tensor) -> Tensor:
-    """Gumbel noise [b, v] for these tokens, a function of its integers alone."""
+    """Gumbel noise [b, v] for these tokens. It depends only on the integers that are given."""
     counter = [tokens & _LOW, positions[:, None], sequences[:, None] & _LOW, sequences[:, None] >> 32]
     key = [torch.tensor(n, device=tokens.device) for n in (seed & _LOW, (seed >> 32) & _LOW)]
     word, fine, *_ = philox(counter, key)

@@ -1,8 +1,8 @@
-"""What lies on a disk, read with checks: a directory's sealed manifest, and safetensors files, slice by slice.
+"""Reads and checks files: a directory's sealed manifest, and safetensors files slice by slice.
 
-Own code, not the safetensors library's: that one by default reads through a memory map, whose pages count as the
-process's own and whose I/O errors are signals. Here a read touches the bytes of the slice alone, and a short or failing
-disk is an error with a name. Needs torch alone: programs, checkpoints and `tpc` read by this.
+This is not the safetensors library, which by default reads through a memory map: its pages count as the process's
+memory, and its I/O errors are signals. Here, a read touches only the bytes of the slice, and a short file or a failing
+disk is an error that names the file. This file needs only torch, because emitted programs use it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 @contextmanager
 def disk(path: Path | str, doing: str) -> Iterator[None]:
-    """Failures of the disk as one line."""
+    """Turns an `OSError` in the block into a `WeightsError`: `path: cannot write: no space left on device`."""
     try:
         yield
     except OSError as e:
@@ -61,9 +61,9 @@ def read_manifest(directory: Path | str) -> bytes:
 
 
 def parse_manifest(raw: bytes, path: Path) -> dict[str, Any]:
-    """A manifest as JSON, of this format and version and with the digest that it names.
+    """The content of a manifest, whose format, version and digest are checked.
 
-    Errors: `WeightsError`, which names `path`. What the keys hold is for the caller to check.
+    Raises `WeightsError`, which names `path`. The caller must check the values of the keys.
     """
     try:
         data = json.loads(raw)
@@ -103,7 +103,7 @@ def check_size(path: Path, expected: int) -> None:
 
 
 def blocks(shape: Sequence[int], itemsize: int) -> Iterator[Slice]:
-    """A tensor as slices of whole rows, of at most `BLOCK` bytes where a row is not longer than that."""
+    """Divides a tensor into slices of whole rows, of at most `BLOCK` bytes or of one row."""
     if not shape or 0 in shape:
         yield whole(shape)
         return
@@ -130,9 +130,9 @@ class Stored:
 
 
 class Reader:
-    """A safetensors file, open. Reads slices; safe to use from several threads.
+    """An open safetensors file, which several threads may read.
 
-    Errors: `WeightsError` when the file is missing, is not a safetensors file, or ends too early.
+    Raises `WeightsError` when the file is missing, is not a safetensors file, or ends too early.
     """
 
     def __init__(self, path: Path) -> None:
@@ -146,7 +146,7 @@ class Reader:
             raise
 
     def read(self, name: str, runs: Slice | None = None) -> torch.Tensor:
-        """A slice of a tensor (default: all of it), in the file's dtype."""
+        """A slice of a tensor, by default all of it, in the file's dtype."""
         t = self.tensors[name]
         every = whole(t.shape)
         runs = every if runs is None else runs
@@ -164,7 +164,7 @@ class Reader:
 
     @staticmethod
     def _pieces(runs: Slice, last: int) -> int:
-        """How many contiguous pieces a slice has, `last` being the last dimension that is not whole."""
+        """How many contiguous pieces of the file a slice has. `last` is the last dimension that is not whole."""
         return prod(shape_of(runs[:last])) * len(runs[last])
 
     def _read_pieces(self, t: Stored, runs: Slice, last: int, out: memoryview) -> None:

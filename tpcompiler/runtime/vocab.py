@@ -1,8 +1,8 @@
-"""Cross-entropy over classes that are spread over ranks, without ever gathering the logits (arXiv 1909.08053, §3).
+"""Cross-entropy over classes that are split over ranks, without gathering the logits (arXiv 1909.08053, §3).
 
-Two all-reduces forward, of a few numbers a token: the maximum; then, in one, the sum of exponentials, the target's
-logit and what weights and smoothing need. None backward. Kept for backward are the logits, which their producer has
-made anyway, and a few numbers a token; the probabilities are computed again.
+Forward has two all-reduces of a few numbers per token: first the maximum; then the sum of exponentials, the target's
+logit, and what class weights and label smoothing need. Backward has none. It keeps the logits, which exist anyway, and
+a few numbers per token. It computes the probabilities again.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def cross_entropy(
 ) -> Tensor:
     """`F.cross_entropy` of class indices, the same on all ranks. This rank holds the logits of the classes `rows`.
 
-    `logits` [N, C, …] or [C], C being this rank's classes and possibly padding after them; `target` [N, …] or [],
-    global classes; `weight` [C] like the classes. Half precision is computed in float32. The gradient of the logits is
-    this rank's own. A target that is no class at all gives nan, not a plausible number.
+    `logits` are [N, C, …] or [C], where C counts this rank's classes and perhaps padding after them. `target` is
+    [N, …] or [], with global classes. `weight` is [C]. Half precision is computed in float32. The gradient of the
+    logits is this rank's own. A target that is not a class gives nan, so that it is noticed.
     """
     assert reduction in ("mean", "sum", "none"), reduction
     dim = 1 if logits.dim() > 1 else 0
@@ -51,10 +51,10 @@ def cross_entropy(
 
 
 class _Losses(torch.autograd.Function):
-    """Per token: loss_i = (1 − ε) · w_y · (lse − x_y) + ε/C · Σ_c w_c (lse − x_c), and its share w_y in the mean.
+    """The loss of a token, (1 − ε) · w_y · (lse − x_y) + ε/C · Σ_c w_c (lse − x_c), and its weight w_y in the mean.
 
-    Both are 0 where the target is ignored. All sums are over the global classes; the gradient, for class c,
-    is (1 − ε) · w_y · (p_c − [c = y]) + ε/C · (W p_c − w_c), W being the sum of the weights.
+    Both are 0 if the target is ignored. All sums are over the global classes. The gradient for class c is
+    (1 − ε) · w_y · (p_c − [c = y]) + ε/C · (W p_c − w_c), where W is the sum of the weights.
     """
 
     @staticmethod
@@ -110,7 +110,8 @@ def _global_sums(
     group: Group,
     smoothing: float,
 ) -> tuple[Tensor, ...]:
-    """Of x = logits − top, over all classes, by one all-reduce: a token's Σ exp x, x_y, w_y, Σ w x; and C, Σ w."""
+    """The sums over all classes, by one all-reduce, for x = logits − top: Σ exp x, x_y, w_y and Σ w x of each token,
+    and C and Σ w."""
     n = logits.shape[dim]
     x = logits - top.unsqueeze(dim)  # float32 for half precision; from here in place
     picked, w = torch.zeros_like(top), None if weight is None else weight.to(top.dtype)
@@ -133,7 +134,7 @@ def _global_sums(
 
 
 def _subtract_at(x: Tensor, dim: int, index: Tensor, amount: Tensor) -> Tensor:
-    """`x` less `amount` at `index` along `dim`; may change `x`."""
+    """`x` minus `amount` at `index` along `dim`. It may change `x`."""
     n = x.shape[dim]
     if n == 0:
         return x
@@ -144,7 +145,7 @@ def _subtract_at(x: Tensor, dim: int, index: Tensor, amount: Tensor) -> Tensor:
 
 
 def _along(w: Tensor, x: Tensor, dim: int) -> Tensor:
-    """One number a class [C], shaped to go with `x`."""
+    """Reshapes `w` [C], one number per class, so that it broadcasts with `x`."""
     return w.view([w.shape[0] if d == dim else 1 for d in range(x.dim())])
 
 

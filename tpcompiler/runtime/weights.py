@@ -1,7 +1,7 @@
 """Fills a program's parameters and buffers from the directory that `tpc shard` or the trainer wrote (docs/format.md).
 
-Needs torch alone. A file is read once, front to back, a block at a time: a rank never has more in memory than its own
-model and one block. The manifest is checked as `tpcompiler.weights` checks it: its seal, the names and sizes of files.
+It needs only torch. Each file is read once, in blocks, so that a rank holds no more in memory than its own model and
+one block. The manifest's digest and the names and sizes of files are checked as `tpcompiler.weights` checks them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tpcompiler.runtime.stored import (
 
 @dataclass(frozen=True)
 class _Described:
-    """What the manifest says of a tensor, as far as loading needs it."""
+    """What loading needs to know of a tensor, from the manifest."""
 
     names: tuple[str, ...]  # the first is its name in the file, the others are those of tied weights
     buffer: bool
@@ -39,8 +39,8 @@ class _Described:
 def load(model: nn.Module, directory: str | Path, ranks: Ranks) -> None:
     """Fills every parameter and buffer of `model` with this rank's slice, cast to the model's own dtype.
 
-    Errors: `WeightsError`, one line, when a file or a name is missing or altered, a name is left over, a shape does not
-    fit, or a parameter is still on the meta device.
+    Raises `WeightsError`, one line, when a file or a name is missing or altered, when the directory has a parameter
+    that the model does not have, when a shape differs, or when a parameter is on the meta device.
     """
     directory = Path(directory)
     mesh, described, sizes = _manifest(directory)
@@ -48,7 +48,7 @@ def load(model: nn.Module, directory: str | Path, ranks: Ranks) -> None:
     todo = _targets(model)
     for file in dict.fromkeys(t.file for t in described):
         if not file:
-            raise WeightsError(f"{directory}: holds the program alone, no weights; tpc shard --weights writes them")
+            raise WeightsError(f"{directory}: holds a program without weights; tpc shard --weights writes them")
         path = directory / file.format(rank=rank)
         if path.name not in sizes:
             raise WeightsError(f"{path}: the manifest does not list it")
@@ -84,7 +84,7 @@ def _manifest(directory: Path) -> tuple[Mesh, list[_Described], dict[str, int]]:
 
 
 def _weight_rank(mesh: Mesh, ranks: Ranks, directory: Path) -> int:
-    """The number of this rank's file: its place on the mesh of the dimensions that split weights."""
+    """The number of this rank's file: its rank on the mesh without dimensions that do not split weights."""
     for name, degree in mesh.dims:
         running = dict(ranks.mesh.dims).get(name, 1)
         if running != degree:
@@ -95,7 +95,7 @@ def _weight_rank(mesh: Mesh, ranks: Ranks, directory: Path) -> int:
 
 
 def _targets(model: nn.Module) -> dict[str, Tensor]:
-    """All names of all parameters and buffers; a tied one stands under each of its names."""
+    """All parameters and buffers by name. A tied one is under each of its names."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, t in named:
         if t.is_meta:
@@ -113,7 +113,7 @@ def _fill(reader: Reader, described: _Described, todo: dict[str, Tensor]) -> Non
 
 @torch.no_grad()
 def _read_into(reader: Reader, name: str, target: Tensor) -> None:
-    """Copies a tensor into one of the same shape, and of the same or another dtype of its kind."""
+    """Copies a stored tensor into `target`, which must have the same shape and a dtype of the same kind."""
     stored = reader.tensors[name]
     if stored.shape != tuple(target.shape):
         raise WeightsError(f"{reader.path}: {name} has the shape {list(stored.shape)}, the model {list(target.shape)}")

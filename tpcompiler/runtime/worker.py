@@ -2,9 +2,9 @@
 
     python -m tpcompiler.runtime.worker PROGRAM WORK
 
-PROGRAM is a directory that `tpc shard` wrote, with weights. `WORK/call-00000.pt` says what rank 0 does, and what it
-found goes to `WORK/result-00000.pt`: dictionaries of plain values and tensors, described at `run`. A failure is a
-traceback, then one line that says it, then exit status 1. Needs torch alone, as programs do.
+PROGRAM is a directory that `tpc shard` wrote, with weights. Rank 0 reads `WORK/call-00000.pt` and writes its results to
+`WORK/result-00000.pt`: dictionaries of plain values and tensors, described at `run`. If it fails, it prints a traceback
+and then one line that says why, and exits with status 1. It needs only torch, as programs do.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from tpcompiler.runtime.private_apis import pytree
 from tpcompiler.runtime.weights import load
 
 CALL, RESULT, ERRORS = "call-{rank:05d}.pt", "result-{rank:05d}.pt", "stderr-{rank:05d}"
-LONGEST = 500  # characters of the line that says a failure
+LONGEST = 500  # characters of the line that says why a rank failed
 
 
 def run(program: Path, call: dict[str, Any]) -> dict[str, Any]:
-    """Forward, and backward if there are cotangents, in evaluation mode on this rank.
+    """Runs forward on this rank in evaluation mode, and backward if there are cotangents.
 
-    `call`: `mesh` ((name, degree), …); `backend` nccl or gloo; `timeout`, seconds that a rank waits for the others;
-    `dtype` of parameters, None for the program's own; `batches` [(args, kwargs)]; `cotangents`, per batch a list with a
-    tensor, or None, for each output, or None for no backward. Gradients add up over the batches.
-    Result: `outputs`, flat, of one batch after the other; `gradients` by every name of a parameter; `imported`, the
-    package's modules that this took.
+    `call` has `mesh`: ((name, degree), …); `backend`: nccl or gloo; `timeout`: seconds that a rank waits for others;
+    `dtype` of parameters, None for the program's own; `batches`: [(args, kwargs)]; `cotangents`: for each batch a list
+    with a tensor or None for each output, or None for no backward. Gradients add up over the batches.
+    The result has `outputs` of all batches in one list; `gradients` under every name of a parameter; `imported`: the
+    modules of the package that were imported.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if call["backend"] == "nccl" else torch.device("cpu")
     ranks = Ranks.from_env(Mesh(tuple(call["mesh"])), call["backend"], timedelta(seconds=call["timeout"]))
@@ -67,7 +67,7 @@ def run(program: Path, call: dict[str, Any]) -> dict[str, Any]:
 
 
 def import_program(directory: Path) -> ModuleType:
-    """`DIRECTORY/model.py` as a module, whatever else is called `model`."""
+    """Imports `DIRECTORY/model.py`, even if another module is called `model`."""
     path = directory / "model.py"
     spec = importlib.util.spec_from_file_location("tpc_program", path)
     if spec is None or spec.loader is None or not path.is_file():
@@ -86,7 +86,7 @@ def _backward(outputs: Sequence[Any], cotangents: Sequence[Tensor | None]) -> No
 
 
 def main(argv: Sequence[str]) -> NoReturn:
-    """Runs the rank that the environment names. Leaves without clean-up, which could wait for ranks that are gone."""
+    """Runs the rank that the environment names. Exits without clean-up, which could wait for ranks that have ended."""
     code = 1
     try:
         program, work = map(Path, argv)
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> NoReturn:
         call = torch.load(work / CALL.format(rank=rank), weights_only=True)
         torch.save(run(program, call), work / RESULT.format(rank=rank))
         if dist.is_initialized():
-            dist.barrier()  # nobody hangs up while another still listens
+            dist.barrier()  # no rank closes its connections while another still needs them
         code = 0
     except BaseException as e:
         traceback.print_exc()
