@@ -18,7 +18,7 @@ from typing import Any
 
 import typer
 
-from tpcompiler.cli import calibrate, html_report, merge, plan, start
+from tpcompiler.cli import calibrate, html_report, merge, plan, plan_export, start
 from tpcompiler.cli import compile as compiling
 from tpcompiler.cli import eval as measuring
 from tpcompiler.cli import generate as generating
@@ -57,6 +57,13 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "report": (
         html_report.report,
         ("tpc report models/gpt2.py --spec specs/8way.yaml -o report.html",),
+    ),
+    "export": (
+        plan_export.export,
+        (
+            "tpc export hf:checkpoints/llama --spec specs/2way.yaml --format hf-tp-plan -o tp_plan.json",
+            "tpc export hf:checkpoints/llama --spec specs/2way.yaml --format dtensor -o tensor_parallel.py",
+        ),
     ),
     "plan": (
         plan.plan,
