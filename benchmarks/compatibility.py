@@ -42,8 +42,8 @@ from benchmarks.families import _reductions, _said, _write
 ROOT = Path(__file__).parent.parent
 DEGREE = 2
 WHOLE = 0.95
-COMPILE = 60.0  # seconds
-LIMIT = 240.0  # seconds, with the verification
+COMPILE = 60.0  # seconds of the processor, so that a busy machine does not count
+LIMIT = 900.0  # seconds, with the verification
 Result = dict[str, Any]
 
 # Without their dependencies, which would replace torch; those that are needed come after, by name.
@@ -99,7 +99,7 @@ def measured(name: str, quick: bool = False) -> Result:
         module, example = one.build(), one.inputs()
     except Exception as e:
         return {"status": "unbuilt", "why": _said(e)}
-    start = time.monotonic()
+    start = time.process_time()
     try:
         captured = capture(one.build, example)
     except TpcError as e:
@@ -107,18 +107,18 @@ def measured(name: str, quick: bool = False) -> Result:
         return {"status": "untraced" if runs is None else "unbuilt", "why": runs or _said(e)}
     except Exception as e:
         return {"status": "crashed", "why": _said(e), "at": _ours(e)}
-    traced = time.monotonic()
+    traced = time.process_time()
     found: Result = {"nodes": len(captured.graph.nodes), "capture": round(traced - start, 1)}
     try:
         spec = Spec.load({"mesh": {"tensor": DEGREE}})
         sharded = compile_capture(captured, spec)
         checked = sharded.check
-        found |= _split(sharded) | {"seconds": round(time.monotonic() - start, 1)}
+        found |= _split(sharded) | {"seconds": round(time.process_time() - start, 1)}
         if not checked.passed:
             found["why"] = str(checked.refused[0])
         found["status"] = "" if checked.passed else "unproved"
         if not quick:
-            found |= _verified(one, example, spec)
+            found |= _verified(captured, module, example, spec)
     except TpcError as e:
         return found | {"status": "refused", "why": _said(e)}
     except Exception as e:
@@ -163,18 +163,28 @@ def _split(sharded: Any) -> Result:
     }
 
 
-def _verified(one: Any, example: Any, spec: Any) -> Result:
-    from tpcompiler.verification.verify import verify
+def _verified(captured: Any, module: Any, example: Any, spec: Any) -> Result:
+    """Every rank and the emitted source in float64, and the graph against the module: outputs and gradients."""
+    import torch
 
-    report = verify(one.build, example, spec)
-    wrong = [c for c in report.cases if not c.passed]
+    from tpcompiler.api import compile_capture
+    from tpcompiler.capture import float64
+    from tpcompiler.verification.against_model import Comparison
+    from tpcompiler.verification.emitted import emitted_case
+    from tpcompiler.verification.source_model import same_as_module
+    from tpcompiler.verification.verify import initial_state, inputs_of
+
+    state = initial_state(captured, module, torch.float64, 0)
+    run = Comparison(compile_capture(float64(captured), spec), state, torch.float64, True)
+    batch = inputs_of(captured, example, torch.float64)
+    cases = same_as_module(captured, module, example, True)
+    cases += [run.case("outputs and gradients", [batch]), emitted_case(run, [batch])]
+    error = max(c.max_rel_error for c in cases[2:])
+    wrong = [c for c in cases if not c.passed]
     if not wrong:
-        return {"error": report.max_rel_error}
-    return {
-        "status": "wrong",
-        "why": f"{wrong[0].what}: {wrong[0].worst} {wrong[0].max_rel_error:.1e}",
-        "error": report.max_rel_error,
-    }
+        return {"error": error}
+    said = "; ".join([f"{wrong[0].worst} {wrong[0].max_rel_error:.1e}", *wrong[0].notes])
+    return {"status": "wrong", "why": f"{wrong[0].what}: {said}", "error": error}
 
 
 def _classified(found: Result) -> Result:

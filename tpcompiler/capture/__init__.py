@@ -57,8 +57,13 @@ def capture_recorded(recorded: Recorded, example_inputs: Any, *, source: str = "
     _no_noise(graph)
     evaluated = () if traced.evaluated is None else (_evaluated(traced.evaluated, recorded, source),)
     unkept_writes(graph, *evaluated)
-    for other in evaluated:
-        same_in_evaluation(graph, other)
+    try:
+        for other in evaluated:
+            same_in_evaluation(graph, other)
+    except ModelError:
+        if traced.low:  # what is float32 in training alone differs in bfloat16
+            return capture_recorded(recorded, example_inputs, source=source, own=False)
+        raise
     sizes_from_inputs(graph, inputs)
     constants = {p.node: p.value for p in parameters if p.value is not None}
     recover_causal(graph, constants)

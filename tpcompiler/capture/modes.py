@@ -49,9 +49,32 @@ def _numbered(graph: fx.Graph, numbers: dict[Any, int]) -> dict[fx.Node, int]:
         if node.target is aten.dropout.default and isinstance(node.args[2], Training) and not node.args[2].off:
             out[node] = out[node.args[0]]
             continue
+        if (kept := _times_ones(node)) is not None:
+            out[node] = out[kept]
+            continue
         key: Any = str(node.target) if node.op == "placeholder" else _key((node.args, node.kwargs), out)
         out[node] = numbers.setdefault((node.op, "" if node.op == "output" else str(node.target), key), len(numbers))
     return out
+
+
+def _times_ones(node: fx.Node) -> fx.Node | None:
+    """What a node multiplies by dropout of ones, which are ones in evaluation."""
+    if node.target is not aten.mul.Tensor or not all(isinstance(a, fx.Node) for a in node.args):
+        return None
+    for x, mask in (node.args, node.args[::-1]):
+        assert isinstance(x, fx.Node)
+        assert isinstance(mask, fx.Node)
+        if mask.target is aten.dropout.default and isinstance(mask.args[0], fx.Node):
+            ones = mask.args[0].target in (aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+            a, b = x.meta["val"], node.meta["val"]
+            if ones and a.dtype == b.dtype and a.dim() == b.dim() and all(map(_equal, a.shape, b.shape)):
+                return x
+    return None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    symbolic = [isinstance(n, torch.SymInt) for n in (a, b)]
+    return bool(a.node.expr == b.node.expr) if all(symbolic) else not any(symbolic) and a == b
 
 
 def _key(a: Any, numbered: Mapping[fx.Node, int]) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from tpcompiler.capture.functional import functionalise
 from tpcompiler.capture.input_sizes import replace
 from tpcompiler.capture.origins import at, line_of, recurrent_mode, stack_of
+from tpcompiler.capture.paths import paths_as_dropout
 from tpcompiler.capture.spelling import one_spelling
 from tpcompiler.errors import ModelError
 from tpcompiler.program import Training
@@ -271,6 +272,7 @@ PASSES: tuple[Callable[[fx.Graph], None], ...] = (
     drop_copies,
     reshape_views,
     one_spelling,
+    paths_as_dropout,
     drop_detached_constants,
     remove_dead,
 )

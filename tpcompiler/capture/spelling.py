@@ -23,10 +23,14 @@ _NAMES: dict[Any, Any] = {
 
 
 def one_spelling(graph: fx.Graph) -> None:
-    """`a & b` as `bitwise_and`, and `repeat` of dimensions of one element as `expand`."""
+    """`a & b` as `bitwise_and`, `index_select` as `x[:, i]`, and `repeat` of dimensions of one element as `expand`."""
     for node in graph.nodes:
         if node.target in _NAMES:
             node.target = _NAMES[node.target]
+        elif node.target is aten.index_select.default and node.args[2].meta["val"].dim() == 1:
+            x, dim, index = node.args
+            node.target = aten.index.Tensor
+            node.args = (x, [None] * (dim % x.meta["val"].dim()) + [index])
         elif node.target is aten.repeat.default:
             x, times = node.args
             shape = tuple(x.meta["val"].shape)

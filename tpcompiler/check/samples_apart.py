@@ -194,6 +194,9 @@ class _Operation:
         elif name == "embedding":
             if _has(self.operands(), given["weight"]):
                 raise _MixesError("it looks up in what depends on samples")
+        elif name == "index" and len(given["indices"]) == 1:
+            if _has(self.operands(), given["self"]):
+                raise _MixesError("it picks rows of what depends on samples")
         else:
             raise _MixesError(f"{name} is not known to treat samples apart")
 

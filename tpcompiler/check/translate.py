@@ -22,6 +22,7 @@ from tpcompiler.program import Training
 aten = torch.ops.aten
 
 
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 _SAME = (runtime.enter, runtime.cut_batch, runtime.join_batch)  # the value as it is
 
 
@@ -56,6 +57,10 @@ class Translator:
     def aten(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], known: Any = None) -> Any:
         """An operation of ATen in normal form, or a term of its own."""
         name, given = packet(target), bound(target, args, kwargs)
+        if name in _CONVOLUTIONS and given["bias"] is not None:
+            product = self.aten(target, *_without_bias(target, args, kwargs), known)
+            bias = self.forms.reshape(given["bias"], (*given["bias"].shape, *[1] * (product.rank - 2)))
+            return self.forms.biased(product, bias)
         meaning = MEANINGS.get(name)
         if meaning is not None:
             self.forms.known = tuple(known.shape) if isinstance(known, Tensor) else None
@@ -116,6 +121,9 @@ class Translator:
             return f.dropout(a["x"], a["p"], mode_of(a["training"]), a["site"])
         if target is runtime.lookup:
             self._rows(a["rows"], a["weight"].shape[0])
+            if a.get("size") is not None:
+                self._long(a["size"], a["weight"].shape[0])
+                return self.call(aten.index.Tensor, (a["weight"], (a["ids"],)), {})
             padding = a.get("padding_idx")
             return self.call(aten.embedding.default, (a["weight"], a["ids"], -1 if padding is None else padding), {})
         if target is runtime.rms_norm:
@@ -170,6 +178,13 @@ def all_nonzero() -> AbstractContextManager[None]:
     """While it lasts, `nonzero` of a tensor without values has as many rows as it can have: graph and source alike."""
     found: AbstractContextManager[None] = _config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
     return found
+
+
+def _without_bias(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """A call's arguments with None for its bias."""
+    at = [a.name for a in target._schema.arguments].index("bias")
+    placed = at < len(args)
+    return [None if placed and i == at else a for i, a in enumerate(args)], kwargs | ({} if placed else {"bias": None})
 
 
 def mode_of(a: Any) -> Any:

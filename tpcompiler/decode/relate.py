@@ -77,7 +77,8 @@ def relate(node: fx.Node, sizes: Primes) -> Related | str:
         given = global_sizes(bind(node))
         operands = _left_out(node, given, shapes)
     elif node.target in ACROSS:
-        line = ACROSS[node.target].split(" -> ")
+        width = " ".join(f"h{i}" for i in range(1, len(shapes[0])))
+        line = ACROSS[node.target].replace(" h", f" {width}").split(" -> ")
         rule = OpRule(", ".join(line[0].split(", ")[: len(nodes)]) + " -> " + line[1])
     if rule is None:
         return f"{op_name(node)} has no rule"

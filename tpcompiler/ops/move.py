@@ -145,7 +145,8 @@ def stack(call: OpCall) -> Line:
 
 
 def index(call: OpCall) -> Line:
-    """`x[…, i, …]` with tensors of indices: the indexed dimensions are needed whole, the others stay."""
+    """x[…, i, …] with tensors: indexed dimensions are needed whole, the others stay. `x[i]` with one tensor of numbers
+    is a lookup, which has a form for a part of the rows."""
     slots = [*call.args["indices"], *[None] * (call.rank() - len(call.args["indices"]))]
     used = [i for i, s in enumerate(slots) if s is not None]
     if used != list(range(used[0], used[-1] + 1)):
@@ -153,7 +154,9 @@ def index(call: OpCall) -> Line:
     picked = [s for s in call.operands[1:] if s is not None]
     new = len(torch.broadcast_shapes(*picked))
     d = letters(call.rank())
-    operands = [" ".join(x + "!" if i in used else x for i, x in enumerate(d))]
+    looked_up = used == [0] and len(picked) == 1 and call.results[0] == (*picked[0], *call.shape()[1:])
+    mark = "+" if looked_up else "!"  # a mask of rows has another result
+    operands = [" ".join(x + mark if i in used else x for i, x in enumerate(d))]
     operands += [" ".join(letters(new, "n")[new - len(s) :]) for s in picked]
     return ", ".join(operands) + " -> " + " ".join([*d[: used[0]], *letters(new, "n"), *d[used[-1] + 1 :]])
 

@@ -72,6 +72,7 @@ class OpRule:
         form      the runtime's operator for a part of a letter marked `+`: "lookup", "layer_norm", "rms_norm", "loss".
                   It reads the op's arguments by the names that torch's own op has
         product   the op is `x @ weight + bias`
+        bias      of another product: the argument that is added to it, a number per element of dimension 1
         products  pairs of operands that are multiplied (-1 is the result), for counting FLOPs, where `sums` does not
                   say it. An op with two pairs is attention
         linear    the operands in which the op is linear, each while the others are fixed
@@ -96,6 +97,7 @@ class OpRule:
     scales: tuple[str, ...] = ()
     form: str = ""
     product: WeightProduct | None = None
+    bias: str = ""
     products: tuple[tuple[int, int], ...] = ()
     linear: tuple[int, ...] = ()
     gradient: bool = True

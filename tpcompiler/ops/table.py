@@ -27,7 +27,9 @@ _POINTWISE = OpRule(compute.pointwise)
 _FORGETS = OpRule(compute.pointwise, forgets=True)
 _WHOLE = OpRule(compute.whole("dim"))  # ops that need the dimensions in the argument `dim` whole
 _SEGMENTS = OpRule(move.split, part="segments")
-_CONVOLUTION = OpRule(windows.convolution, sizes={"g": "groups"}, products=((1, -1),), kept=True)
+_CONVOLUTION = OpRule(
+    windows.convolution, sizes={"g": "groups"}, products=((1, -1),), sums=True, bias="bias", kept=True
+)
 _GROUPED = OpRule(compute.grouped_product, sums=True, kept=True)
 
 RULES: dict[str, OpRule] = {
@@ -112,7 +114,7 @@ RULES: dict[str, OpRule] = {
     "aten::unbind.int": OpRule(move.unbind),
     **_each("cat concat concatenate", OpRule(move.cat)),
     "aten::stack": OpRule(move.stack),
-    "aten::index.Tensor": OpRule(move.index, linear=(0,)),
+    "aten::index.Tensor": OpRule(move.index, linear=(0,), sums=True, form="lookup"),
     "aten::index_select": OpRule("< n! >, m -> < m >", linear=(0,)),
     "aten::gather": OpRule(move.gather),
     # values written into a part of another

@@ -8,11 +8,15 @@ from tpcompiler.ops.record import Line, OpCall, letters
 
 
 def convolution(call: OpCall) -> Line:
-    """Output channels may be split, and so may groups of channels. With one channel per group, channels are a batch."""
+    """Output channels may be split, and so may groups of channels: with one channel a group, each is a batch. Without
+    groups, input channels are summed over."""
     places = call.rank(1) - 2
     if call.rank() != places + 2 or call.args.get("transposed"):
         return None
     before, after, out = (" ".join(f"{name}{k}!" for k in range(places)) for name in "xwy")
+    if call.args["groups"] == 1:
+        bias = "" if call.operands[2] is None else ", o"
+        return f"b i {before}, o i {after}{bias} -> b o {out}"
     bias = "" if call.operands[2] is None else ", (g o)"
     return f"b (g i!) {before}, (g o) i! {after}{bias} -> b (g o) {out}"
 

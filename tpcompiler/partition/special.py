@@ -19,12 +19,18 @@ def special_form(b: Builder, op: Applied, over: Over) -> fx.Node:
 
 
 def _lookup(b: Builder, op: Applied, over: Over) -> fx.Node:
-    """Looks up the rows that this rank holds. Rows of other ranks are zero here; the sum over ranks has all of them."""
-    table = next(o for o in op.relation.operands if o.node == op.args["weight"].name)
+    """Rows that other ranks hold are zero here, so that the sum over ranks is the embedding, or `table[ids]`."""
+    args = op.args
+    plain = "weight" in args
+    source, ids = (args["weight"], args["indices"]) if plain else (args["self"], args["indices"][0])
+    table = next(o for o in op.relation.operands if o.node == source.name)
     assert table.dims is not None
-    rows = LocalRuns(b.dim(table.dims[0]))
-    padding = () if op.args["padding_idx"] < 0 else (op.args["padding_idx"],)
-    new = b.call(runtime.lookup, op.inputs[op.args["weight"]], op.inputs[op.args["indices"]], rows, *padding)
+    dim = b.dim(table.dims[0])
+    new = b.call(runtime.lookup, op.inputs[source], op.inputs[ids], LocalRuns(dim))
+    if not plain:
+        new.update_kwarg("size", dim.size)
+    elif args["padding_idx"] >= 0:
+        new.args = (*new.args, args["padding_idx"])
     return reduced(b, op, new, over)
 
 

@@ -63,7 +63,8 @@ def gather_facts(capture: Capture, axes: AxisMap) -> Facts:
                 if p.name not in members[leaf]:
                     members[leaf].append(p.name)
                 roles[leaf]["parameter", p.shape, i, place] += 1
-    tables = [r.operands[0].node for r in axes.relations.values() if r.rule.form == "lookup"]
+    lookups = [r.operands[0].node for r in axes.relations.values() if r.rule.form == "lookup" and r.special]
+    tables = [t for t in lookups if axes.dynamic.keys().isdisjoint(axes.sizes[t][0])]
     tally = Tally(axes, nodes, roles, max((prod(axes.sizes[t][0]) for t in tables), default=0))
     for name, relation in axes.relations.items():
         tally.relation(nodes[name], relation)

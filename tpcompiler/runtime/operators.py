@@ -56,20 +56,25 @@ def take(x: Tensor, dim: int, rows: Runs) -> Tensor:
     return take_rows(x, dim, rows)
 
 
-def lookup(weight: Tensor, ids: Tensor, rows: Runs, padding_idx: int | None = None) -> Tensor:
-    """`F.embedding` with this rank's rows, and zero for ids of other ranks: a partial value `[*ids, width]`.
+def lookup(
+    weight: Tensor, ids: Tensor, rows: Runs, padding_idx: int | None = None, size: int | None = None
+) -> Tensor:
+    """`F.embedding` of the rows held here, zero for ids held elsewhere: a partial value, `[*ids, *weight.shape[1:]]`.
 
-    `rows` are the global ids of the rows of `weight`; further rows of `weight` are padding. As in `F.embedding`, the
-    row of `padding_idx` (a global id) gets no gradient.
+    `rows` are the global ids of `weight`'s rows; further rows of `weight` are padding. As in `F.embedding`, the row of
+    `padding_idx` (global) gets no gradient. With `size`, the number of all rows, it is `weight[ids]`: ids below zero
+    count from the end.
     """
-    if length(rows) == 0:
-        weight, rows = F.pad(weight, (0, 0, 0, 1)), ((-1, 0),)  # no id is negative; the gradient still reaches weight
+    if size is not None:
+        ids = torch.where(ids < 0, ids + size, ids)
+    if length(rows) == 0:  # no id is negative now; the gradient still reaches weight
+        weight, rows = F.pad(weight, (0, 0) * (weight.dim() - 1) + (0, 1)), ((-1, 0),)
     local, held = local_ids(ids, rows)
-    padding = None
-    if padding_idx is not None:
-        padding = _place(padding_idx, rows)
-    found = F.embedding(local, weight, padding)
-    return found.masked_fill(~held.unsqueeze(-1), 0)
+    if weight.dim() == 2:
+        found = F.embedding(local, weight, None if padding_idx is None else _place(padding_idx, rows))
+    else:
+        found = weight[local]
+    return found.masked_fill(~held.view(held.shape + (1,) * (weight.dim() - 1)), 0)
 
 
 def _place(index: int, rows: Runs) -> int | None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -30,6 +30,9 @@ TOLERANCE = 1e-4
 _DROPOUTS = frozenset(
     f"{kind}dropout{suffix}" for kind in ("", "alpha_", "feature_", "feature_alpha_", "native_") for suffix in ("", "_")
 ) | {"dropout1d", "dropout2d", "dropout3d"}
+
+_ONES = (aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+_DRAWS = {"bernoulli_": 1.0, "bernoulli": 1.0, "uniform_": 0.5, "rand": 0.5, "rand_like": 0.5}  # no path is left out
 
 
 def same_as_module(captured: Capture, module: nn.Module, example_inputs: Any, backward: bool) -> list[Case]:
@@ -53,7 +56,7 @@ def _case(what: str, captured: Capture, given: nn.Module, example: Any, backward
     def graph(inputs: Sequence[Any]) -> Any:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         batch = dict(zip(captured.inputs, tensors, strict=True))
-        return interpret_capture(_without_dropout(captured), _held(module), batch, training=training)
+        return interpret_capture(_without_dropout(captured, training), _held(module), batch, training=training)
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         found = _run(graph, module, leaves, backward)  # first: running the module may change its buffers
@@ -92,16 +95,25 @@ def _held(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _without_dropout(captured: Capture) -> Capture:
-    """The capture without dropout in training mode."""
+def _without_dropout(captured: Capture, training: bool) -> Capture:
+    """The capture with no dropout in training either. Stochastic depth then leaves out no path, and scales as it does."""
     graph = copy_graph(captured.graph)
     for node in graph.nodes:
-        if node.target is aten.dropout.default:
+        if node.target is aten.dropout.default and training and _made(node.args[0]).target in _ONES:
+            node.target, node.args = aten.div.Tensor, (node.args[0], 1 - node.args[1])
+        elif node.target is aten.dropout.default:
             node.replace_all_uses_with(node.args[0])
         elif node.target is aten.scaled_dot_product_attention.default:
             node.args = (*node.args[:4], 0.0, *node.args[5:])
     graph.eliminate_dead_code()
     return replace(captured, graph=graph)
+
+
+def _made(node: fx.Node) -> fx.Node:
+    """The node whose value this one casts."""
+    while node.target in (aten.type_as.default, aten.to.dtype):
+        node = node.all_input_nodes[0]
+    return node
 
 
 class NoDropout(TorchFunctionMode):
@@ -110,6 +122,8 @@ class NoDropout(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        if name in _DRAWS:
+            return func(*args, **kwargs).fill_(_DRAWS[name])
         if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if name == "scaled_dot_product_attention":
