@@ -96,7 +96,7 @@ class Channels(nn.Module):
 def test_channels_are_contracted_by_the_second_convolution(degree: int) -> None:
     sharded, whole = held(Channels, torch.randn(2, WIDTH, 4, 5), degree)
     assert whole == {"norm.weight", "norm.bias", "o.bias", "q.bias"}
-    assert len(sharded.collectives) == 4, "Megatron's two a block, forward and backward"
+    assert len(sharded.program.collectives) == 4, "Megatron's two a block, forward and backward"
 
 
 class Residual(nn.Module):
