@@ -1,4 +1,4 @@
-"""Lookups however they are spelled, convolutions by channels, and stochastic depth: split, proven, and equal on ranks."""
+"""Lookups however they are spelled, convolutions by channels, stochastic depth: split, proven, and equal on ranks."""
 
 from __future__ import annotations
 
@@ -119,6 +119,7 @@ def shape(x: Tensor) -> tuple[int, ...]:
 PATHS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "bernoulli": lambda x, k: x * x.new_empty(shape(x)).bernoulli_(k).div_(k),
     "floor": lambda x, k: x.div(k) * (k + torch.rand(shape(x), dtype=x.dtype, device=x.device)).floor_(),
+    "chosen": lambda x, k: torch.where(torch.rand(shape(x), device=x.device) < 1 - k, torch.zeros_like(x), x),
     "less": lambda x, k: x.div(k) * (torch.zeros(shape(x), device=x.device).uniform_(0, 1) < k).float(),
 }
 

@@ -21,7 +21,6 @@ from tpcompiler.capture.refusals import CannotTrace
 
 _LESS = (Tensor.__lt__, Tensor.lt, torch.lt, Tensor.__le__, Tensor.le, torch.le)
 _GREATER = (Tensor.__gt__, Tensor.gt, torch.gt, Tensor.__ge__, Tensor.ge, torch.ge)
-_STRICT = (Tensor.__lt__, Tensor.lt, torch.lt, Tensor.__ge__, Tensor.ge, torch.ge)
 _PYTHONS = ("random", "uniform", "randint", "randrange", "choice", "choices", "sample", "shuffle", "gauss")
 _NUMPYS = ("rand", "random", "uniform", "randint", "choice", "randn", "normal", "permutation", "shuffle", "binomial")
 
@@ -83,11 +82,11 @@ class Draws(TorchFunctionMode):
         self.stack.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (*_LESS, *_GREATER) and len(args) == 2 and id(args[0]) in self.uniform and args[0].dim() == 0:
+        if func in (*_LESS, *_GREATER) and len(args) == 2 and id(args[0]) in self.uniform and args[0].numel() == 1:
             bound, known = args[1], func in _LESS
             if isinstance(bound, int | float) and bound >= 1:
                 return known
-            if isinstance(bound, int | float) and (bound < 0 or (bound == 0 and func in _STRICT)):
+            if isinstance(bound, int | float) and bound <= 0:  # one number in 2²⁴ is 0, which is taken for above it
                 return not known
             Drawn("torch.rand").refuse()
         out = func(*args, **(kwargs or {}))

@@ -58,18 +58,34 @@ def _numbered(graph: fx.Graph, numbers: dict[Any, int]) -> dict[fx.Node, int]:
 
 
 def _times_ones(node: fx.Node) -> fx.Node | None:
-    """What a node multiplies by dropout of ones, which are ones in evaluation."""
+    """What a node multiplies by dropout of ones, or takes where that is not zero: it is ones in evaluation."""
+    if node.target is aten.where.self:
+        return _second(node)
     if node.target is not aten.mul.Tensor or not all(isinstance(a, fx.Node) for a in node.args):
         return None
     for x, mask in (node.args, node.args[::-1]):
         assert isinstance(x, fx.Node)
         assert isinstance(mask, fx.Node)
-        if mask.target is aten.dropout.default and isinstance(mask.args[0], fx.Node):
-            ones = mask.args[0].target in (aten.ones.default, aten.ones_like.default, aten.new_ones.default)
-            a, b = x.meta["val"], node.meta["val"]
-            if ones and a.dtype == b.dtype and a.dim() == b.dim() and all(map(_equal, a.shape, b.shape)):
-                return x
+        if _drops_ones(mask) and _alike(x, node):
+            return x
     return None
+
+
+def _second(node: fx.Node) -> fx.Node | None:
+    mask, _, x = node.args
+    if not isinstance(mask, fx.Node) or mask.target is not aten.eq.Scalar or mask.args[1] != 0:
+        return None
+    return x if _drops_ones(mask.args[0]) and isinstance(x, fx.Node) and _alike(x, node) else None
+
+
+def _drops_ones(node: Any) -> bool:
+    ones = (aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+    return node.target is aten.dropout.default and isinstance(node.args[0], fx.Node) and node.args[0].target in ones
+
+
+def _alike(x: fx.Node, node: fx.Node) -> bool:
+    a, b = x.meta["val"], node.meta["val"]
+    return a.dtype == b.dtype and a.dim() == b.dim() and all(map(_equal, a.shape, b.shape))
 
 
 def _equal(a: Any, b: Any) -> bool:

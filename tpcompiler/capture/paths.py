@@ -1,7 +1,10 @@
-"""Stochastic depth as dropout: a mask of random zeros and ones, divided by the probability of a one, is dropout of ones.
+"""Stochastic depth as dropout: a mask of random zeros and ones, divided by the probability of a one, is dropout of
+ones.
 
 Models draw the mask in several ways: `bernoulli_(keep)`, `rand(shape) < keep`, `floor(keep + rand(shape))`; and divide
-either the mask or what it multiplies. Dropout's masks are counter-based, so that all ranks draw the same.
+either the mask or what it multiplies. Where a mask chooses between two values, as in `where(rand(n) < p, none, y)`, it
+is where dropout of ones gives zeros, and evaluation takes the second value. Dropout's masks are counter-based, so that
+all ranks draw the same.
 """
 
 from __future__ import annotations
@@ -80,6 +83,14 @@ def _rewrite(graph: fx.Graph, base: fx.Node, mask: fx.Node, keep: float) -> None
                     with graph.inserting_before(user):
                         new = _dropped(graph, base, user, keep, node.meta["val"])
                     user.args = (other.args[0], new)
+    for user in list(mask.users):
+        if user.target is aten.where.self and user.args[0] is mask:
+            with graph.inserting_before(user):
+                shown = torch.empty_like(mask.meta["val"], dtype=torch.float32)
+                kept = _dropped(graph, base, user, 1 - keep, shown)
+                left_out = graph.call_function(aten.eq.Scalar, (kept, 0))
+                left_out.meta = {**user.meta, "val": mask.meta["val"]}
+            user.args = (left_out, *user.args[1:])
     if keep and any(user.target is aten.mul.Tensor for node in [mask, *cast] for user in node.users):
         raise ModelError(
             f"{at(mask)}: a random mask of zeros and ones is not divided by the probability of a one, {keep}, so that "

@@ -14,6 +14,7 @@ from tpcompiler.errors import ModelError
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
+TORCH_AND_OURS = (_TORCH, _OURS)
 _LIBRARIES = tuple(sysconfig.get_path(p) + os.sep for p in ("stdlib", "purelib", "platlib"))
 
 

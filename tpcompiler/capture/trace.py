@@ -16,6 +16,8 @@ from torch.export.graph_signature import InputKind
 
 from tpcompiler.capture.caches import without_caches
 from tpcompiler.capture.draws import Draws
+from tpcompiler.capture.guards import Guards
+from tpcompiler.capture.image_sizes import Places, image_sizes
 from tpcompiler.capture.init import Recorded
 from tpcompiler.capture.kept import as_it_was
 from tpcompiler.capture.lean import lean_tracing, whole_operators
@@ -29,7 +31,6 @@ from tpcompiler.capture.two_runs import Results, alike, alike_but_casts
 from tpcompiler.errors import ModelError
 
 Shapes = tuple[tuple[int, ...], ...]
-Places = frozenset[tuple[int, int]]  # dimensions of inputs: (index of the input, dimension)
 LONGER = (1, 8209, 4)  # times the example: as it is, beyond a model's constants, and what fails there
 
 
@@ -58,13 +59,14 @@ def trace(recorded: Recorded, example: Any, source: str = "", own: bool = True) 
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     example_shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, Tensor))
     error: Exception | None = None
-    for shapes in candidate_shapes(example_shapes):
+    images = image_sizes([x for x in leaves if isinstance(x, Tensor)])
+    for shapes in candidate_shapes(example_shapes, images):
         known: Results = {}
         ways = (True, False) if own and _follows(recorded, leaves, in_spec, shapes, known) else (False,)
         for way in ways:
             try:
                 with _named_keywords(model, kwargs), lowered(model) if way else nullcontext():
-                    exported, evaluated = _both(recorded, leaves, in_spec, shapes, way, known)
+                    exported, evaluated = _both(recorded, leaves, in_spec, shapes, images, way, known)
                 if _fits(exported, example_shapes):
                     return Traced(exported, evaluated, tuple(leaves), in_spec, names, way)
                 break
@@ -77,12 +79,18 @@ def trace(recorded: Recorded, example: Any, source: str = "", own: bool = True) 
 
 
 def _both(
-    recorded: Recorded, leaves: list[Any], spec: pytree.TreeSpec, shapes: Shapes, low: bool, known: Results
+    recorded: Recorded,
+    leaves: list[Any],
+    spec: pytree.TreeSpec,
+    shapes: Shapes,
+    fixed: Places,
+    low: bool,
+    known: Results,
 ) -> tuple[ExportedProgram, ExportedProgram | None]:
     """The model in training, and in evaluation where that may differ."""
-    fixed: Places = frozenset()
     exported = _in_mode(recorded, True, leaves, spec, shapes, fixed, low)
-    if fixed := _fixed_elsewhere(exported):
+    if also := _fixed_elsewhere(exported, fixed):
+        fixed |= also
         exported = _in_mode(recorded, True, leaves, spec, shapes, fixed, low)
     with _written_down(recorded, spec) as run:
 
@@ -108,7 +116,7 @@ def _written_down(recorded: Recorded, spec: pytree.TreeSpec) -> Iterator[Callabl
         args, kwargs = pytree.tree_unflatten(inputs, spec)
         return recorded.model(*args, **kwargs)
 
-    with Literals(recorded.tape), Draws(), torch.device("meta"), own_backwards(), answers():
+    with Literals(recorded.tape), Draws(), Guards(), torch.device("meta"), own_backwards(), answers():
         yield run
 
 
@@ -129,7 +137,7 @@ def _longer(exported: ExportedProgram, times: int) -> Shapes:
 
 def _in_mode(recorded: Recorded, training: bool, *how: Any) -> ExportedProgram:
     recorded.model.train(training)
-    with Literals(recorded.tape), Draws(), as_it_was(recorded.model):
+    with Literals(recorded.tape), Draws(), Guards(), as_it_was(recorded.model):
         return _export(recorded.model, *how)
 
 
@@ -174,8 +182,8 @@ def arg_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], s
     return tuple(out)
 
 
-def candidate_shapes(shapes: Shapes) -> Iterator[Shapes]:
-    """Shapes to trace with, best first; the example's own last.
+def candidate_shapes(shapes: Shapes, fixed: Places = frozenset()) -> Iterator[Shapes]:
+    """Shapes to trace with, best first; the example's own last. `fixed` dimensions keep their sizes.
 
     Dimensions of one size at one position are taken for one thing (the batch of all inputs); at different positions for
     different things, so all but the last position get another size. Then without that, then as it is.
@@ -193,7 +201,10 @@ def candidate_shapes(shapes: Shapes) -> Iterator[Shapes]:
                 size = next(m for m in range(n + 1, n + len(taken) + 2) if m not in taken)
                 taken.add(size)
                 new[n, i] = size
-        candidate = tuple(tuple(new.get((n, i if apart else 0), n) for i, n in enumerate(s)) for s in shapes)
+        candidate = tuple(
+            tuple(n if (k, i) in fixed else new.get((n, i if apart else 0), n) for i, n in enumerate(s))
+            for k, s in enumerate(shapes)
+        )
         if candidate not in seen:
             seen.add(candidate)
             yield candidate
@@ -266,11 +277,12 @@ def _fits(exported: ExportedProgram, shapes: Shapes) -> bool:
     )
 
 
-def _fixed_elsewhere(exported: ExportedProgram) -> Places:
+def _fixed_elsewhere(exported: ExportedProgram, fixed: Places) -> Places:
     """Dimensions left open although another input has one of that size at that position, which the model fixed: a loop
     over the tokens fixes the sequence, and the labels have the same."""
     shapes = [val.shape for val in _inputs(exported)]
-    known = {(i, int(n)) for shape in shapes for i, n in enumerate(shape) if _fixed(n)}
+    places = ((k, i, n) for k, shape in enumerate(shapes) for i, n in enumerate(shape) if (k, i) not in fixed)
+    known = {(i, int(n)) for _, i, n in places if _fixed(n)}
     opened = ((k, i, n) for k, shape in enumerate(shapes) for i, n in enumerate(shape) if not _fixed(n))
     return frozenset((k, i) for k, i, n in opened if (i, n.node.hint) in known)  # type: ignore[attr-defined]
 

@@ -56,9 +56,7 @@ def take(x: Tensor, dim: int, rows: Runs) -> Tensor:
     return take_rows(x, dim, rows)
 
 
-def lookup(
-    weight: Tensor, ids: Tensor, rows: Runs, padding_idx: int | None = None, size: int | None = None
-) -> Tensor:
+def lookup(weight: Tensor, ids: Tensor, rows: Runs, padding_idx: int | None = None, size: int | None = None) -> Tensor:
     """`F.embedding` of the rows held here, zero for ids held elsewhere: a partial value, `[*ids, *weight.shape[1:]]`.
 
     `rows` are the global ids of `weight`'s rows; further rows of `weight` are padding. As in `F.embedding`, the row of

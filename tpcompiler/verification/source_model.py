@@ -96,7 +96,7 @@ def _held(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _without_dropout(captured: Capture, training: bool) -> Capture:
-    """The capture with no dropout in training either. Stochastic depth then leaves out no path, and scales as it does."""
+    """The capture with no dropout in training either. Stochastic depth leaves out no path, and scales all the same."""
     graph = copy_graph(captured.graph)
     for node in graph.nodes:
         if node.target is aten.dropout.default and training and _made(node.args[0]).target in _ONES:
