@@ -92,6 +92,39 @@ class Experts(nn.Module):
         return x + out.reshape(x.shape)
 
 
+class Scaled(nn.Module):
+    """A buffer that other modules share, and writes into a copy that is none."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale, persistent=False)
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.up(x * self.scale)
+        y.type_as(x).mul_(2)
+        unit = torch.eye(*self.down.weight.size(), out=torch.empty_like(self.down.weight).detach())
+        return x + nn.functional.linear(y.relu(), self.down.weight + unit)
+
+
+class Prompted(nn.Module):
+    """Tokens before the input, whose ids a dictionary holds, and layers that share a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        scale = torch.linspace(0.5, 1.5, WIDTH)
+        self.layers = nn.Sequential(Scaled(scale), Scaled(scale))
+        self.table = nn.Embedding(4, WIDTH)
+        self.ids = {"prompt": torch.arange(3)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        prompt = self.table(self.ids["prompt"].unsqueeze(0).expand(x.shape[0], -1).to(x.device))
+        y: Tensor = self.layers(torch.cat([prompt, x], 1))
+        return y[:, 3:]
+
+
 HABITS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "a constant among the arguments": (
         _encoder,
@@ -105,6 +138,7 @@ HABITS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "a buffer registered by the forward": (lambda: nn.Sequential(Keeping()), torch.randn(2, 6, WIDTH)),
     "experts that take a number of tokens": (Experts, torch.randn(2, 6, WIDTH)),
     "masks with heads": (Masks, torch.randn(2, 6, WIDTH)),
+    "constants in a dictionary and shared buffers": (Prompted, torch.randn(2, 6, WIDTH)),
 }
 
 

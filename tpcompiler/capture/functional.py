@@ -152,6 +152,8 @@ class _Functionaliser:
         if op is None or op._schema.is_mutable:
             raise ModelError(f"{at(node)}: {node.target} works in place and has no out-of-place form")
         dtype = target.meta["val"].dtype
+        if "dtype" in _keywords(op) - _keywords(node.target):
+            kwargs["dtype"] = dtype  # a factory writes what its `out` holds
         out = self._call(op, args, node, target.meta["val"], kwargs)
         result = op(*fx.map_arg(args, _val), **fx.map_arg(kwargs, _val)) if _promotes(args) else target.meta["val"]
         if result.dtype != dtype:  # int_tensor += float: in place keeps the dtype
@@ -219,6 +221,9 @@ _UNORDERED = (
     aten.to.dtype,
     aten.to.dtype_layout,
     aten.to.device,
+    aten.to.other,
+    aten.type_as.default,
+    aten.expand_as.default,
 )  # views that are identities where they keep the shape
 
 
@@ -234,12 +239,20 @@ def _promotes(args: Any) -> bool:
     return len({a.meta["val"].dtype for a in args if isinstance(a, fx.Node) and isinstance(a.meta["val"], Tensor)}) > 1
 
 
+def _keywords(op: Any) -> set[str]:
+    return {a.name for a in op._schema.arguments}
+
+
 def _same_arguments(packet: Any, op: Any) -> Any:
     """The overload of `packet` that takes what the in-place `op` takes (`bernoulli_.float` → `bernoulli.p`), or all
-    but `out`."""
+    but `out`. A factory also takes what its `out` says: a dtype and a device."""
     wanted = [str(a.type) for a in op._schema.arguments if a.name != "out"]
     for name in packet.overloads():
         candidate = getattr(packet, name)
-        if [str(a.type) for a in candidate._schema.arguments] == wanted and not candidate._schema.is_mutable:
+        mine = [a for a in candidate._schema.arguments if a.name not in _FACTORY or a.name in _keywords(op)]
+        if [str(a.type) for a in mine] == wanted and not candidate._schema.is_mutable:
             return candidate
     return None
+
+
+_FACTORY = ("dtype", "layout", "device", "pin_memory")

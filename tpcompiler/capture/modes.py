@@ -59,7 +59,7 @@ def _numbered(graph: fx.Graph, numbers: dict[Any, int]) -> dict[fx.Node, int]:
 
 def _times_ones(node: fx.Node) -> fx.Node | None:
     """What a node multiplies by dropout of ones, or takes where that is not zero: it is ones in evaluation."""
-    if node.target is aten.where.self:
+    if node.target in (aten.where.self, aten.where.ScalarSelf):
         return _second(node)
     if node.target is not aten.mul.Tensor or not all(isinstance(a, fx.Node) for a in node.args):
         return None

@@ -84,7 +84,7 @@ def _rewrite(graph: fx.Graph, base: fx.Node, mask: fx.Node, keep: float) -> None
                         new = _dropped(graph, base, user, keep, node.meta["val"])
                     user.args = (other.args[0], new)
     for user in list(mask.users):
-        if user.target is aten.where.self and user.args[0] is mask:
+        if user.target in (aten.where.self, aten.where.ScalarSelf) and user.args[0] is mask:
             with graph.inserting_before(user):
                 shown = torch.empty_like(mask.meta["val"], dtype=torch.float32)
                 kept = _dropped(graph, base, user, 1 - keep, shown)
@@ -93,8 +93,8 @@ def _rewrite(graph: fx.Graph, base: fx.Node, mask: fx.Node, keep: float) -> None
             user.args = (left_out, *user.args[1:])
     if keep and any(user.target is aten.mul.Tensor for node in [mask, *cast] for user in node.users):
         raise ModelError(
-            f"{at(mask)}: a random mask of zeros and ones is not divided by the probability of a one, {keep}, so that "
-            "training and evaluation differ in scale; divide by it, or set it to 1"
+            f"{at(mask)}: draws random numbers, a mask of zeros and ones that is not divided by the probability of a "
+            f"one, {keep}, so that training and evaluation differ in scale; divide by it, or set it to 1"
         )
 
 

@@ -93,7 +93,10 @@ def own_kernels(kernels: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
 
 def view_at_once(op: Any, x: FakeTensor, *args: Any, **kwargs: Any) -> FakeTensor:
     """A view of a fake tensor, by the operator's kernel itself. Public way tried: calling `op`, which finds the view in
-    a cache of torch's and then sets its storage twice."""
+    a cache of torch's and then sets its storage twice. A tensor that a model holds in a list of its own is not fake."""
+    if not isinstance(x, FakeTensor):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(x, *args, **kwargs)
     with in_kernel_invocation_manager(x.fake_mode):
         with torch._C._AutoDispatchBelowAutograd(), torch._C._DisablePythonDispatcher():
             out = op(x, *args, **kwargs).detach()

@@ -31,13 +31,21 @@ def constructor(
         lines = [f"self.extend({made})", *writer.module("self", frame.name, rest)]
     else:
         lines = writer.module("self", frame.name, root)
-    for name, first in ties:
+    for name, first, parameter in ties:
         container, _, last = name.rpartition(".")
         base = names.attribute(frame.name, container).text if container else "self"
         module = ".".join(p for p in (frame.name, container) if p)
         value = names.attribute(frame.name, first).text
-        lines.append(f"{base}[{last}] = {value}" if names.is_list(module) else assignment(base, last, value))
+        if parameter.buffer:
+            lines.append(_buffer(base, last, value, parameter))
+        else:
+            lines.append(f"{base}[{last}] = {value}" if names.is_list(module) else assignment(base, last, value))
     return lines
+
+
+def _buffer(base: str, name: str, value: str, parameter: Parameter) -> str:
+    keep = "" if parameter.persistent else ", persistent=False"
+    return f"{base}.register_buffer({constant(name)}, {value}{keep})"
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,10 @@ class Namespace:
         inside.put(rest, item)
 
 
-def _tree(frame: Frame, inner: list[LayerClass], names: ParameterNames) -> tuple[Namespace, list[tuple[str, str]]]:
-    """What the module contains, and its tied parameters as (name, first name)."""
+def _tree(
+    frame: Frame, inner: list[LayerClass], names: ParameterNames
+) -> tuple[Namespace, list[tuple[str, str, Parameter]]]:
+    """What the module contains, and its tied parameters as (name, first name, parameter)."""
     instances = {frame.relative(n): Instance(made, n) for made in inner for n in made.layer.instances}
     root, ties = Namespace(), []
     first: dict[str, tuple[str, str]] = {}
@@ -83,7 +93,7 @@ def _tree(frame: Frame, inner: list[LayerClass], names: ParameterNames) -> tuple
         if within:
             root.put(within, instances[within])
         if before[0] != name and not (within and before[1] == within):
-            ties.append((name, before[0]))
+            ties.append((name, before[0], parameter))
             if not within and "." in name:
                 root.put(name.rpartition(".")[0], Namespace())
         elif not within:
@@ -199,8 +209,7 @@ class _Registrations:
     def _parameter(self, base: str, name: str, p: Parameter) -> str:
         """The statement that registers one parameter or buffer."""
         if p.buffer:
-            keep = "" if p.persistent else ", persistent=False"
-            return f"{base}.register_buffer({constant(name)}, {self._empty(p)}{keep})"
+            return _buffer(base, name, self._empty(p), p)
         made = f"nn.Parameter({self._empty(p)}{'' if p.trainable else ', requires_grad=False'})"
         if not is_name(name):
             return f"{base}.register_parameter({constant(name)}, {made})"
