@@ -162,6 +162,7 @@ def operators() -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any], list[Any
         yield over, runtime.gather_sequence, {"x": X, "group": group, "dim": 1, "size": 6}, [(4, 6)]
         yield over, runtime.scatter_sequence, {"x": X, "group": group, "dim": 1}, [(4, 6)]
         yield over, runtime.lookup, {"weight": X, "ids": Y, "rows": split}, [(6, 4), ((5, 3), I64)]
+        yield over, runtime.lookup, {"weight": X, "ids": Y, "rows": split, "size": 6}, [(6, 4, 2), ((5, 3), I64)]
         yield over, runtime.rms_norm, {"x": X, "group": group, "size": 6, "weight": Y, "eps": 1e-5}, [(4, 6), (6,)]
         yield (
             over,

@@ -131,5 +131,5 @@ def test_stochastic_depth_is_dropout_of_ones(how: str) -> None:
 
 
 def test_a_mask_that_is_not_scaled_is_refused_with_its_line() -> None:
-    with pytest.raises(ModelError, match=r"test_tables.*: a mask of zeros .* 0\.75"):
+    with pytest.raises(ModelError, match=r"test_tables.*, a mask of zeros .* 0\.75"):
         capture(lambda: Residual(lambda x, k: x * x.new_empty(shape(x)).bernoulli_(k)), torch.randn(2, 5, WIDTH))

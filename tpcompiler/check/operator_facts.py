@@ -173,9 +173,12 @@ def _(s: Site) -> Form:
     weight, ids = s.a["weight"], s.a["ids"]
     shape, table = s.shape(ids), s.shape(weight)
     rows = s.rows_argument(s.local["rows"], table[0])
+    if s.local.get("size") not in (None, table[0]):
+        raise RefutedError(f"it counts ids from the end of {s.local['size']} rows, and there are {table[0]}")
+    width = [f"h{i}" for i in range(1, len(table))]
     return Form(
-        [(ids.i, numbered(shape)), (weight.i, plain(table, ["v", "h"]))],
-        [(*numbered(shape), (("h", table[1]),))],
+        [(ids.i, numbered(shape)), (weight.i, plain(table, ["v", *width]))],
+        [(*numbered(shape), *(((h, n),) for h, n in zip(width, table[1:], strict=True)))],
         frozenset({"v"}),
         rows={"v": rows},
     )
