@@ -57,7 +57,7 @@ def take(x: Tensor, dim: int, rows: Runs) -> Tensor:
 
 
 def lookup(weight: Tensor, ids: Tensor, rows: Runs, padding_idx: int | None = None, size: int | None = None) -> Tensor:
-    """`F.embedding` with this rank's rows, and zero for ids of other ranks: a partial value `[*ids, *weight.shape[1:]]`.
+    """`F.embedding` with this rank's rows, and zero for ids of other ranks: a partial `[*ids, *weight.shape[1:]]`.
 
     `rows` are the global ids of the rows of `weight`; further rows of `weight` are padding. As in `F.embedding`, the
     row of `padding_idx` (a global id) gets no gradient. With `size`, the number of all rows, it is `weight[ids]`: ids
