@@ -82,14 +82,14 @@ def test_what_cannot_follow_is_as_it_was_traced(name: str) -> None:
     same(captured, model, (torch.randn(3, 5, 8),), torch.float32)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "seq2seq"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("seq2seq", marks=pytest.mark.nightly)])
 def test_plain_models_in_bfloat16(name: str) -> None:
     module = importlib.import_module(f"models.{name}")
     model = module.Model()
     same(capture(module.Model, module.example_inputs()), model, module.example_inputs(), torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["t5:seq2seq", "llama:causal-lm"])
+@pytest.mark.parametrize("name", ["llama:causal-lm", pytest.param("t5:seq2seq", marks=pytest.mark.nightly)])
 def test_families_in_bfloat16(name: str) -> None:
     family = FAMILIES[name]
     model = family.build()

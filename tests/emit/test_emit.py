@@ -145,19 +145,20 @@ def classes(text: str) -> dict[str, str]:
     return {n.name: ast.get_docstring(n) or "" for n in ast.parse(text).body if isinstance(n, ast.ClassDef)}
 
 
-def test_72_equal_layers_are_one_class_and_a_loop() -> None:
+@pytest.mark.parametrize("layers", [12, pytest.param(72, marks=pytest.mark.nightly)])
+def test_equal_layers_are_one_class_and_a_loop(layers: int) -> None:
     module = importlib.import_module("models.gpt2")
-    model = module.GPT2(vocab=64, positions=16, hidden=16, heads=4, layers=72)
+    model = module.GPT2(vocab=64, positions=16, hidden=16, heads=4, layers=layers)
     program = plain_program(model, module.example_inputs(sequence=12, vocab=64))
     begin = time.process_time()
     text = emit(program)
     assert time.process_time() - begin < 2
     found = classes(text)
     assert list(found) == ["Block", "Model"]
-    assert "72 alike" in found["Block"]
+    assert f"{layers} alike" in found["Block"]
     assert "for block in self.h:" in text
-    emitted = load_source(text, "emitted_72").Model(Ranks.single())
-    assert len(emitted.h) == 72 and len({type(b) for b in emitted.h}) == 1
+    emitted = load_source(text, "emitted_alike").Model(Ranks.single())
+    assert len(emitted.h) == layers and len({type(b) for b in emitted.h}) == 1
 
 
 class Scaled(nn.Module):

@@ -41,7 +41,13 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+EVERY_RUN = ("gpt2", "falcon", "mixtral", "t5")  # the rest waits for the nightly run
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=() if c.name.startswith(EVERY_RUN) else pytest.mark.nightly) for c in CASES],
+)
 def test_a_family_is_equal_and_split_with_the_least_reductions(case: Case) -> None:
     family = FAMILIES[case.name]
     report = tpc.verify(family.build, inputs(family), {"mesh": {"tensor": case.degree}})

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tpcompiler.capture.private_tracing import pytree
+from tpcompiler.capture.recast import Recast
 
 aten = torch.ops.aten
 OWN = torch.bfloat16
@@ -73,9 +74,9 @@ def follow(graph: fx.Graph) -> None:
         if _is_own(node) and (given or not computed.isdisjoint(operands)):
             computed.add(node)
             latest = latest if given else node
-    made: dict[Any, Tensor] = {}
+    shown = Recast(lambda dtype: SHOWN if dtype == OWN else dtype)
     for node in graph.nodes:
-        node.meta["val"] = _shown(node.meta.get("val"), made)
+        node.meta["val"] = shown(node.meta.get("val"))
 
 
 _CASTS = (aten.to.dtype,)
@@ -124,17 +125,3 @@ def _is_own(node: fx.Node) -> bool:
 
 def _names_own(node: fx.Node) -> bool:
     return any(a == OWN for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, torch.dtype))
-
-
-def _shown(val: Any, made: dict[Any, Tensor]) -> Any:
-    """A value with float32 in bfloat16's place. Values that are laid out alike share one, which `made` keeps: making
-    a tensor of symbolic sizes is slow."""
-    if isinstance(val, (list, tuple)):
-        return type(val)(_shown(v, made) for v in val)
-    if not isinstance(val, Tensor) or val.dtype != OWN:
-        return val
-    laid_out = tuple(n if isinstance(n, int) else n.node.expr for n in (*val.shape, *val.stride()))
-    key = (laid_out, val.requires_grad)
-    if key not in made:
-        made[key] = val.to(SHOWN)
-    return made[key]

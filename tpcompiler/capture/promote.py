@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tpcompiler.capture.recast import Recast
 from tpcompiler.program import Capture, Parameter
 
 aten = torch.ops.aten
@@ -31,6 +32,7 @@ def float64(capture: Capture) -> Capture:
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
+    promoted = Recast(_dtype)
     for node in capture.graph.nodes:
         val = node.meta.get("val")
         inner = env
@@ -38,7 +40,7 @@ def float64(capture: Capture) -> Capture:
             inner = {**env, **{n: _cast(graph, env[n]) for n in _tensors(node)}}
         new = graph.node_copy(node, inner.__getitem__)
         env[node] = new
-        new.meta = {**node.meta, "val": _promoted(val)}
+        new.meta = {**node.meta, "val": promoted(val)}
         new.args, new.kwargs = fx.node.map_aggregate((new.args, new.kwargs), _dtype)
         if node.target in _DEFAULT_DTYPE and "dtype" not in node.kwargs and _is_low(val):
             new.kwargs = {**new.kwargs, "dtype": torch.float64}
@@ -78,12 +80,6 @@ def _dtype(a: Any) -> Any:
     if not isinstance(a, torch.dtype):
         return a
     return torch.float64 if a in _LOW else torch.complex128 if a is torch.complex64 else a
-
-
-def _promoted(val: Any) -> Any:
-    if isinstance(val, (list, tuple)):
-        return type(val)(map(_promoted, val))
-    return val.to(_dtype(val.dtype)) if isinstance(val, Tensor) else val
 
 
 def _parameter(p: Parameter) -> Parameter:
