@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from tpcompiler import runtime
 from tpcompiler.check.calls import runtime_signature
 from tpcompiler.check.claims import Geometry
 from tpcompiler.check.forward import live_nodes
+from tpcompiler.check.meanings import bound, packet
 from tpcompiler.check.normal_form import Forms
 from tpcompiler.check.sizes import Sizes
 from tpcompiler.check.terms import Term
@@ -54,6 +55,7 @@ class OneRank(Translator):
         self.geometry = geometry
         self.ranks = ranks
         self.sent: list[Term] = []
+        self.drawn: list[Term] = []  # what comes from torch's own generator
         self._rows_known: dict[Any, int] = {}
         self._resolved: dict[Any, Any] = {}
 
@@ -143,6 +145,21 @@ class OneRank(Translator):
         assert not isinstance(described, list)
         return described
 
+    def own(self, op: str, args: tuple[Any, ...], known: Any, call: Callable[[], Any]) -> Any:
+        found = super().own(op, args, known, call)
+        if _draws(*call()):
+            self.drawn.extend(found if isinstance(found, tuple) else [found])
+        return found
+
+
+def _draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation draws from torch's own generator, with these arguments."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if packet(target) == "scaled_dot_product_attention":
+        return bool(bound(target, args, kwargs).get("dropout_p"))
+    return torch.Tag.nondeterministic_seeded in target.tags
+
 
 class OneGraph:
     """The terms of the program's graph for one class of ranks, in one mode."""
@@ -155,11 +172,12 @@ class OneGraph:
         self.leaves: dict[str, Term] = {}
         self.outputs: list[Any] = []
         self.sent: list[Term] = []
+        self.drawn: list[Term] = []
         self.run()
 
     def run(self) -> None:
         env: dict[fx.Node, Any] = {}
-        self.translator.sent = []
+        self.translator.sent, self.translator.drawn = [], []
         stored = {p.node: p for p in self.program.capture.parameters}
         for node in self.program.graph.nodes:
             if node.op == "placeholder" and isinstance(node.meta["val"], Tensor):
@@ -171,7 +189,7 @@ class OneGraph:
                 args, kwargs = self.arguments(node, env)
                 env[node] = self.translator.call(node.target, args, kwargs)
                 _name(env[node], node.name)
-        self.sent = self.translator.sent
+        self.sent, self.drawn = self.translator.sent, self.translator.drawn
 
     def leaf(self, node: fx.Node, parameter: Any) -> Term:
         geometry, val = self.translator.geometry, node.meta["val"]

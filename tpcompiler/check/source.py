@@ -24,6 +24,7 @@ from tpcompiler.check.decompose import Decomposer, TensorSlot
 from tpcompiler.check.fields import Fields, fields_of
 from tpcompiler.check.forward import Refused, line_of
 from tpcompiler.check.grammar import Guarded, read_source
+from tpcompiler.check.interface import compare_signature, compare_structure
 from tpcompiler.check.normal_form import OPEN, Forms
 from tpcompiler.check.one_rank import OneGraph, OneRank, RankClass, RankRows, rank_classes
 from tpcompiler.check.report import Refusal
@@ -146,13 +147,14 @@ class _Run:
         with torch.device("meta"):
             model: nn.Module = self.names["Model"](_alone(translator.geometry, translator.ranks.first), _RNG)
         without_state(model, _RNG)
+        compare_signature(self.program.capture, model)
         model.train(self.graph.training)
         parameters = compare_state(self.program, translator.geometry, translator.ranks.first, model)
         self._rows(model)
         for t, node in parameters:
             recorder.learn(t, self.graph.leaves[node])
         args, kwargs = self._arguments(recorder)
-        translator.sent = []
+        translator.sent, translator.drawn = [], []
         hidden = {k: v for k, v in self.names.items() if callable(v) and runtime_signature(v) is not None}
         try:
             self.names.update({k: recorder.operator(v) for k, v in hidden.items()})
@@ -164,9 +166,11 @@ class _Run:
             raise Refused(Refusal("the source", "", "a forward that runs", f"{type(e).__name__}: {e}")) from None
         finally:
             self.names.update(hidden)
+        compare_structure(self.program.capture, result)
         found = [recorder.known(t) if isinstance(t, Tensor) else t for t in pytree.tree_leaves(result)]
         self.known = {term for _, term in recorder.seen.values()}
         self._finish(found, translator.sent)
+        self._drawn(translator.drawn)
         mine = [str(term) for term in translator.sent]
         first = order.setdefault(self.graph.training, mine)
         if mine != first:
@@ -206,6 +210,14 @@ class _Run:
         for i, (x, y) in enumerate(zip(got, expected, strict=True)):
             if x is not y and (isinstance(x, Term) or isinstance(y, Term) or x != y):
                 self._refuse(y, f"output {i} is {y} of the graph", f"it is {x}")
+
+    def _drawn(self, drawn: list[Term]) -> None:
+        """Refuses draws from torch's generator that the graph does not make, since they change all later ones."""
+        graph, source = Counter(self.graph.drawn), Counter(drawn)
+        if graph != source:
+            odd = next(iter((graph - source) + (source - graph)))
+            what = f"{described(odd)} draws random numbers {graph[odd]} times"
+            raise Refused(Refusal("the source", "", what, f"{source[odd]} times", self.where))
 
     def _refuse(self, term: Any, claimed: str, true: str) -> NoReturn:
         """Refuses for the first value that the source does not compute, of those that `term` is made of."""
@@ -276,7 +288,11 @@ class _Recorder(TorchFunctionMode):
             return slice(read(a.start), read(a.stop), read(a.step)) if isinstance(a, slice) else a
 
         given = read(tuple(args)), tuple((k, read(v)) for k, v in sorted(kwargs.items()) if k != "device")
-        return self.made(self.decomposer.call(func, *given, terms))
+        out = self.made(self.decomposer.call(func, *given, terms))
+        if not terms and isinstance(out, Tensor) and out.dim() and kwargs.get("device") is None:
+            what = f"{getattr(func, '__name__', func)} without a device"
+            raise Refused(Refusal("the source", "", "values made on the device of an input or a parameter", what))
+        return out
 
     def sliced(self, x: Tensor, index: Any) -> tuple[Tensor, Any]:
         """Takes the slices in `x[index]` with the ends as written, which Python would cut off at this run's lengths."""

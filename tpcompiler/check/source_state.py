@@ -25,6 +25,7 @@ def compare_state(program: Program, geometry: Geometry, rank: int, model: nn.Mod
     seen: dict[int, str] = {}
     out: list[tuple[Tensor, str]] = []
     known: set[str] = set()
+    saved = model.state_dict(keep_vars=True)
     for p in program.capture.parameters:
         held = buffers if p.buffer else parameters
         found = [held[n] for n in p.names if n in held]
@@ -39,6 +40,9 @@ def compare_state(program: Program, geometry: Geometry, rank: int, model: nn.Mod
         seen[id(mine)] = p.name
         for claimed, true in _differences(program, geometry, rank, p, mine):
             _refuse(p, claimed, true)
+        if p.buffer and (p.name in saved) != p.persistent:
+            kept = "stands in the state dictionary"
+            _refuse(p, *((kept, "it does not") if p.persistent else ("it does not stand there", "it does")))
         out.append((mine, p.node))
     used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
     there = {node for _, node in out}
@@ -83,6 +87,8 @@ def _differences(
         yield f"the source gives rank {rank} the shape {list(shape)}", f"{list(mine.shape)}"
     if mine.dtype != p.dtype:
         yield f"the dtype {p.dtype}", f"{mine.dtype}"
+    if p.buffer and mine.requires_grad and not p.trainable:
+        yield "a buffer without a gradient", "it has one"
     if not p.buffer and mine.requires_grad != p.trainable:
         yield ("it is trained", "it is not") if p.trainable else ("it is not trained", "it is")
     if mine._backward_hooks:
