@@ -192,6 +192,9 @@ class _Reader:
             self.refuse(n, f"{n.attr} of the random number generator")
 
     def call(self, n: ast.Call, names: set[str], building: bool) -> None:
+        device = next((k.value for k in n.keywords if k.arg == "device"), None)
+        if device is not None and not (isinstance(device, ast.Attribute) and device.attr == "device" and not building):
+            self.refuse(n, "a device that is not an operand's")
         if isinstance(n.func, ast.Name) and n.func.id == "getattr":
             self.named(n)
         if isinstance(n.func, ast.Name) and n.func.id == "range" and not all(map(_number, n.args)):

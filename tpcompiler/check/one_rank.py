@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ from tpcompiler import runtime
 from tpcompiler.check.calls import runtime_signature
 from tpcompiler.check.claims import Geometry
 from tpcompiler.check.forward import live_nodes
-from tpcompiler.check.meanings import bound, packet
+from tpcompiler.check.meanings import packet
 from tpcompiler.check.normal_form import Forms
-from tpcompiler.check.sizes import Sizes
+from tpcompiler.check.sizes import ENDLESS, Sizes
 from tpcompiler.check.terms import Term
 from tpcompiler.check.translate import Translator, described_value
 from tpcompiler.layout import LocalRuns, LocalSize
@@ -27,6 +27,9 @@ _ALIKE = (  # of the shape and dtype of their operand
     *(runtime.enter, runtime.reduce, runtime.dropout, runtime.rms_norm, runtime.layer_norm),
     *(runtime.cut_batch, runtime.join_batch),
 )
+
+
+_CUTTING = ("slice", "select", "narrow")
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,19 @@ class OneRank(Translator):
         self.geometry = geometry
         self.ranks = ranks
         self.sent: list[Term] = []
-        self.drawn: list[Term] = []  # what comes from torch's own generator
+        self.cuts: set[int] = set()  # the numbers at which values are sliced
         self._rows_known: dict[Any, int] = {}
         self._resolved: dict[Any, Any] = {}
+
+    def restart(self) -> None:
+        super().restart()
+        self.sent, self.cuts = [], set()
+
+    def aten(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], known: Any = None) -> Any:
+        if packet(target) in _CUTTING:
+            numbers = (a for a in args[2:] if isinstance(a, int))
+            self.cuts.update(abs(n) for n in numbers if abs(n) < ENDLESS)
+        return super().aten(target, args, kwargs, known)
 
     def rows(self, rows: Any) -> tuple[str, int]:
         """A name for the rows that the ranks of the class hold; equal rows have one name."""
@@ -145,21 +158,6 @@ class OneRank(Translator):
         assert not isinstance(described, list)
         return described
 
-    def own(self, op: str, args: tuple[Any, ...], known: Any, call: Callable[[], Any]) -> Any:
-        found = super().own(op, args, known, call)
-        if _draws(*call()):
-            self.drawn.extend(found if isinstance(found, tuple) else [found])
-        return found
-
-
-def _draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operation draws from torch's own generator, with these arguments."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if packet(target) == "scaled_dot_product_attention":
-        return bool(bound(target, args, kwargs).get("dropout_p"))
-    return torch.Tag.nondeterministic_seeded in target.tags
-
 
 class OneGraph:
     """The terms of the program's graph for one class of ranks, in one mode."""
@@ -173,11 +171,12 @@ class OneGraph:
         self.outputs: list[Any] = []
         self.sent: list[Term] = []
         self.drawn: list[Term] = []
+        self.cuts: set[int] = set()
         self.run()
 
     def run(self) -> None:
         env: dict[fx.Node, Any] = {}
-        self.translator.sent, self.translator.drawn = [], []
+        self.translator.restart()
         stored = {p.node: p for p in self.program.capture.parameters}
         for node in self.program.graph.nodes:
             if node.op == "placeholder" and isinstance(node.meta["val"], Tensor):
@@ -189,7 +188,7 @@ class OneGraph:
                 args, kwargs = self.arguments(node, env)
                 env[node] = self.translator.call(node.target, args, kwargs)
                 _name(env[node], node.name)
-        self.sent, self.drawn = self.translator.sent, self.translator.drawn
+        self.sent, self.drawn, self.cuts = self.translator.sent, self.translator.drawn, self.translator.cuts
 
     def leaf(self, node: fx.Node, parameter: Any) -> Term:
         geometry, val = self.translator.geometry, node.meta["val"]

@@ -17,7 +17,7 @@ _PRIMES = (
 )
 
 
-_ENDLESS = 1 << 31  # from here on, a number means the end of a dimension and is no size
+ENDLESS = 1 << 31  # from here on, a number means the end of a dimension and is no size
 
 
 class Sizes:
@@ -121,10 +121,23 @@ def beyond(capture: Capture, constants: Iterable[int], *, computed: bool) -> Ite
     """
     known = hints(capture)
     distinct = sorted(set(known.values()))
-    least = 8 * max((n for n in constants if n < _ENDLESS), default=1) + 10_000
+    least = 8 * max((n for n in constants if n < ENDLESS), default=1) + 10_000
     primes: list[int] = []
     for i in range(len(distinct)):
         primes.append(int(sympy.nextprime(max(least, (primes or [0])[-1]) + 9973 * (i + 1))))
     for factor in (1, 2) if computed and distinct else (1,):
         large = {h: p * factor for h, p in zip(distinct, primes, strict=True)}
         yield Sizes({s: large[h] for s, h in known.items()})
+
+
+def short(capture: Capture, cuts: Iterable[int]) -> Iterator[Sizes]:
+    """Sizes at which other things happen than at large ones: a single element, and on both sides of every number at
+    which a program slices."""
+    known = hints(capture)
+    distinct = sorted(set(known.values()))
+    if distinct:
+        yield Sizes(dict.fromkeys(known, 1))
+    for cut in sorted(cuts):
+        for least in (cut // 2, cut + 1, 2 * cut - 1):
+            near = {h: max(least, 2) + i for i, h in enumerate(distinct)}
+            yield Sizes({s: near[h] for s, h in known.items()})

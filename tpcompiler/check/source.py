@@ -11,6 +11,7 @@ import ast
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, NoReturn
 
 import torch
@@ -29,7 +30,7 @@ from tpcompiler.check.normal_form import OPEN, Forms
 from tpcompiler.check.one_rank import OneGraph, OneRank, RankClass, RankRows, rank_classes
 from tpcompiler.check.report import Refusal
 from tpcompiler.check.samples_apart import in_halves
-from tpcompiler.check.sizes import Sizes, choices, made_of
+from tpcompiler.check.sizes import Sizes, choices, made_of, short
 from tpcompiler.check.source_state import compare_state, without_state
 from tpcompiler.check.terms import Term, children, described
 from tpcompiler.check.translate import all_nonzero
@@ -73,9 +74,15 @@ def _compare(program: Program, text: str, geometry: Geometry, taken: set[int]) -
     modal = "training" in text or _has_modes(program.graph)
     sizes = tuple(choices(program.capture, taken, geometry.size, made_of(_integers(tree, kept))))
     order: dict[bool, list[str]] = {}
+    cuts: set[int] = set()
     for i, ranks in enumerate(rank_classes(program, geometry, kept)):
         for graph in _graphs(program, geometry, ranks, sizes, 2 if modal or not i else 1):
-            _Run(program, names, fields, graph).compare(order)
+            run = _Run(program, names, fields, graph)
+            run.compare(order)
+            cuts |= run.cuts
+        if not i:
+            for graph in _short_graphs(program, geometry, ranks, cuts):
+                _Run(program, names, fields, graph).compare({})
 
 
 def _graphs(
@@ -98,6 +105,15 @@ def _graphs(
         if found == most:
             return
     raise Refused(Refusal("the program", "", "a graph that can be read", failure))
+
+
+def _short_graphs(program: Program, geometry: Geometry, ranks: RankClass, cuts: set[int]) -> Iterator[OneGraph]:
+    """The graph in evaluation at short lengths, where it can be read: slices may be empty or whole there."""
+    for sizes in short(program.capture, cuts):
+        try:
+            yield OneGraph(program, OneRank(Forms(), geometry, ranks), sizes, training=False)
+        except Exception:  # the model itself does not take this length
+            continue
 
 
 def _integers(tree: ast.Module, kept: Sequence[tuple[int, ...]]) -> set[int]:
@@ -137,6 +153,7 @@ class _Run:
         self.graph = graph
         self.translator = graph.translator
         self.known: set[Term] = set()
+        self.cuts: set[int] = set()  # the numbers at which the source slices, and the graph does not
         self.where = f"rank {self.translator.ranks.first}, {'training' if graph.training else 'evaluation'}"
 
     def compare(self, order: dict[bool, list[str]]) -> None:
@@ -154,7 +171,7 @@ class _Run:
         for t, node in parameters:
             recorder.learn(t, self.graph.leaves[node])
         args, kwargs = self._arguments(recorder)
-        translator.sent, translator.drawn = [], []
+        translator.restart()
         hidden = {k: v for k, v in self.names.items() if callable(v) and runtime_signature(v) is not None}
         try:
             self.names.update({k: recorder.operator(v) for k, v in hidden.items()})
@@ -171,6 +188,7 @@ class _Run:
         self.known = {term for _, term in recorder.seen.values()}
         self._finish(found, translator.sent)
         self._drawn(translator.drawn)
+        self.cuts = translator.cuts - self.graph.cuts - set(self.graph.sizes.numbers.values())
         mine = [str(term) for term in translator.sent]
         first = order.setdefault(self.graph.training, mine)
         if mine != first:
@@ -213,11 +231,12 @@ class _Run:
 
     def _drawn(self, drawn: list[Term]) -> None:
         """Refuses draws from torch's generator that the graph does not make, since they change all later ones."""
-        graph, source = Counter(self.graph.drawn), Counter(drawn)
-        if graph != source:
-            odd = next(iter((graph - source) + (source - graph)))
-            what = f"{described(odd)} draws random numbers {graph[odd]} times"
-            raise Refused(Refusal("the source", "", what, f"{source[odd]} times", self.where))
+        graph = self.graph.drawn
+        if graph != drawn:
+            pairs = zip_longest(graph, drawn)
+            a, b = next((a, b) for a, b in pairs if a is not b)
+            said = [f"a draw of random numbers by {described(t)}" if t is not None else "no draw" for t in (a, b)]
+            raise Refused(Refusal("the source", "", said[0], said[1], self.where))
 
     def _refuse(self, term: Any, claimed: str, true: str) -> NoReturn:
         """Refuses for the first value that the source does not compute, of those that `term` is made of."""

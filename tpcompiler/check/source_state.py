@@ -25,6 +25,7 @@ def compare_state(program: Program, geometry: Geometry, rank: int, model: nn.Mod
     seen: dict[int, str] = {}
     out: list[tuple[Tensor, str]] = []
     known: set[str] = set()
+    stored: dict[int, str] = {}
     saved = model.state_dict(keep_vars=True)
     for p in program.capture.parameters:
         held = buffers if p.buffer else parameters
@@ -38,6 +39,10 @@ def compare_state(program: Program, geometry: Geometry, rank: int, model: nn.Mod
         if id(mine) in seen:
             _refuse(p, "a tensor of its own", f"it is tied to {seen[id(mine)]}")
         seen[id(mine)] = p.name
+        memory = mine.untyped_storage()._cdata
+        if memory in stored:
+            _refuse(p, "memory of its own", f"it lies in the memory of {stored[memory]}")
+        stored[memory] = p.name
         for claimed, true in _differences(program, geometry, rank, p, mine):
             _refuse(p, claimed, true)
         if p.buffer and (p.name in saved) != p.persistent:

@@ -36,7 +36,10 @@ class Model:
         self.terms: set[Term] = set()
         self.outputs: tuple[Any, ...] = ()
         self.sites = 0
+        live = set(live_nodes(program.capture.graph))
         for node in program.capture.graph.nodes:
+            if node.op == "call_function" and node not in live:
+                continue
             if node.op == "output":
                 self.outputs = tuple(self.env[a] if isinstance(a, fx.Node) else a for a in node.args[0])
                 continue
@@ -91,6 +94,7 @@ def arguments(node: fx.Node, env: Mapping[fx.Node, Any]) -> tuple[tuple[Any, ...
 def compare_structure(program: Program, model: Model) -> None:
     """Raises `Refused` when an output of the program is not the model's."""
     env: dict[fx.Node, Any] = {}
+    model.translator.restart()
     for node in live_nodes(program.graph):
         if node.op == "output":
             _outputs(node, model, env)

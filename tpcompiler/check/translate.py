@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,7 +23,20 @@ from tpcompiler.program import Training
 aten = torch.ops.aten
 
 
+<<<<<<< HEAD
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
+=======
+def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation draws from torch's own generator with these arguments, in training or in evaluation."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if packet(target) == "scaled_dot_product_attention":
+        p = bound(target, args, dict(kwargs)).get("dropout_p", 0.0)
+        return bool(p.on or p.off) if isinstance(p, Training) else bool(p)
+    return torch.Tag.nondeterministic_seeded in target.tags
+
+
+>>>>>>> d5ce3e6 (The check tells draws apart, reads short lengths and slices, and refuses shared memory and foreign devices: the rest of an outsider's faults)
 _SAME = (runtime.enter, runtime.cut_batch, runtime.join_batch)  # the value as it is
 
 
@@ -32,6 +46,12 @@ class Translator:
     def __init__(self, forms: Forms) -> None:
         self.forms = forms
         self._inferred: dict[Any, Any] = {}
+        self.drawn: list[Term] = []  # what comes from torch's own generator, in order
+        self._draws: Counter[Any] = Counter()
+
+    def restart(self) -> None:
+        """Begins to read another graph: its draws are numbered from the first again."""
+        self.drawn, self._draws = [], Counter()
 
     def call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], known: Any = None) -> Any:
         """The result of a call: a term, a tuple of terms, or a number. `known` has its shapes and dtypes, if given."""
@@ -76,7 +96,13 @@ class Translator:
         return self.own(name, tuple(given.items()), known, lambda: (target, args, kwargs))
 
     def own(self, op: str, args: tuple[Any, ...], known: Any, call: Callable[[], Any]) -> Any:
-        """A term without a normal form. Its shape is the one in `known`, or is found by running the call on meta."""
+        """A term without a normal form. Its shape is the one in `known`, or is found by running the call on meta. Two
+        draws of random numbers from equal operands are two terms."""
+        random = draws(*call())
+        if random:
+            number = self._draws[op, keyed(args)]
+            self._draws[op, keyed(args)] += 1
+            args = (*args, ("draw", number))
         found = self.forms.find(op, args)
         if found is None:
             described = described_value(known) if known is not None else self.infer(*call())
@@ -84,6 +110,8 @@ class Translator:
                 found = self.forms.make(op, args, None, None, tuple(described))
             else:
                 found = self.forms.make(op, args, *described)
+        if random:
+            self.drawn.append(found)
         return found if found.items is None else tuple(self.item(found, i) for i in range(len(found.items)))
 
     def infer(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
