@@ -23,9 +23,9 @@ from tpcompiler.program import Training
 aten = torch.ops.aten
 
 
-<<<<<<< HEAD
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
-=======
+
+
 def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether an operation draws from torch's own generator with these arguments, in training or in evaluation."""
     if not isinstance(target, torch._ops.OpOverload):
@@ -36,7 +36,6 @@ def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return torch.Tag.nondeterministic_seeded in target.tags
 
 
->>>>>>> d5ce3e6 (The check tells draws apart, reads short lengths and slices, and refuses shared memory and foreign devices: the rest of an outsider's faults)
 _SAME = (runtime.enter, runtime.cut_batch, runtime.join_batch)  # the value as it is
 
 
