@@ -379,6 +379,7 @@ class Twin(nn.Module):
         super().__init__()
         self.proj = nn.Linear(8, 8)
         self.register_buffer("table", torch.arange(8.0), persistent=False)
+        self.table: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         q = (x + self.table).unflatten(-1, (2, 4)).transpose(1, 2)
