@@ -40,7 +40,7 @@ from tpcompiler.weights import Weights
 TENSOR, DATA = 2, 2
 WORLD = TENSOR * DATA
 EVERY = 5  # steps between checkpoints
-ALL_ENDED = 2.0  # time-outs after a fault
+ALL_ENDED = 3.0  # time-outs after a fault
 BAD = ord("%")  # a token that makes a batch's loss infinite; the built-in text has one in about 10,000
 SETTINGS: dict[str, Any] = {
     "checkpoints": {"every": EVERY, "keep": 3},
