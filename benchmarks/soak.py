@@ -125,7 +125,7 @@ class Soak:
     def progressed(self, ranks: Processes) -> None:
         """Waits until a start has written a checkpoint of its own. Notes how many steps it did again."""
         end = time.monotonic() + 20 * self.timeout
-        while "\ncheckpoint " not in ranks.said:
+        while f"\ncheckpoint {self.folder}" not in ranks.said:
             if time.monotonic() > end or any(p.exitcode is not None for p in ranks.ranks):
                 self.fail("no progress", ranks)
             time.sleep(0.2)

@@ -19,8 +19,9 @@ from tpcompiler.spec.schema import Spec
 from tpcompiler.train.data import parts
 from tpcompiler.train.data import tokens as tokens_module
 from tpcompiler.train.data.batches import Batch, Batches, Corpus, open_corpus, split
+from tpcompiler.train.data.packing import Packer
 from tpcompiler.train.data.samples import BLOCK, Causal, Mixture
-from tpcompiler.train.data.tokenizer import ByteTokenizer, Tokenizer
+from tpcompiler.train.data.tokenizer import ByteTokenizer
 from tpcompiler.train.data.tokens import TokenFile, Tokens
 from tpcompiler.train.settings import Train
 
@@ -225,10 +226,10 @@ def test_text_is_tokenised_once_and_again_when_it_changes(tmp_path: Path, monkey
     calls = 0
     pack = parts.pack_part
 
-    def counted(part: parts.TextPart, tokenizer: Tokenizer) -> parts.Packed:
+    def counted(part: parts.TextPart, packer: Packer) -> parts.Packed:
         nonlocal calls
         calls += 1
-        return pack(part, tokenizer)
+        return pack(part, packer)
 
     monkeypatch.setattr(parts, "pack_part", counted)
     corpus(tmp_path, "a" * 999)
@@ -259,7 +260,7 @@ def test_long_text_is_cut_without_losing_a_character(tmp_path: Path, monkeypatch
     text = "".join(f"line {i}\r\n  indented {i}\n\n" for i in range(40)) + "no break at the end é"
     path = tmp_path / "t.txt"
     path.write_text(text, "utf-8", newline="")
-    cut = list(parts.cut(path, "text", "text", tmp_path))
+    cut = list(parts.cut(path, "text", ("text",), tmp_path))
     assert len(cut) > 2
     got = [piece for part in cut for piece in parts.pieces(part)]
     assert "".join(piece for piece, _ in got) == text
@@ -275,18 +276,18 @@ def test_what_was_tokenised_before_a_crash_is_kept(tmp_path: Path, monkeypatch: 
     folder.mkdir()
     path.write_text("".join(f"line {i}\n" for i in range(100)))
     (folder / ".part-00001.bin.dead.tmp").write_bytes(b"half")  # of a killed writer
-    whole = parts.tokenise(path, "text", "text", tokenizer, folder, workers=2)  # processes
+    whole = parts.tokenise(path, "text", ("text",), tokenizer, folder, workers=2)  # processes
     assert len(whole) > 3
     assert not list(folder.glob(".*"))
     os.truncate(folder / whole[1].name, 10)
     made: list[str] = []
 
-    def noted(part: parts.TextPart, tokenizer: Tokenizer) -> parts.Packed:
+    def noted(part: parts.TextPart, packer: Packer) -> parts.Packed:
         made.append(part.out)
-        return parts.pack(parts.pieces(part), tokenizer, Path(part.out), part.stop - part.start)
+        return parts.pack(parts.pieces(part), packer, Path(part.out), part.stop - part.start)
 
     monkeypatch.setattr(parts, "pack_part", noted)
-    assert parts.tokenise(path, "text", "text", tokenizer, folder, workers=1) == whole
+    assert parts.tokenise(path, "text", ("text",), tokenizer, folder, workers=1) == whole
     assert [Path(m).name for m in made] == [whole[1].name]
     ids = b"".join((folder / p.name).read_bytes() for p in whole)
     assert list(array("H", ids)) == [*path.read_bytes(), 256]

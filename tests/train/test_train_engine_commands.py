@@ -132,7 +132,7 @@ def test_the_page_on_training_lists_every_setting() -> None:
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 yield from keys(inner, f"{prefix}{name}.")
             else:
-                yield f"{prefix}{name}"
+                yield f"{prefix}{field.alias or name}"
 
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     assert [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")][-len([*keys(Train)]) :] == [

@@ -23,6 +23,10 @@ def tokenize(
         str, typer.Option("--format", metavar="KIND", help="auto, text or jsonl, as train.data.format.")
     ] = "auto",
     field: Annotated[str, typer.Option("--field", metavar="KEY", help="The key of a .jsonl line's text.")] = "text",
+    target_field: Annotated[
+        str | None,
+        typer.Option("--target-field", metavar="KEY", help="Of pairs: the key of the target's text, for task: pairs."),
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="DIR", help="As train.data.cache. Default: the same.")
     ] = None,
@@ -43,7 +47,8 @@ def tokenize(
         from tpcompiler.train.data.tokens import cache_directory, tokenised
         from tpcompiler.train.settings import Train
 
-        settings = {"format": format, "field": field, "cache": None if cache is None else str(cache)}
+        pairs = {"task": "pairs", "target_field": target_field} if target_field else {}
+        settings = {**pairs, "format": format, "field": field, "cache": None if cache is None else str(cache)}
         data = Spec.load({"mesh": {"tensor": 1}, "train": {"data": settings}}).section(Train).data
         loaded = load_tokenizer(tokenizer)
         rows, began = [], time.perf_counter()

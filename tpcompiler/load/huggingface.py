@@ -178,13 +178,13 @@ def _built(cls: Any, config: Any) -> nn.Module:
 
 
 def _inputs(cls: Any, config: Any, sizes: Mapping[str, Any], spec: Spec, ref: str) -> dict[str, torch.Tensor]:
-    """Example inputs of the architecture. `batch` and `sequence` are their sizes; `attention_mask` and `labels` switch
-    inputs on.
+    """Example inputs of the architecture. `batch` and `sequence` are their sizes, `target` that of an encoder-decoder's
+    target; `attention_mask`, `labels` and `position_ids` switch inputs on.
 
     A causal model gets no mask unless it is switched on: without one, the causal mask is a constant that the fast
     kernels recognize.
     """
-    known = ("batch", "sequence", "attention_mask", "labels")
+    known = ("batch", "sequence", "target", "attention_mask", "labels", "position_ids")
     for key in sizes:
         if key not in known:
             raise spec.error("inputs", key, what=f"{ref} takes no {key!r}; {nearest(key, known)}")
@@ -200,16 +200,21 @@ def _inputs(cls: Any, config: Any, sizes: Mapping[str, Any], spec: Spec, ref: st
     out = {"input_ids": _ids(text, batch, sequence)}
     if sizes.get("attention_mask", task != "CAUSAL_LM") and "attention_mask" in takes:
         out["attention_mask"] = torch.ones(batch, sequence, dtype=torch.long)
+    if sizes.get("position_ids", False):
+        if "position_ids" not in takes:
+            raise spec.error("inputs", "position_ids", what=f"{cls.__name__} takes no position_ids")
+        out["position_ids"] = torch.arange(sequence).repeat(batch, 1)
+    target = _size("target", sizes, max(sequence * 3 // 4, 1), spec) if config.is_encoder_decoder else sequence
     labels = sizes.get("labels", task is not None) and "labels" in takes
     if labels and task == "SEQUENCE_CLASSIFICATION":
         out["labels"] = torch.randint(config.num_labels, (batch,))
     elif labels and task == "TOKEN_CLASSIFICATION":
         out["labels"] = torch.randint(config.num_labels, (batch, sequence))
     elif labels:
-        out["labels"] = _ids(text, batch, sequence)
+        out["labels"] = _ids(text, batch, target)
     shifts = "labels" in out and getattr(config, "decoder_start_token_id", None) is not None
     if config.is_encoder_decoder and "decoder_input_ids" in takes and not shifts:
-        out["decoder_input_ids"] = _ids(text, batch, sequence)
+        out["decoder_input_ids"] = _ids(text, batch, target)
     return out
 
 

@@ -15,7 +15,7 @@ from tpcompiler.spec.schema import Section
 
 BUILTIN = "builtin"  # the path of the text that every CPython carries
 
-Task = Literal["causal", "mlm", "mlm+sop", "mlm+nsp"]
+Task = Literal["causal", "mlm", "mlm+sop", "mlm+nsp", "spans", "pairs"]
 Format = Literal["auto", "text", "jsonl", "tokens"]
 TokenType = Literal["uint16", "uint32"]
 Precision = Literal["bf16", "fp16", "fp32", "fp64"]
@@ -65,22 +65,36 @@ class Data(Section):
         default="auto", description="auto: by suffix; .jsonl is jsonl, .bin and .tokens are tokens, others are text."
     )
     field: str = Field(default="text", min_length=1, description="The key of a .jsonl line that holds the text.")
+    target_field: str = Field(
+        default="target", min_length=1, description="pairs only: the key of the text that `field` is to become."
+    )
+    target_sequence: int | None = Field(
+        default=None, gt=1, description="pairs only: tokens in a target. Left out: `train.sequence`."
+    )
     token_type: TokenType | None = Field(
         default=None, description="How a token file stores its ids. Left out: its sidecar FILE.json says `dtype`."
     )
     task: Task = Field(
         default="causal",
         description="causal: the next token. mlm: masked tokens (BERT), with sop: whether two parts of a text were "
-        "exchanged, with nsp: whether the second part belongs to another text.",
+        "exchanged, with nsp: whether the second part belongs to another text. For encoder-decoders, spans: what was "
+        "cut out of a text (T5); pairs: `target_field` of a .jsonl line from its `field`.",
     )
     labels: Literal["next", "same"] = Field(
         default="next",
         description="Causal labels: `next` hold the token after each input token; `same` are the input tokens, for "
         "models that shift inside (Hugging Face's).",
     )
+    documents: Literal["continue", "restart"] = Field(
+        default="continue",
+        description="causal only: what happens in a sample where a document ends. continue: nothing. restart: the "
+        "model gets position_ids, which begin with 0 in each document, and document_ids, and takes at least one of "
+        "them; the first token of a document is not guessed.",
+    )
     names: dict[str, str] = Field(
         default_factory=dict,
-        description="The model's own names of input_ids, labels, attention_mask, token_type_ids and pair_labels.",
+        description="The model's own names of input_ids, labels, attention_mask, token_type_ids, pair_labels, "
+        "target_ids, position_ids and document_ids.",
         examples=[{"pair_labels": "next_sentence_label"}],
     )
     cache: str | None = Field(
@@ -90,7 +104,10 @@ class Data(Section):
     @field_validator("names")
     @classmethod
     def _known(cls, names: dict[str, str]) -> dict[str, str]:
-        keys = ("input_ids", "labels", "attention_mask", "token_type_ids", "pair_labels")
+        keys = (
+            "input_ids", "labels", "attention_mask", "token_type_ids", "pair_labels", "target_ids", "position_ids",
+            "document_ids",
+        )  # fmt: skip
         for name in names:
             if name not in keys:
                 raise PydanticCustomError("name", "must have keys among " + ", ".join(keys))
@@ -110,6 +127,17 @@ class Group(Section):
 class Optimizer(Section):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101): weight decay acts on matrices, not on norms and biases."""
 
+    class_: str | None = Field(
+        default=None,
+        alias="class",
+        min_length=3,
+        description="Another optimizer's import path. It takes `arguments` instead of betas and eps. Each element's "
+        "step must depend on that element alone, which is tried out at the start. Left out: AdamW.",
+        examples=["torch.optim.SGD"],
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="What `class` is made with.", examples=[{"momentum": 0.9}]
+    )
     lr: float = Field(default=1.5e-4, gt=0, description="Peak learning rate.")
     betas: Annotated[tuple[float, float], BeforeValidator(_tuple)] = Field(
         default=(0.9, 0.999), description="Decay of the first and the second moment.", examples=[[0.9, 0.999]]

@@ -18,6 +18,7 @@ from tpcompiler.runtime.runs import Run
 from tpcompiler.train.data.corpus import sources
 from tpcompiler.train.data.order import Permutation, mix
 from tpcompiler.train.data.samples import Causal, Joined, Masked, Mixture, Part, Samples
+from tpcompiler.train.data.source_target import Pairs, Spans
 from tpcompiler.train.data.tokenizer import Tokenizer, load_tokenizer
 from tpcompiler.train.data.tokens import Tokens, open_tokens
 from tpcompiler.train.settings import Train
@@ -186,8 +187,11 @@ def _open(
             f"data {tokens}: {len(tokens)} tokens are less than one sample of {train.sequence}; "
             f"more text or a shorter sequence would work"
         )
-    # Masked batches hold marks and random words besides.
-    largest = tokens.largest if train.data.task == "causal" else max(tokens.largest, tokenizer.vocab - 1)
+    largest = tokens.largest
+    if isinstance(samples, Masked):  # its batches hold marks and random words besides
+        largest = max(largest, tokenizer.vocab - 1)
+    elif isinstance(samples, Spans | Pairs):
+        largest = max(largest, samples.largest)
     return samples, largest, tuple((f.dtype, f.count, f.largest) for f in tokens.files)
 
 
@@ -195,8 +199,24 @@ def make_samples(tokens: Tokens, train: Train, tokenizer: Tokenizer) -> Samples:
     """What the task makes of a stream of tokens."""
     task = train.data.task
     if task == "causal":
-        return Causal(tokens, train.sequence, train.data.labels == "next")
+        end = _end_of_documents(tokens, tokenizer) if train.data.documents == "restart" else None
+        return Causal(tokens, train.sequence, train.data.labels == "next", end)
+    if task == "spans":
+        return Spans(tokens, train.sequence, tokenizer)
+    if task == "pairs":
+        return Pairs(tokens, train.sequence, train.data.target_sequence or train.sequence, tokenizer)
     return Masked(tokens, train.sequence, tokenizer, task.removeprefix("mlm").removeprefix("+"))
+
+
+def _end_of_documents(tokens: Tokens, tokenizer: Tokenizer) -> int:
+    if tokenizer.specials.end is None:
+        raise TpcError("data.documents: restart needs a tokenizer with an end token; `bytes` has one")
+    if tokens.largest >= tokenizer.vocab:
+        raise TpcError(
+            f"data.documents: restart needs the tokenizer of the ids: {tokens} holds id {tokens.largest}, "
+            f"train.tokenizer has {tokenizer.vocab}"
+        )
+    return tokenizer.specials.end
 
 
 def split(samples: Samples, held_out: float) -> tuple[Samples, Samples | None]:

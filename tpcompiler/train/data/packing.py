@@ -30,6 +30,12 @@ _GPT4 = (
 _KNOWN = {_GPT2, _GPT4, _GPT4.replace("{1,3}", ""), _GPT4.replace(r"\p{N}{1,3}", r"\p{N}")}
 
 
+def little_endian(numbers: array[int]) -> bytes:
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tobytes()
+
+
 def dtype_for(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
 
@@ -46,9 +52,10 @@ class Packer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._code = CODES[dtype_for(tokenizer)]
+        self.dtype = dtype_for(tokenizer)
+        self._code = CODES[self.dtype]
         self._words: dict[str, bytes] = {}
-        self.largest = 0  # id so far
+        self.largest = 0  # id since it was last set
         self.by_words = isinstance(tokenizer, FileTokenizer) and splits_at_words(tokenizer.text)
         marks = [_MARK, _RUN]
         if isinstance(tokenizer, FileTokenizer):  # special tokens are cut out of a text before it is split
@@ -56,6 +63,11 @@ class Packer:
         self._special = re.compile("|".join(map(re.escape, filter(None, marks))))
 
     def __call__(self, text: str) -> bytes:
+        packed = self._ids(text)
+        self._notice(packed)
+        return packed
+
+    def _ids(self, text: str) -> bytes:
         if type(self._tokenizer) is ByteTokenizer:
             return self._bytes(text)
         if not self.by_words or self._special.search(text):
@@ -65,27 +77,30 @@ class Packer:
     def end(self) -> bytes:
         """The token after a document; nothing where the tokenizer has none."""
         end = self._tokenizer.specials.end
-        return b"" if end is None else self._pack([end])
+        packed = b"" if end is None else self._pack([end])
+        self._notice(packed)
+        return packed
+
+    def _notice(self, packed: bytes) -> None:
+        numbers = array(self._code, packed)
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        self.largest = max(self.largest, max(numbers, default=0))
 
     def _bytes(self, text: str) -> bytes:
         data = text.encode("utf-8", "surrogatepass")
         out = bytearray(2 * len(data))
         out[::2] = data
-        self.largest = max(self.largest, max(data, default=0))
         return bytes(out)
 
     def _pack(self, ids: Sequence[int]) -> bytes:
-        if ids:
-            self.largest = max(self.largest, max(ids))
-        packed = array(self._code, ids)
-        if sys.byteorder == "big":
-            packed.byteswap()
-        return packed.tobytes()
+        return little_endian(array(self._code, ids))
 
     def _text(self, text: str) -> bytes:
         if len(self._words) > _MOST:
             self._words.clear()
         words = (_MARK + text).replace("\n", f"\n {_MARK}").split(" ")
+        self._learn(set(words) - self._words.keys())
         found: list[bytes | None] = list(map(self._words.get, words))
         done = 0  # words that are encoded, those before `done`
         for i in [i for i, packed in enumerate(found) if packed is None]:
@@ -100,6 +115,13 @@ class Packer:
             else:
                 found[first:done] = [self._word(_RUN + _joined(words[first:done])), *[b""] * (done - first - 1)]
         return b"".join(found)  # type: ignore[arg-type]
+
+    def _learn(self, words: set[str]) -> None:
+        """Encodes words that are new, all at once: that costs a third of one by one."""
+        wanted = [w for w in words if len(w) <= _LONGEST and _begins(w) and _ends(w, _MARK)]
+        encoded = self._tokenizer.encode_all([_joined([w]) for w in wanted])
+        for word, ids in zip(wanted, encoded, strict=True):
+            self._words[word] = self._pack(ids)
 
     def _word(self, word: str, keep: bool = True) -> bytes:
         known = self._words.get(word)

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import secrets
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tpcompiler.errors import TpcError
-from tpcompiler.train.data.packing import Packer, dtype_for
+from tpcompiler.train.data.packing import Packer, little_endian
 from tpcompiler.train.data.tokenizer import Tokenizer, load_tokenizer
 
 PART = 16 << 20  # bytes of text in a part
@@ -33,7 +34,7 @@ class TextPart:
 
     text: str  # path
     format: str  # text | jsonl
-    field: str
+    fields: tuple[str, ...]  # the keys of a .jsonl line whose texts are read, each a document of its own
     start: int
     stop: int
     last: bool  # whether the text ends with it
@@ -49,12 +50,13 @@ class Packed:
     count: int
     largest: int
     bytes: int  # of the text
+    documents: int = 0  # of those whose ends are written down: see `pack`
 
 
 def tokenise(
     text: Path,
     format: str,
-    field: str,
+    fields: tuple[str, ...],
     tokenizer: Tokenizer,
     folder: Path,
     workers: int | None = None,
@@ -65,7 +67,7 @@ def tokenise(
     `workers` are processes, by default one for each core that this process may
     use. `progress(bytes done, bytes in all)`. Raises `TpcError`; what was done until then is kept.
     """
-    parts = list(cut(text, format, field, folder))
+    parts = list(cut(text, format, fields, folder))
     lying = {i: known(Path(p.out), p.stop - p.start) for i, p in enumerate(parts)}
     done = {i: packed for i, packed in lying.items() if packed is not None}
     todo = [i for i in range(len(parts)) if i not in done]
@@ -78,8 +80,9 @@ def tokenise(
 
     name = tokenizer.name
     if count < 2 or name is None or whole < _ALONE:
+        packer = Packer(tokenizer)
         for i in todo:
-            finished(i, pack_part(parts[i], tokenizer))
+            finished(i, pack_part(parts[i], packer))
     else:
         _spread(parts, todo, name, count, finished)
     return [done[i] for i in range(len(parts))]
@@ -106,21 +109,21 @@ def _spread(
             raise
 
 
-_tokenizer: Tokenizer | None = None  # of a process that does nothing but this
+_packer: Packer | None = None  # of a process that does nothing but this: the words it knows serve all its parts
 
 
 def _start(tokenizer: str) -> None:
-    global _tokenizer
+    global _packer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as there are cores
-    _tokenizer = load_tokenizer(tokenizer)
+    _packer = Packer(load_tokenizer(tokenizer))
 
 
 def _pack(part: TextPart) -> Packed:
-    assert _tokenizer is not None
-    return pack_part(part, _tokenizer)
+    assert _packer is not None
+    return pack_part(part, _packer)
 
 
-def cut(text: Path, format: str, field: str, folder: Path) -> Iterator[TextPart]:
+def cut(text: Path, format: str, fields: tuple[str, ...], folder: Path) -> Iterator[TextPart]:
     """The parts of a text. They end where pieces may: see `_break_after`."""
     start, number = 0, 0
     try:
@@ -129,7 +132,7 @@ def cut(text: Path, format: str, field: str, folder: Path) -> Iterator[TextPart]
             while start < size:
                 stop = size if size - start <= PART else _break_after(file, start + PART, size, format)
                 out = folder / f"part-{number:05d}.bin"
-                yield TextPart(str(text), format, field, start, stop, stop == size, str(out))
+                yield TextPart(str(text), format, fields, start, stop, stop == size, str(out))
                 start, number = stop, number + 1
     except OSError as e:
         raise TpcError(f"data {text}: {(e.strerror or str(e)).lower()}") from None
@@ -148,26 +151,34 @@ def _break_after(file: BinaryIO, at: int, size: int, format: str) -> int:
     return at
 
 
-def pack_part(part: TextPart, tokenizer: Tokenizer) -> Packed:
+def pack_part(part: TextPart, packer: Packer) -> Packed:
     """Writes the ids of a part, whole or not at all. Raises `TpcError`."""
-    return pack(pieces(part), tokenizer, Path(part.out), part.stop - part.start)
+    return pack(pieces(part), packer, Path(part.out), part.stop - part.start, len(part.fields) > 1)
 
 
-def pack(texts: Iterable[tuple[str, bool]], tokenizer: Tokenizer, out: Path, size: int) -> Packed:
+def pack(texts: Iterable[tuple[str, bool]], packer: Packer, out: Path, size: int, apart: bool = False) -> Packed:
     """Writes the ids of texts, each with whether a document ends there, and a note of what was written beside them.
 
-    `size` in bytes is what the note says of the texts, to be known again by.
+    The tokenizer's end token stands after each document. With `apart` none does: instead, a file beside says how many
+    ids there are up to the end of each document, little-endian int64. `size` in bytes is what the note says of the
+    texts, to be known again by.
     """
-    packer = Packer(tokenizer)
-    dtype, written = dtype_for(tokenizer), 0
+    packer.largest = 0
+    dtype, written = packer.dtype, 0
+    places = array("q")
     try:
         with _new(out) as file:
             for text, ends in texts:
                 ids = packer(text)
-                if ends and ids:
+                if ends and ids and not apart:
                     ids += packer.end()
                 written += file.write(ids)
-        packed = Packed(out.name, dtype, written // WIDTHS[dtype], packer.largest, size)
+                if ends and apart:
+                    places.append(written // WIDTHS[dtype])
+        if apart:
+            with _new(ends_of(out)) as file:
+                file.write(little_endian(places))
+        packed = Packed(out.name, dtype, written // WIDTHS[dtype], packer.largest, size, len(places))
         with _new(_note(out)) as file:
             file.write(json.dumps(asdict(packed)).encode())
     except OSError as e:
@@ -198,11 +209,18 @@ def _note(out: Path) -> Path:
     return out.with_name(out.name + ".json")
 
 
+def ends_of(out: Path) -> Path:
+    """The file that says where the documents of `out` end."""
+    return out.with_suffix(".ends")
+
+
 def known(out: Path, size: int) -> Packed | None:
     """What was written to `out` of texts of that size, if it lies there whole."""
     try:
         packed = Packed(**json.loads(_note(out).read_bytes()))
         whole = out.stat().st_size == packed.count * WIDTHS[packed.dtype]
+        if packed.documents:
+            whole = whole and ends_of(out).stat().st_size == 8 * packed.documents
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return packed if whole and packed.bytes == size else None
@@ -258,21 +276,23 @@ def _documents(part: TextPart) -> Iterator[tuple[str, bool]]:
     for at, block in _blocks(part):
         for line in block.split(b"\n"):
             if line.strip():
-                yield _text_of(part, at, _decoded(part, at, line)), True
+                for text in _texts_of(part, at, _decoded(part, at, line)):
+                    yield text, True
             at += len(line) + 1
 
 
-def _text_of(part: TextPart, at: int, line: str) -> str:
+def _texts_of(part: TextPart, at: int, line: str) -> Iterator[str]:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as e:
         raise TpcError(f"data {part.text}:{_line(part, at)}: not JSON: {e.msg} at column {e.colno}") from None
-    text = value.get(part.field) if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        keys = ", ".join(sorted(map(str, value))) if isinstance(value, dict) else "not an object"
-        where = f"{part.text}:{_line(part, at)}"
-        raise TpcError(f"data {where}: no text under the key {part.field!r} (has: {keys}); set data.field")
-    return text
+    for field, setting in zip(part.fields, ("field", "target_field"), strict=False):
+        text = value.get(field) if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            keys = ", ".join(sorted(map(str, value))) if isinstance(value, dict) else "not an object"
+            where = f"{part.text}:{_line(part, at)}"
+            raise TpcError(f"data {where}: no text under the key {field!r} (has: {keys}); set data.{setting}")
+        yield text
 
 
 def _decoded(part: TextPart, at: int, data: bytes) -> str:

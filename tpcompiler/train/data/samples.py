@@ -40,13 +40,32 @@ class Causal:
     tokens: Tokens
     sequence: int
     shifted: bool = True  # whether labels[t] is the token after input_ids[t], or the model shifts by itself
+    end: int | None = None  # the token that ends a document, where documents are kept apart
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.sequence
 
     def sample(self, index: int, key: int) -> dict[str, Tensor]:
         ids = self.tokens.read(index * self.sequence, (index + 1) * self.sequence + 1)
-        return {"input_ids": ids[:-1], "labels": ids[1:] if self.shifted else ids[:-1]}
+        if self.end is None:
+            return {"input_ids": ids[:-1], "labels": ids[1:] if self.shifted else ids[:-1]}
+        return self._apart(ids)
+
+    def _apart(self, ids: Tensor) -> dict[str, Tensor]:
+        """With the place of each token in its document, from 0, and the number of the document in the sample.
+
+        The first token of a document is not guessed: the tokens before it belong to another one.
+        """
+        begins = torch.cat((torch.zeros(1, dtype=torch.bool), ids[:-1] == self.end))
+        guessed = ids.masked_fill(begins, IGNORED)
+        place = torch.arange(self.sequence)
+        first = torch.where(begins[:-1], place, 0).cummax(0).values
+        return {
+            "input_ids": ids[:-1],
+            "labels": guessed[1:] if self.shifted else guessed[:-1],
+            "position_ids": place - first,
+            "document_ids": begins[:-1].long().cumsum(0),
+        }
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,10 @@ class Tokenizer(Protocol):
     def specials(self) -> Specials: ...
 
     @property
+    def sentinels(self) -> tuple[int, ...]:
+        """The ids that stand for a gap in a text, T5's `<extra_id_0>` and on; most tokenizers have none."""
+
+    @property
     def digest(self) -> str: ...
 
     @property
@@ -46,6 +51,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: nothing is put before or after it."""
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -57,6 +65,7 @@ class ByteTokenizer:
     vocab: int = 261
     specials: Specials = field(default=Specials(end=256, pad=257, cls=258, sep=259, mask=260))
     digest: str = "bytes-1"
+    sentinels: tuple[int, ...] = ()
 
     @property
     def name(self) -> str | None:
@@ -64,6 +73,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", "surrogatepass"))
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
@@ -101,6 +113,8 @@ class FileTokenizer:
         ids = self._backend.get_vocab(with_added_tokens=True).values()
         self.vocab: int = 1 + max(ids, default=-1)
         self.specials = self._find_specials(_config_beside(path))
+        gaps = (self._backend.token_to_id(f"<extra_id_{i}>") for i in count())
+        self.sentinels: tuple[int, ...] = tuple(takewhile(lambda i: i is not None, gaps))
         self.digest = sha256(f"{text}{self.specials}".encode("utf-8", "surrogatepass")).hexdigest()
 
     def _find_specials(self, config: dict[str, Any]) -> Specials:
@@ -116,6 +130,9 @@ class FileTokenizer:
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._backend.decode(list(ids))

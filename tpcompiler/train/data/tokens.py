@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from tpcompiler.errors import TpcError
 from tpcompiler.runtime.stored import disk
 from tpcompiler.train.data import parts
 from tpcompiler.train.data.corpus import Source, builtin, fingerprint
+from tpcompiler.train.data.packing import Packer
 from tpcompiler.train.data.tokenizer import Tokenizer
 from tpcompiler.train.settings import Data
 from tpcompiler.weights.atomic import replacing_file
@@ -39,6 +42,7 @@ class TokenFile:
     dtype: str
     count: int
     largest: int  # id
+    documents: int = 0  # of those whose ends lie in a file beside
 
     @property
     def bytes(self) -> int:
@@ -46,7 +50,12 @@ class TokenFile:
 
     @cached_property
     def ids(self) -> Tensor:
-        return _map(self.path, self.dtype, self.count)
+        return _map(self.path, _DTYPES[self.dtype], self.count)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """How many ids there are up to the end of each document, int64."""
+        return _map(parts.ends_of(self.path), torch.int64, self.documents)
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,23 @@ class Tokens:
             pieces.append(self.files[i].ids[max(start - offset, 0) : stop - offset].to(torch.int64))
         return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
 
+    @cached_property
+    def _last(self) -> list[int]:
+        return list(accumulate(f.documents for f in self.files))
+
+    @property
+    def documents(self) -> int:
+        """How many documents lie apart: those of `task: pairs`."""
+        return self._last[-1]
+
+    def document(self, number: int) -> Tensor:
+        """The ids of one document, int64."""
+        i = bisect_right(self._last, number)
+        file = self.files[i]
+        at = number - self._last[i] + file.documents
+        start = int(file.ends[at - 1]) if at else 0
+        return file.ids[start : int(file.ends[at])].to(torch.int64)
+
     def __str__(self) -> str:
         names = [str(f.path) for f in self.files]
         return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
@@ -92,6 +118,8 @@ def open_tokens(found: Iterable[Source], data: Data, tokenizer: Tokenizer) -> To
     files: list[TokenFile] = []
     for source in found:
         ready = source.format == "tokens"
+        if ready and data.task == "pairs":
+            raise TpcError(f"data {source}: task: pairs reads .jsonl files; a file of token ids has no pairs")
         files += [_ready(source, data, cache)] if ready else tokenised(source, data, tokenizer, cache)
     return Tokens(tuple(files))
 
@@ -111,19 +139,23 @@ def tokenised(
     progress: Callable[[int, int], None] = lambda done, whole: None,
 ) -> list[TokenFile]:
     """A text's ids, in files of the cache: those that are missing are made. See `parts.tokenise`."""
-    key = f"{fingerprint(source)} {source.format} {data.field} {tokenizer.digest} {parts.PART} {parts.PIECE}"
+    pairs = data.task == "pairs"
+    if pairs and source.format != "jsonl":
+        raise TpcError(f"data {source}: task: pairs reads .jsonl files, whose lines hold a source and a target")
+    fields = (data.field, data.target_field) if pairs else (data.field,)
+    key = f"{fingerprint(source)} {source.format} {' '.join(fields)} {tokenizer.digest} {parts.PART} {parts.PIECE}"
     folder = cache / sha256(key.encode()).hexdigest()[:32]
     with disk(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
     if source.path is None:
         texts, out = builtin(), folder / "part-00000.bin"
         size = sum(map(len, texts))
-        packed = [parts.known(out, size) or parts.pack(((t, True) for t in texts), tokenizer, out, size)]
+        packed = [parts.known(out, size) or parts.pack(((t, True) for t in texts), Packer(tokenizer), out, size)]
     else:
-        packed = parts.tokenise(source.path, source.format, data.field, tokenizer, folder, workers, progress)
+        packed = parts.tokenise(source.path, source.format, fields, tokenizer, folder, workers, progress)
     if not any(p.count for p in packed):
         raise TpcError(f"data {source}: the file is empty")
-    return [TokenFile(folder / p.name, p.dtype, p.count, p.largest) for p in packed if p.count]
+    return [TokenFile(folder / p.name, p.dtype, p.count, p.largest, p.documents) for p in packed if p.count]
 
 
 def _ready(source: Source, data: Data, cache: Path) -> TokenFile:
@@ -146,7 +178,7 @@ def _ready(source: Source, data: Data, cache: Path) -> TokenFile:
     count = state.st_size // width
     if known is not None:
         return TokenFile(path, dtype, count, known.largest)
-    ids = _map(path, dtype, count)
+    ids = _map(path, _DTYPES[dtype], count)
     largest = max(int(ids[i : i + _SCAN].to(torch.int64).max()) for i in range(0, count, _SCAN))
     _write_sidecar(TokenFile(note, dtype, count, largest))
     return TokenFile(path, dtype, count, largest)
@@ -168,11 +200,19 @@ def _declared_type(path: Path) -> str:
     return str(dtype)
 
 
-def _map(path: Path, dtype: str, count: int) -> Tensor:
+def _map(path: Path, dtype: torch.dtype, count: int) -> Tensor:
+    """The numbers in a file. Nothing is read until it is looked at, and the file may be larger than the memory.
+
+    `torch.from_file` maps for writing, which Linux refuses for a file that is larger than the memory.
+    """
     try:
-        return torch.from_file(str(path), shared=False, size=count, dtype=_DTYPES[dtype])
-    except RuntimeError as e:
-        raise TpcError(f"data {path}: cannot be memory-mapped: {str(e).splitlines()[0]}") from None
+        with path.open("rb") as file:
+            mapped = mmap(file.fileno(), count * dtype.itemsize, access=ACCESS_READ)
+    except (OSError, ValueError) as e:
+        raise TpcError(f"data {path}: cannot be memory-mapped: {e}") from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # and nobody writes
+        return torch.frombuffer(mapped, dtype=dtype, count=count)
 
 
 def _beside(path: Path) -> Path:

@@ -26,6 +26,7 @@ from tpcompiler.runtime import Ranks
 from tpcompiler.train.hold.layers import layers_of
 from tpcompiler.train.hold.owned import allocate
 from tpcompiler.train.optim.average import Averaged
+from tpcompiler.train.optim.by_class import ByClass
 from tpcompiler.train.optim.update import OnePass, Torch, Update
 from tpcompiler.train.private_torch import copy_, parameters_here, zero_
 from tpcompiler.train.settings import Precision, Train
@@ -57,6 +58,7 @@ class Storage(Protocol):
     """A rank's parameters and their gradients."""
 
     masters: dict[str, Tensor]  # what the optimizer changes, by name; tied ones once
+    trained: dict[str, bool]  # by name, whether the optimizer changes it
     update: Update
     steady: bool  # whether every micro-batch of a shape, and every update, is the same work on the same tensors
 
@@ -80,7 +82,8 @@ def hold(
     else:
         storage = PlainStorage(module, names, train, device)
     if train.optimizer.average is not None:
-        storage.update = Averaged(storage.update, storage.masters, train.optimizer.average)
+        trained = [name for name, is_trained in storage.trained.items() if is_trained]
+        storage.update = Averaged(storage.update, storage.masters, trained, train.optimizer.average)
     return storage
 
 
@@ -93,13 +96,14 @@ class PlainStorage:
         numbers = Numbers.of(train.precision)
         allocate(module, device, numbers.compute)
         self._parameters = by_name(module, names)
+        self.trained = {name: p.requires_grad for name, p in self._parameters.items()}
         self.masters: dict[str, Tensor] = dict(self._parameters)
         self._mixed = self.steady = numbers.mixed
         self._sums: dict[str, Tensor] = {}  # the summed gradients of parameters that had one
         self._totals: list[Tensor] = []
         self.update: Update
         if not self._mixed:
-            self.update = Torch(self.masters, train.optimizer, self.publish)
+            self.update = _update(self, train)
             return
         for name, p in self._parameters.items():
             self.masters[name] = torch.empty(p.shape, dtype=numbers.master, device=device)
@@ -107,6 +111,10 @@ class PlainStorage:
             for name, p in self._parameters.items():
                 if p.requires_grad:
                     self._sum(name, p, torch.empty_like(self.masters[name]))
+        if train.optimizer.class_ is not None:
+            self.steady = False
+            self.update = _update(self, train)
+            return
         compiled = train.compile != "none" and device.type == "cuda"
         units = _units(module, self._parameters)
         self.update = OnePass(self.masters, self._parameters, units, train.optimizer, compiled)
@@ -176,8 +184,9 @@ class ShardedStorage:
         module.to_empty(device=device)
         self._module = module
         self.masters: dict[str, Tensor] = dict(by_name(module, names))
+        self.trained = {name: m.requires_grad for name, m in self.masters.items()}
         self._scalars = [n for n, p in self.masters.items() if p.dim() == 0]
-        self.update: Update = Torch(self.masters, train.optimizer, self.publish)
+        self.update: Update = _update(self, train)
 
     def before(self, micro: int, last: bool) -> None:
         if micro == 0:
@@ -197,6 +206,13 @@ class ShardedStorage:
 
     def publish(self) -> None:
         """FSDP2 gathers the new values itself, at the next forward."""
+
+
+def _update(storage: Storage, train: Train) -> Update:
+    if train.optimizer.class_ is None:
+        return Torch(storage.masters, train.optimizer, storage.publish)
+    trained = {name: master for name, master in storage.masters.items() if storage.trained[name]}
+    return ByClass(trained, train.optimizer, storage.publish)
 
 
 def by_name(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> dict[str, nn.Parameter]:

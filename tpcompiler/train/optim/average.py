@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from tpcompiler.train.optim.by_class import kind_of
 from tpcompiler.train.optim.clip import local
 from tpcompiler.train.optim.update import MOMENTS, Update
 from tpcompiler.train.settings import Optimizer
@@ -16,15 +17,15 @@ AVERAGE = "average"  # what a checkpoint calls it, among the optimizer's state
 
 def kept_state(config: Optimizer) -> tuple[str, ...]:
     """The names of the state that an update keeps of each trained parameter, all of the parameter's shape."""
-    return MOMENTS if config.average is None else (*MOMENTS, AVERAGE)
+    own = MOMENTS if config.class_ is None else kind_of(config).state
+    return own if config.average is None else (*own, AVERAGE)
 
 
 class Averaged:
     """An update that also keeps the average: `decay` times what it was, and the rest of the new masters."""
 
-    def __init__(self, update: Update, masters: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(self, update: Update, masters: Mapping[str, Tensor], trained: Iterable[str], decay: float) -> None:
         self._update, self._masters, self._decay = update, masters, decay
-        trained = [name for name in masters if update.moments(name)]
         self._averages = {name: torch.zeros_like(masters[name]).detach() for name in trained}
 
     def moments(self, name: str) -> dict[str, Tensor]:

@@ -84,6 +84,12 @@ def set_up(loaded: Loaded, spec: Spec, train: Train, place: Place, directory: Pa
     )
     inputs = bind_inputs(compiled.capture, **select(example, compiled.takes))
     check_inputs(compiled.capture, inputs, corpus.largest_id, train.data.names.get("input_ids", "input_ids"))
+    apart = [train.data.names.get(n, n) for n in ("position_ids", "document_ids")]
+    if train.data.documents == "restart" and not {*apart} & {*compiled.takes}:
+        raise TpcError(
+            f"data.documents: restart, but {compiled.capture.model} takes neither {apart[0]} nor {apart[1]}; let its "
+            f"example inputs hold one of them (hf: models: inputs: {{position_ids: true}})"
+        )
     if train.data.task == "causal":
         check_labels(compiled.capture, inputs, train.data)
     mesh = compiled.sharded.program.mesh
@@ -116,7 +122,7 @@ def _summary(run: TrainingRun, example: dict[str, Any]) -> str:
 def all_settings(spec: Spec, train: Train, capture: Capture, corpus: Corpus) -> Flat:
     """Everything that a run is made of, by dotted key: the spec with all defaults, the model, the data."""
     shapes = sorted((p.name, p.shape, str(p.dtype)) for p in capture.parameters)
-    whole = {**spec.dump(), "train": train.model_dump(mode="json")}
+    whole = {**spec.dump(), "train": train.model_dump(mode="json", by_alias=True)}
     whole["model_parameters"] = _digest(shapes)
     whole["train"]["schedule"]["until"] = train.schedule.until or train.steps
     whole["train"]["data"]["samples"] = len(corpus.train.samples)
@@ -148,7 +154,8 @@ def check_changes(before: Flat, now: Flat, allowed: Sequence[str], tell: Tell) -
     """
     if not before:
         return
-    found = changed(before, now)
+    defaults = _flat({"train": Train().model_dump(mode="json", by_alias=True)})  # of keys younger than the run
+    found = changed({**{k: defaults[k] for k in now if k in defaults}, **before}, now)
     for key, (old, new) in found.items():
         tell(f"changed since the run began: {key}: {_shown(old)} → {_shown(new)}")
     refused = [k for k in found if not any(fnmatchcase(k, g) for g in (*FREE, *allowed))]
