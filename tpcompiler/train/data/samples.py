@@ -49,14 +49,15 @@ class Causal:
         ids = self.tokens.read(index * self.sequence, (index + 1) * self.sequence + 1)
         if self.end is None:
             return {"input_ids": ids[:-1], "labels": ids[1:] if self.shifted else ids[:-1]}
-        return self._apart(ids)
+        return self._apart(ids, self.end)
 
-    def _apart(self, ids: Tensor) -> dict[str, Tensor]:
+    def _apart(self, ids: Tensor, end: int) -> dict[str, Tensor]:
         """With the place of each token in its document, from 0, and the number of the document in the sample.
 
         The first token of a document is not guessed: the tokens before it belong to another one.
         """
-        begins = torch.cat((torch.zeros(1, dtype=torch.bool), ids[:-1] == self.end))
+        ends = ids[:-1].eq(end)
+        begins = torch.cat((torch.zeros_like(ends[:1]), ends))
         guessed = ids.masked_fill(begins, IGNORED)
         place = torch.arange(self.sequence)
         first = torch.where(begins[:-1], place, 0).cummax(0).values

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,8 +112,7 @@ class FileTokenizer:
         ids = self._backend.get_vocab(with_added_tokens=True).values()
         self.vocab: int = 1 + max(ids, default=-1)
         self.specials = self._find_specials(_config_beside(path))
-        gaps = (self._backend.token_to_id(f"<extra_id_{i}>") for i in count())
-        self.sentinels: tuple[int, ...] = tuple(takewhile(lambda i: i is not None, gaps))
+        self.sentinels = self._find_sentinels()
         self.digest = sha256(f"{text}{self.specials}".encode("utf-8", "surrogatepass")).hexdigest()
 
     def _find_specials(self, config: dict[str, Any]) -> Specials:
@@ -126,6 +124,12 @@ class FileTokenizer:
             ids = (self._backend.token_to_id(spelling) for spelling in candidates)
             found[role] = next((i for i in ids if i is not None), None)
         return Specials(**found)
+
+    def _find_sentinels(self) -> tuple[int, ...]:
+        found: list[int] = []
+        while (id := self._backend.token_to_id(f"<extra_id_{len(found)}>")) is not None:
+            found.append(id)
+        return tuple(found)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
