@@ -97,7 +97,9 @@ def test_scores_are_the_same_at_every_degree(tmp_path: Path) -> None:
     assert scores(tmp_path / "spec.yaml", tmp_path, 2, 2) == pytest.approx(alone, rel=1e-9)
 
 
-def test_checkpoints_come_back_from_other_meshes_bit_for_bit(tmp_path: Path) -> None:
+def test_checkpoints_come_back_from_other_meshes_bit_for_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     in_processes(GPT2, 2, 2, tmp_path, steps=3)
     first = checkpoints(tmp_path / "run" / "checkpoints")[0]
     here = first
@@ -114,6 +116,13 @@ def test_checkpoints_come_back_from_other_meshes_bit_for_bit(tmp_path: Path) -> 
     assert main(["reshard", str(first), "--spec", str(spec), "-o", str(tmp_path / "model"), *model]) == 0
     for file in ("rank-00000.safetensors", "optimizer-00001.safetensors"):
         assert (tmp_path / "model" / file).read_bytes() == (here / file).read_bytes()
+    again = ["reshard", str(first), "--spec", str(spec), "-o", str(tmp_path / "moved-1")]  # which holds another degree
+    before = (tmp_path / "moved-1" / "manifest.json").read_bytes()
+    assert main(again) == 2
+    assert "add --force" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "moved-1" / "manifest.json").read_bytes() == before
+    assert main([*again, "--force"]) == 0
+    assert (tmp_path / "moved-1" / "manifest.json").read_bytes() != before
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "specs").glob("*.yaml")), ids=lambda p: p.stem)
