@@ -362,6 +362,8 @@ def test_evaluation_reads_in_order_and_always_the_same(tmp_path: Path) -> None:
         ({"a.txt": b"ok\nbad \xff\n"}, {"data": {"path": "a.txt"}}, r"a\.txt:\d+: not UTF-8 \(byte 0xff\)"),
         ({"a.jsonl": b'{"text": 1}\n'}, {"data": {"path": "a.jsonl"}}, r"a\.jsonl:1: no text under the key 'text'"),
         ({"a.jsonl": b'{"text": "a"}\n{"te'}, {"data": {"path": "a.jsonl"}}, r"a\.jsonl:2: not JSON"),
+        ({"a.jsonl": b"[" * 99999 + b"\n"}, {"data": {"path": "a.jsonl"}}, r"a\.jsonl:1: cannot be read as JSON"),
+        ({"a.jsonl": b"9" * 5000 + b"\n"}, {"data": {"path": "a.jsonl"}}, r"a\.jsonl:1: cannot be read as JSON"),
         ({"a.bin": b"1234"}, {"data": {"path": "a.bin"}}, r"a\.bin: is it uint16 or uint32\?"),
         ({"a.bin": b""}, {"data": {"path": "a.bin", "token_type": "uint16"}}, r"a\.bin: the file is empty"),
         ({"a.bin": b"123"}, {"data": {"path": "a.bin", "token_type": "uint16"}}, r"3 bytes are not a whole number"),

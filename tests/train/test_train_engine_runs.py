@@ -151,6 +151,47 @@ def test_what_cannot_be_trained_is_said(settings: list[str], message: str, tmp_p
     assert not checkpoints(tmp_path / "run" / "checkpoints")
 
 
+NOTHING_TO_TRAIN = """
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(300, 4)
+        {more}
+
+    def forward(self, input_ids, labels):
+        return (self.table(input_ids).sum(-1) * labels).mean(){detached}
+
+
+def example_inputs():
+    return {{"input_ids": torch.zeros(2, 8, dtype=torch.int64), "labels": torch.zeros(2, 8, dtype=torch.int64)}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "detached", "message"),
+    [
+        ("self.requires_grad_(False)", "", "no parameter to train: all are frozen"),
+        ("", ".detach()", "its loss follows from no trained parameter"),
+    ],
+)
+def test_a_model_with_nothing_to_train_is_said(more: str, detached: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NOTHING_TO_TRAIN.format(more=more, detached=detached))
+    case = Case(str(tmp_path / "net.py"), {}, GPT2.train)
+    assert message in failing(train_command(case, case.spec(1), tmp_path), 1, tmp_path)
+
+
+def test_a_log_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    in_processes(GPT2, 1, 1, tmp_path, steps=2, schedule={"warmup": 1, "until": 9})
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('not json\n[]\n3\n{"step": "x"}\n{"step": 1, "loss": "many"}\n')
+    in_processes(GPT2, 1, 1, tmp_path, steps=3, schedule={"warmup": 1, "until": 9})
+    assert len(losses(tmp_path / "run")) == 3
+
+
 def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"checkpoints": {"every": 2}, "schedule": {"warmup": 2, "until": 6}}
     in_processes(GPT2, 1, 1, tmp_path, steps=2, **settings)

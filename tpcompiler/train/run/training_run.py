@@ -84,6 +84,8 @@ def set_up(loaded: Loaded, spec: Spec, train: Train, place: Place, directory: Pa
     )
     inputs = bind_inputs(compiled.capture, **select(example, compiled.takes))
     check_inputs(compiled.capture, inputs, corpus.largest_id, train.data.names.get("input_ids", "input_ids"))
+    if not any(p.trainable for p in compiled.capture.parameters if not p.buffer):
+        raise TpcError(f"{loaded.source}: has no parameter to train: all are frozen, or there is none")
     apart = [train.data.names.get(n, n) for n in ("position_ids", "document_ids")]
     if train.data.documents == "restart" and not {*apart} & {*compiled.takes}:
         raise TpcError(

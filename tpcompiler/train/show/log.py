@@ -175,15 +175,16 @@ def read_log(run: Path, strict: bool = True) -> list[StepRecord]:
         raise TpcError(f"{path}: {e.strerror}; give a run's directory or its {NAME}") from None
     known = {f.name for f in fields(StepRecord)}
     records = []
+    numbers: dict[str, Any]
     for number, line in enumerate(lines[:-1], 1):
         try:
             value = json.loads(line)
-            if not isinstance(value, Mapping) or "step" not in value:
+            if not isinstance(value, Mapping) or not isinstance(value.get("step"), int):
                 raise ValueError
-        except ValueError:
+            numbers = {k: float(v) if isinstance(v, str) else v for k, v in value.items() if k in known}
+        except (ValueError, RecursionError):
             if strict:
                 raise TpcError(f"{path}:{number}: not a record of a run") from None
             continue
-        numbers: dict[str, Any] = {k: float(v) if isinstance(v, str) else v for k, v in value.items() if k in known}
         records.append(StepRecord(**numbers))
     return records

@@ -136,6 +136,10 @@ class Engine:
     def _forward_backward(self, share: Tensor, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         """A micro-batch's loss, and the gradients of the step so far where they are the same tensors always."""
         loss = self._loss(inputs)
+        if not loss.requires_grad:
+            raise TpcError(
+                f"{self.compiled.capture.model}: its loss follows from no trained parameter; is it detached?"
+            )
         (loss * share).backward()
         return loss.detach(), self.storage.gradients() if self.storage.steady else None
 
