@@ -15,10 +15,16 @@ from typing import Any
 from tpcompiler.train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 
 CODES = {"uint16": "H", "uint32": "I"}
-_MARK = "\x01"  # a word that follows a line break: it has no space before it
-_RUN = "\x02"  # what is encoded as one: words, and white space between them
-_LONGEST = 48  # characters of a word that is remembered
-_MOST = 1 << 20  # words that are remembered
+_LONGEST = 48  # characters of a unit that is remembered
+_MOST = 1 << 20  # units that are remembered
+
+# A unit begins before a space that no white space follows, after a line break between two characters that are no white
+# space, and after an English letter before a digit or an ASCII mark. It need not begin at all of these places.
+_UNIT = re.compile(
+    r"(?!\Z) ?[^\sA-Za-z]*+[A-Za-z]*+(?:(?<=[A-Za-z])(?=[!-@\[-`{-~])|(?= \S)|(?<=\S)\n(?=\S)|\Z)|"
+    r".+?(?= \S|(?<=\S\n)(?=\S)|\Z)",
+    re.DOTALL,
+)
 
 # What splits text in the tokenizers of GPT-2, of GPT-4 and Llama 3, and of Qwen. With each of them, a token never
 # reaches over the places where `Packer` cuts.
@@ -43,24 +49,25 @@ def dtype_for(tokenizer: Tokenizer) -> str:
 class Packer:
     """Text to ids, the same as `tokenizer.encode` gives, as bytes.
 
-    A tokenizer that splits text at words first, whatever surrounds them, is asked for each word once. That is known
-    from its file: byte-level BPE after one of the splitting expressions above, no normaliser, and no special token
-    with a space in it. A word begins with a space that no white space follows, or after a line break that stands
-    between two characters that are no white space. No alternative of these expressions matches across such a place,
-    and none looks over it: `\\s+(?!\\S)` leaves the last space of several to the word behind them.
+    A tokenizer that splits text at words first, whatever surrounds them, is asked for each unit once (`_UNIT`). That is
+    known from its file: byte-level BPE after one of the splitting expressions above, no normaliser, and no special
+    token with a space in it. No alternative of these expressions matches across the places where a unit begins, and
+    none looks over them: `\\s+(?!\\S)` leaves the last space of several to the word behind them. Special tokens are cut
+    out of a text before it is split; so what stands between two of them is a text of its own.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.dtype = dtype_for(tokenizer)
         self._code = CODES[self.dtype]
-        self._words: dict[str, bytes] = {}
+        self._known: dict[str, bytes] = {}
         self.largest = 0  # id since it was last set
         self.by_words = isinstance(tokenizer, FileTokenizer) and splits_at_words(tokenizer.text)
-        marks = [_MARK, _RUN]
-        if isinstance(tokenizer, FileTokenizer):  # special tokens are cut out of a text before it is split
-            marks += [t["content"] for t in json.loads(tokenizer.text).get("added_tokens") or []]
-        self._special = re.compile("|".join(map(re.escape, filter(None, marks))))
+        special: list[str] = []
+        if isinstance(tokenizer, FileTokenizer):
+            special = [t["content"] for t in json.loads(tokenizer.text).get("added_tokens") or [] if t["content"]]
+        special.sort(key=len, reverse=True)  # of those that begin alike, the longest is found
+        self._special = re.compile(f"({'|'.join(map(re.escape, special))})") if special else None
 
     def __call__(self, text: str) -> bytes:
         packed = self._ids(text)
@@ -70,7 +77,7 @@ class Packer:
     def _ids(self, text: str) -> bytes:
         if type(self._tokenizer) is ByteTokenizer:
             return self._bytes(text)
-        if not self.by_words or self._special.search(text):
+        if not self.by_words:
             return self._pack(self._tokenizer.encode(text))
         return self._text(text)
 
@@ -97,60 +104,28 @@ class Packer:
         return little_endian(array(self._code, ids))
 
     def _text(self, text: str) -> bytes:
-        if len(self._words) > _MOST:
-            self._words.clear()
-        words = (_MARK + text).replace("\n", f"\n {_MARK}").split(" ")
-        self._learn(set(words) - self._words.keys())
-        found: list[bytes | None] = list(map(self._words.get, words))
-        done = 0  # words that are encoded, those before `done`
-        for i in [i for i, packed in enumerate(found) if packed is None]:
-            if i < done:
-                continue
-            first = i if _begins(words[i]) else max(i - 1, 0)
-            done = i + 1
-            while done < len(words) and not (_begins(words[done]) and _ends(words[done - 1], words[done])):
-                done += 1
-            if done == first + 1 and _begins(words[first]):
-                found[first] = self._word(words[first], keep=_ends(words[first], _MARK))
-            else:
-                found[first:done] = [self._word(_RUN + _joined(words[first:done])), *[b""] * (done - first - 1)]
-        return b"".join(found)  # type: ignore[arg-type]
-
-    def _learn(self, words: set[str]) -> None:
-        """Encodes words that are new, all at once: that costs a third of one by one."""
-        wanted = [w for w in words if len(w) <= _LONGEST and _begins(w) and _ends(w, _MARK)]
-        encoded = self._tokenizer.encode_all([_joined([w]) for w in wanted])
-        for word, ids in zip(wanted, encoded, strict=True):
-            self._words[word] = self._pack(ids)
-
-    def _word(self, word: str, keep: bool = True) -> bytes:
-        known = self._words.get(word)
-        if known is not None:
-            return known
-        text = word[1:] if word[0] in (_MARK, _RUN) else " " + word
-        packed = self._pack(self._tokenizer.encode(text))
-        if keep and len(word) <= _LONGEST:
-            self._words[word] = packed
+        units = _UNIT.findall(text) if self._special is None else self._between(text)
+        new = set(units) - self._known.keys()
+        if len(self._known) + len(new) > _MOST:
+            self._known.clear()
+            new = set(units)
+        wanted = list(new)
+        encoded = map(self._pack, self._tokenizer.encode_all(wanted))
+        found = dict(zip(wanted, encoded, strict=True))
+        self._known.update(found)
+        packed = b"".join(map(self._known.__getitem__, units))
+        for unit in found:
+            if len(unit) > _LONGEST:
+                del self._known[unit]
         return packed
 
-
-def _begins(word: str) -> bool:
-    """Whether a token begins where this word does."""
-    core = word[1:] if word[:1] == _MARK else word
-    return bool(core) and not core[0].isspace()
-
-
-def _ends(word: str, following: str) -> bool:
-    """Whether a token ends between two words of which the second `_begins`: not in white space of several lines."""
-    if following[:1] != _MARK:
-        return True
-    text = "\n" + word[1:] if word[:1] == _MARK else " " + word
-    return text[-1:] != "\n" or not text[-2].isspace()
-
-
-def _joined(words: Sequence[str]) -> str:
-    """The text of words that stand one after the other."""
-    return "".join(word[1:] if word[:1] == _MARK else " " + word for word in words)
+    def _between(self, text: str) -> list[str]:
+        """The units of a text, and the special tokens in it."""
+        assert self._special is not None
+        pieces = self._special.split(text)
+        if len(pieces) == 1:
+            return _UNIT.findall(text)
+        return [unit for i, piece in enumerate(pieces) for unit in ([piece] if i % 2 else _UNIT.findall(piece))]
 
 
 def splits_at_words(text: str) -> bool:
