@@ -286,8 +286,9 @@ def _texts_of(part: TextPart, at: int, line: str) -> Iterator[str]:
         value = json.loads(line)
     except json.JSONDecodeError as e:
         raise TpcError(f"data {part.text}:{_line(part, at)}: not JSON: {e.msg} at column {e.colno}") from None
-    except (ValueError, RecursionError) as e:  # a number of thousands of digits, brackets without end
-        raise TpcError(f"data {part.text}:{_line(part, at)}: cannot be read as JSON: {e}") from None
+    except (ValueError, RecursionError) as e:
+        what = "brackets stand too deep in each other" if isinstance(e, RecursionError) else "a number is too long"
+        raise TpcError(f"data {part.text}:{_line(part, at)}: cannot be read as JSON: {what}") from None
     for field, setting in zip(part.fields, ("field", "target_field"), strict=False):
         text = value.get(field) if isinstance(value, dict) else None
         if not isinstance(text, str):
