@@ -145,12 +145,14 @@ def test_an_encoder_decoder_trains_alike_at_every_degree(tmp_path: Path) -> None
         close(alone, in_processes(SPANS, tensor, data, there, steps=3, schedule=schedule))
 
 
+@pytest.mark.nightly
 def test_a_vocabulary_without_room_for_the_sentinels_is_refused(tmp_path: Path) -> None:
     command = train_command(SPANS, SPANS.spec(1), tmp_path)
     assert "a vocabulary of" in failing([*command, "--set", "vocab=261"], 1, tmp_path)
 
 
-@pytest.mark.parametrize("start", [True, pytest.param(False, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("start", [True, False])
 def test_t5_of_hugging_face_trains_on_pairs(start: bool, tmp_path: Path) -> None:
     """With a start token in its configuration it shifts the labels itself; without, it takes what stands before."""
     transformers = pytest.importorskip("transformers")
