@@ -80,19 +80,21 @@ class Sharded:
 
         Activations are not included.
         """
-        mesh = self.program.mesh
-        worst = (0, 0, 0)
-        for rank in range(mesh.size):
-            coords = mesh.coords(rank)
-            held, gradients, moments = 0, 0, 0
-            for p in self.capture.parameters:
-                n = prod(dim.local_size(mesh, coords) for dim in self.program.dims[p.name])
-                held += n * p.dtype.itemsize
-                if p.trainable and not p.buffer:
-                    gradients += n * p.dtype.itemsize
-                    moments += n * MOMENTS
-            worst = max(worst, (held, gradients, moments), key=sum)
+        worst = max(map(self.memory_on, range(self.program.mesh.size)), key=sum)
         return dict(zip(("parameters", "gradients", "optimizer"), worst, strict=True)) | {"total": sum(worst)}
+
+    def memory_on(self, rank: int) -> tuple[int, int, int]:
+        """Bytes of one rank's parameters and buffers, of the gradients, and of Adam's moments."""
+        mesh = self.program.mesh
+        coords = mesh.coords(rank)
+        held = gradients = moments = 0
+        for p in self.capture.parameters:
+            n = prod(dim.local_size(mesh, coords) for dim in self.program.dims[p.name])
+            held += n * p.dtype.itemsize
+            if p.trainable and not p.buffer:
+                gradients += n * p.dtype.itemsize
+                moments += n * MOMENTS
+        return held, gradients, moments
 
     @cached_property
     def sharded_fraction(self) -> float:

@@ -114,6 +114,13 @@ def example_size(size: int | torch.SymInt) -> int:
     return int(at.subs(dict.fromkeys(at.free_symbols, max(known.values(), default=1))))
 
 
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are certainly equal. Nothing is assumed about symbols."""
+    if isinstance(a, int) or isinstance(b, int):
+        return isinstance(a, int) and isinstance(b, int) and a == b
+    return bool(a.node.expr == b.node.expr)
+
+
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy with the same nodes, names and metadata. Programs are never changed: every rewrite works on a copy."""
     new = fx.Graph()

@@ -19,7 +19,7 @@ from tpcompiler.check.certified import certified
 from tpcompiler.check.claims import Claim, Geometry
 from tpcompiler.check.cones import Cone, TensorInfo
 from tpcompiler.check.facts import not_linear
-from tpcompiler.check.form import Given, Out, Wrong
+from tpcompiler.check.form import Held, Wrong
 from tpcompiler.check.sampled import Sampler
 from tpcompiler.check.steps import Steps
 from tpcompiler.layout import Concat, Dim, Factor, LocalRuns, LocalSize, Product
@@ -196,7 +196,7 @@ def dims_of(n: int, names: tuple[str, ...]) -> list[Dim]:
     return found
 
 
-def drawn(geometry: Geometry, shapes: list[Any], rng: random.Random, over: tuple[str, ...] = ()) -> tuple[Given, ...]:
+def drawn(geometry: Geometry, shapes: list[Any], rng: random.Random, over: tuple[str, ...] = ()) -> tuple[Held, ...]:
     """Operands that are held somehow, some of them as the arguments say."""
     names = geometry.names
     sums = rng.choice([(), (names[0],), names[-1:], over])
@@ -214,11 +214,11 @@ def drawn(geometry: Geometry, shapes: list[Any], rng: random.Random, over: tuple
         claim = Claim(tuple(rows), ())
         if not set(partial) & set(geometry.moving(claim)):
             claim = Claim(claim.rows, partial)
-        out.append(Given(TensorInfo(shape, dtype, real), claim))
+        out.append(Held(TensorInfo(shape, dtype, real), claim))
     return tuple(out)
 
 
-def judge(geometry: Geometry, call: Call, given: tuple[Given, ...], rng: random.Random) -> bool:
+def judge(geometry: Geometry, call: Call, given: tuple[Held, ...], rng: random.Random) -> bool:
     """Whether a fact holds for the step; if so, it has been run, and what the fact says of it has been seen."""
     partial = {i for i, g in enumerate(given) if g.claim.partial}
     if len({given[i].claim.partial for i in partial}) > 1 or (partial and not_linear(call, partial) is not None):
@@ -234,7 +234,7 @@ def judge(geometry: Geometry, call: Call, given: tuple[Given, ...], rng: random.
     if isinstance(fact, Wrong):
         return False
     sampler = Sampler(geometry)
-    outs = tuple(None if m is None else Out(m, c) for m, c in zip(made, fact.claims, strict=True))
+    outs = tuple(None if m is None else Held(m, c) for m, c in zip(made, fact.claims, strict=True))
     seen = sampler.forward(call, whole, given, made, tuple(c.rows for c in fact.claims))
     assert not isinstance(seen, Wrong), f"{call} of {given}: the fact says {fact.claims}, and running it {seen}"
     for m, mine, theirs in zip(made, outs, seen[0], strict=True):
@@ -306,6 +306,6 @@ def test_an_operation_without_a_fact_takes_whole_operands_only() -> None:
     for op in (aten.fft_fft.default, aten.cdist.default, aten.nonzero.default):
         call = make_call(op, (X, X) if op is aten.cdist.default else (X,), ())
         for rows, known in (((None, None), True), ((None, held), False), ((held, None), False)):
-            given = (Given(TensorInfo((6, 6), F32, True), Claim(rows)),)
+            given = (Held(TensorInfo((6, 6), F32, True), Claim(rows)),)
             made = (TensorInfo((6, 6), F32, True),)
             assert isinstance(certified(geometry, call, call, given, made), Wrong) != known

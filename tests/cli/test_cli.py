@@ -15,7 +15,8 @@ import pytest
 import typer
 from rich.console import Console
 
-from tpcompiler.cli import main, tables
+from tpcompiler.cli import main
+from tpcompiler.program import format_bytes
 from tpcompiler.spec.schema import Spec
 from tpcompiler.version import __version__
 
@@ -137,7 +138,7 @@ def test_the_picture_shows_the_report_s_numbers(capsys: pytest.CaptureFixture[st
     for direction in ("forward", "backward"):
         count = sum(r["count"] for r in found["collectives"] if r["direction"] == direction)
         assert re.search(rf"all .*{direction} .*× {count} ", out)
-    assert tables.size(found["memory"]["total"]) in out
+    assert format_bytes(found["memory"]["total"]) in out
 
 
 def test_shard_writes_a_program_and_replaces_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

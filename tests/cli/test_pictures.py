@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from tpcompiler.cli import sides, tables
+from tpcompiler.program import format_bytes
 
 
 def drawn(picture: RenderableType | None, width: int = 120) -> str:
@@ -60,7 +61,7 @@ def test_local_sizes_can_be_read_back(local: list[int]) -> None:
 
 @given(st.integers(0, 10**15))
 def test_sizes_are_right_to_a_digit(n: int) -> None:
-    number, unit = tables.size(n).split()
+    number, unit = format_bytes(n).split()
     scale = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[unit]
     assert abs(float(number) * scale - n) <= 0.0501 * scale
 
@@ -96,7 +97,7 @@ def test_the_report_has_every_number_and_fits(layers: int, width: int) -> None:
     if layers:
         assert "4, 3 × 7" in text
         assert text.count(f"× {layers} ") >= 4  # forward, backward, their sums, the norms
-        assert tables.size(layers * 2**20) in text
+        assert format_bytes(layers * 2**20) in text
         assert f"{name.removesuffix('.mlp')} · mlp" in text  # nothing is broken off
         assert "…" not in text
 

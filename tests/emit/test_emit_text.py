@@ -21,7 +21,7 @@ from tpcompiler.emit.ops.exact import spell
 from tpcompiler.emit.text.expr import ADD, MULTIPLY, UNARY, Expr, binary, constant, progression
 from tpcompiler.emit.text.subscript import select, slice_, unsqueeze
 from tpcompiler.emit.text.wrap import LIMIT, wrap
-from tpcompiler.emit.write.remarks import amount
+from tpcompiler.program import format_bytes
 
 aten = torch.ops.aten
 leaves = st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=8))
@@ -345,4 +345,4 @@ def test_broken_lines_are_the_same_statement(text: str, indent: int) -> None:
     ("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (48 << 20, "48.0 MiB"), (3 << 40, "3.0 TiB")]
 )
 def test_amounts_are_for_readers(n: int, text: str) -> None:
-    assert amount(n) == text
+    assert format_bytes(n) == text

@@ -16,23 +16,17 @@ import torch
 from torch import Tensor
 
 from tpcompiler.capture.private_tracing import own_kernels, quick_proxies, view_at_once
+from tpcompiler.graphs import same_size
 
 aten = torch.ops.aten
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two sizes are certainly equal. Nothing is assumed about symbols."""
-    if isinstance(a, int) or isinstance(b, int):
-        return isinstance(a, int) and isinstance(b, int) and a == b
-    return bool(a.node.expr == b.node.expr)
-
-
 def _all_same(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(map(_same, a, b))
+    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor | None:
-    plain = x.ndim >= 1 and w.ndim == 2 and _same(x.shape[-1], w.shape[1]) and x.dtype == w.dtype
+    plain = x.ndim >= 1 and w.ndim == 2 and same_size(x.shape[-1], w.shape[1]) and x.dtype == w.dtype
     if not plain or (b is not None and not (_all_same(b.shape, w.shape[:1]) and b.dtype == w.dtype)):
         return None
     return x.new_empty((*x.shape[:-1], w.shape[0]))
@@ -52,20 +46,20 @@ def _attention(
     plain = (
         q.ndim == k.ndim == v.ndim == 4
         and q.dtype == k.dtype == v.dtype
-        and _same(q.shape[0], k.shape[0])
+        and same_size(q.shape[0], k.shape[0])
         and _all_same(k.shape[:3], v.shape[:3])
-        and _same(q.shape[3], k.shape[3])
+        and same_size(q.shape[3], k.shape[3])
         and not (is_causal and attn_mask is not None)
     )
     grouped = (
         enable_gqa and isinstance(q.shape[1], int) and isinstance(k.shape[1], int) and q.shape[1] % k.shape[1] == 0
     )
-    if not plain or not (_same(q.shape[1], k.shape[1]) or grouped):
+    if not plain or not (same_size(q.shape[1], k.shape[1]) or grouped):
         return None
     if attn_mask is not None:
         full = (*q.shape[:3], k.shape[2])
         aligned = zip(reversed(attn_mask.shape), reversed(full), strict=False)
-        fits = attn_mask.ndim <= 4 and all(n is not None and (_same(n, 1) or _same(n, m)) for n, m in aligned)
+        fits = attn_mask.ndim <= 4 and all(n is not None and (same_size(n, 1) or same_size(n, m)) for n, m in aligned)
         if not fits or attn_mask.dtype not in (torch.bool, q.dtype):
             return None
     batch, heads, rows, _ = q.shape

@@ -14,6 +14,7 @@ from torch import fx
 
 from tpcompiler.capture.origins import at
 from tpcompiler.errors import ModelError
+from tpcompiler.graphs import same_size
 from tpcompiler.program import Training
 
 aten = torch.ops.aten
@@ -58,6 +59,8 @@ def _numbered(graph: fx.Graph, numbers: dict[Any, int]) -> dict[fx.Node, int]:
 
 
 def _times_ones(node: fx.Node) -> fx.Node | None:
+    """What a value is in evaluation that training multiplies by dropout of ones, or replaces where that is zero; None
+    for any other value."""
     """What a node multiplies by dropout of ones, or takes where that is not zero: it is ones in evaluation."""
     if node.target in (aten.where.self, aten.where.ScalarSelf):
         return _second(node)
@@ -72,6 +75,7 @@ def _times_ones(node: fx.Node) -> fx.Node | None:
 
 
 def _second(node: fx.Node) -> fx.Node | None:
+    """The value that `where` takes where dropout of ones did not give zero."""
     mask, _, x = node.args
     if not isinstance(mask, fx.Node) or mask.target is not aten.eq.Scalar or mask.args[1] != 0:
         return None
@@ -85,12 +89,7 @@ def _drops_ones(node: Any) -> bool:
 
 def _alike(x: fx.Node, node: fx.Node) -> bool:
     a, b = x.meta["val"], node.meta["val"]
-    return a.dtype == b.dtype and a.dim() == b.dim() and all(map(_equal, a.shape, b.shape))
-
-
-def _equal(a: Any, b: Any) -> bool:
-    symbolic = [isinstance(n, torch.SymInt) for n in (a, b)]
-    return bool(a.node.expr == b.node.expr) if all(symbolic) else not any(symbolic) and a == b
+    return a.dtype == b.dtype and a.dim() == b.dim() and all(map(same_size, a.shape, b.shape))
 
 
 def _key(a: Any, numbered: Mapping[fx.Node, int]) -> Any:

@@ -11,13 +11,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental import proxy_tensor
 from torch.nn.modules import transformer
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from tpcompiler.runtime.private_apis import memory_of, pytree
 
 __all__ = [
     "TorchDispatchMode",
@@ -34,14 +34,9 @@ __all__ = [
 
 # `TorchDispatchMode` sees the operators below autograd. Public way tried: `torch.overrides.TorchFunctionMode`, which
 # sees `F.linear` in a model's own words and never what a composite is made of.
-# `pytree` gives nested arguments and results flat, with keys. Public way tried: `torch.fx.map_arg`, which has no keys.
+# `memory_of` and `pytree` are those of the runtime.
 
 _META = torch._C.DispatchKey.AutogradMeta
-
-
-def memory_of(t: Tensor) -> int:
-    """An identity of a tensor's memory, which its views share. Public way tried: `data_ptr`, which is 0 on meta."""
-    return int(t.untyped_storage()._cdata)
 
 
 def without_modes() -> AbstractContextManager[object]:

@@ -10,14 +10,14 @@ from tpcompiler.check import move_forms, part_facts  # noqa: F401  (they state f
 from tpcompiler.check.calls import Call
 from tpcompiler.check.claims import Claim, Geometry
 from tpcompiler.check.cones import TensorInfo
-from tpcompiler.check.form import Fact, Form, Given, RefutedError, UnknownRowsError, Wrong, derive
+from tpcompiler.check.form import Fact, Form, Held, RefutedError, UnknownRowsError, Wrong, derive
 from tpcompiler.check.op_forms import elementwise, elementwise_form
 from tpcompiler.check.operator_facts import NAMES
 from tpcompiler.check.site import FORMS, RANKED, Site
 
 
 def certified(
-    geometry: Geometry, call: Call, whole: Call, given: Sequence[Given], made: Sequence[TensorInfo | None]
+    geometry: Geometry, call: Call, whole: Call, given: Sequence[Held], made: Sequence[TensorInfo | None]
 ) -> Fact | Wrong:
     """The fact about a step, or why it does not hold. An operation without facts takes whole operands only."""
     same = not call.by_rank and call.over is None and all(g.claim.whole for g in given)

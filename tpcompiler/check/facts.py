@@ -16,7 +16,6 @@ import torch
 from tpcompiler import runtime
 from tpcompiler.check.calls import Call, Slot
 from tpcompiler.check.meanings import bound, packet
-from tpcompiler.program import Training
 
 MOVES = frozenset(
     """view reshape _unsafe_view flatten unflatten unsqueeze squeeze contiguous alias view_as reshape_as clone transpose
@@ -94,13 +93,3 @@ def not_linear(call: Call, partial: set[int]) -> str | None:
     if given.get("bias") is not None:
         return f"{call} adds its bias on every rank"
     return None
-
-
-def draws(call: Call) -> bool:
-    """Whether a call draws from torch's own generator, in training or evaluation."""
-    if not isinstance(call.target, torch._ops.OpOverload):
-        return False
-    if packet(call.target) == "scaled_dot_product_attention":
-        p = named(call)["dropout_p"]
-        return bool(p.on or p.off) if isinstance(p, Training) else bool(p)
-    return torch.Tag.nondeterministic_seeded in call.target.tags

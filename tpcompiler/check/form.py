@@ -25,16 +25,8 @@ Kind = Over | None  # the kind of a gradient, which `steps` explains
 
 
 @dataclass(frozen=True)
-class Given:
-    """An operand of a step: the model's value, and how the ranks hold it."""
-
-    operand: TensorInfo
-    claim: Claim
-
-
-@dataclass(frozen=True)
-class Out:
-    """A result of a step: the model's value, and how the ranks hold it."""
+class Held:
+    """A value of the model (its shape, dtype, and whether a gradient is asked of it), and how the ranks hold it."""
 
     operand: TensorInfo
     claim: Claim
@@ -76,7 +68,7 @@ class Fact:
     reached: tuple[bool, ...] | None = None  # the operands that a gradient reaches; None: all
     whole_over: Over = ()  # over these, its own gradient must not be partial
 
-    def kinds(self, geometry: Geometry, given: Sequence[Given], kinds: Sequence[Kind]) -> tuple[Kind, ...] | Wrong:
+    def kinds(self, geometry: Geometry, given: Sequence[Held], kinds: Sequence[Kind]) -> tuple[Kind, ...] | Wrong:
         """The kind of each operand's gradient, given those of the results."""
         over = {n for k in kinds if k is not None for n in k}
         for k, claim in zip(kinds, self.claims, strict=True):
@@ -110,7 +102,7 @@ def said(kind: Kind) -> str:
     return "the model's" if not kind else f"a partial sum over {'·'.join(kind)}"
 
 
-def derive(geometry: Geometry, form: Form, given: Sequence[Given], made: Sequence[TensorInfo | None]) -> Fact:
+def derive(geometry: Geometry, form: Form, given: Sequence[Held], made: Sequence[TensorInfo | None]) -> Fact:
     """What a form says of a step. Raises `RefutedError` where the step does not hold."""
     rows = label_rows(geometry, form, given)
     over = {label: geometry.over(r) for label, r in rows.items() if r is not None}
@@ -157,7 +149,8 @@ def derive(geometry: Geometry, form: Form, given: Sequence[Given], made: Sequenc
     )
 
 
-def label_rows(geometry: Geometry, form: Form, given: Sequence[Given]) -> dict[Hashable, Rows | None]:
+def label_rows(geometry: Geometry, form: Form, given: Sequence[Held]) -> dict[Hashable, Rows | None]:
+    """The rows that the operands' claims give to each label. Raises `RefutedError` where two operands disagree."""
     rows: dict[Hashable, Rows | None] = dict(form.rows)
     listed = {i for i, _ in form.operands} | form.ignored
     if listed != set(range(len(given))):
@@ -182,7 +175,7 @@ def label_rows(geometry: Geometry, form: Form, given: Sequence[Given]) -> dict[H
     return rows
 
 
-def _partial_operands(given: Sequence[Given]) -> set[str]:
+def _partial_operands(given: Sequence[Held]) -> set[str]:
     return {n for g in given for n in g.claim.partial}
 
 
@@ -191,18 +184,14 @@ def _apart(over: dict[Hashable, Over]) -> None:
     seen: set[str] = set()
     for names in over.values():
         if seen & set(names):
-            raise RefutedError(f"two of its dimensions are split over {_names(geometry_names(seen, names))}")
+            raise RefutedError(f"two of its dimensions are split over {_names(tuple(n for n in names if n in seen))}")
         seen.update(names)
-
-
-def geometry_names(seen: set[str], names: Over) -> Over:
-    return tuple(n for n in names if n in seen)
 
 
 def _adds(
     geometry: Geometry,
     form: Form,
-    given: Sequence[Given],
+    given: Sequence[Held],
     i: int,
     rows: dict[Hashable, Rows | None],
     over: dict[Hashable, Over],
@@ -232,9 +221,8 @@ def _rows(rows: Rows | None) -> str:
 __all__ = [
     "Fact",
     "Form",
-    "Given",
+    "Held",
     "Kind",
-    "Out",
     "RefutedError",
     "UnknownRowsError",
     "Wrong",

@@ -12,9 +12,9 @@ from torch import fx
 
 from tpcompiler.check.calls import Call, globalise, read_call, replaced
 from tpcompiler.check.claims import Claim, Geometry, Rows
-from tpcompiler.check.cones import TensorInfo
-from tpcompiler.check.facts import draws, not_linear
-from tpcompiler.check.form import Given, Wrong
+from tpcompiler.check.facts import not_linear
+from tpcompiler.check.form import Held, Wrong
+from tpcompiler.check.meanings import draws
 from tpcompiler.check.report import Refusal
 from tpcompiler.check.steps import Step, Steps
 from tpcompiler.check.values import ModelValues
@@ -24,18 +24,6 @@ from tpcompiler.runtime import dropout
 
 aten = torch.ops.aten
 DATA = "data"  # the mesh dimension along which ranks have different samples, for which they draw different numbers
-
-
-@dataclass(frozen=True)
-class Held:
-    """How the ranks hold a node's value."""
-
-    claim: Claim
-    operand: TensorInfo  # shape and dtype of the model's value, and whether the program's needs a gradient
-
-    @property
-    def given(self) -> Given:
-        return Given(self.operand, self.claim)
 
 
 @dataclass
@@ -92,7 +80,7 @@ class _Forward:
         rows = (None,) * len(out.shape) if dims is None else tuple(map(self.geometry.of_dim, dims))
         if dims is not None and tuple(d.size for d in dims) != out.shape:
             self.refuse(node, f"the layout of {[d.size for d in dims]}", f"the shape is {list(out.shape)}")
-        self.out.env[node] = Held(Claim(rows), out)
+        self.out.env[node] = Held(out, Claim(rows))
 
     def call(self, node: fx.Node) -> None:
         env = self.out.env
@@ -113,11 +101,11 @@ class _Forward:
         if call.target is dropout:
             self.samples(node, call, held)
         self.linear(node, call, held)
-        step = self.establish(node, call, [h.given for h in held])
+        step = self.establish(node, call, held)
         self.out.steps[node] = step, operands
-        found = [Held(o.claim, o.operand) if o is not None else None for o in step.outs]
-        env[node] = tuple(found) if step.many else found[0]
-        if draws(call):
+        found = step.outs
+        env[node] = found if step.many else found[0]
+        if draws(call.target, call.args, dict(call.kwargs)):
             self.drawn(node, found)
 
     def linear(self, node: fx.Node, call: Call, held: Sequence[Held]) -> None:
@@ -156,7 +144,7 @@ class _Forward:
             if counted != self.table.samples:
                 self.refuse(node, f"dimension {d} has {self.table.samples} samples", f"the mask is drawn for {counted}")
 
-    def establish(self, node: fx.Node, call: Call, given: Sequence[Given]) -> Step:
+    def establish(self, node: fx.Node, call: Call, given: Sequence[Held]) -> Step:
         if call.target is dropout:  # the site does not change how masks lie on ranks, so equal layers stay equal
             call = replaced(call, "site", 0)
         step = self.steps.forward(call, globalise(call), tuple(given), self.hints(node))

@@ -5,7 +5,7 @@ An operation that is not listed here becomes a term of its own, which is equal o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from tpcompiler.check.normal_form import OPEN, Forms, broadcast
 from tpcompiler.check.terms import Term
+from tpcompiler.program import Training
 
 Arguments = dict[str, Any]
 Meaning = Callable[[Forms, Arguments], Any]
@@ -36,6 +37,16 @@ def packet(target: torch._ops.OpOverload) -> str:
     """The name without its overload: `add` for `aten.add.Tensor`. A name of another library is kept whole."""
     name = target._schema.name.removeprefix("aten::")
     return f"bitwise_{name.strip('_')}" if name in ("__and__", "__or__", "__xor__") else name  # Python's operators
+
+
+def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation draws from torch's own generator with these arguments, in training or in evaluation."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if packet(target) == "scaled_dot_product_attention":
+        p = bound(target, args, dict(kwargs))["dropout_p"]
+        return bool(p.on or p.off) if isinstance(p, Training) else bool(p)
+    return torch.Tag.nondeterministic_seeded in target.tags
 
 
 @cache

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tpcompiler import runtime
 from tpcompiler.check.claims import Claim, Geometry, Over, Rows
-from tpcompiler.check.form import Fact, Form, Given, Kind, RefutedError, Wrong, derive, normal, said
+from tpcompiler.check.form import Fact, Form, Held, Kind, RefutedError, Wrong, derive, normal, said
 from tpcompiler.check.site import Site, numbered, plain, states
 from tpcompiler.layout import LocalRuns
 from tpcompiler.runtime.mesh import part
 
 
 @dataclass(frozen=True)
-class Crossing(Fact):
+class Crossing(Fact, ABC):
     """The fact about an operator that moves one value between ranks, whose backward is no ordinary one."""
 
     over: Over = ()  # the ranks among which it moves values
     exact: bool = True  # whether these hold every row once
 
-    def kinds(self, geometry: Geometry, given: Sequence[Given], kinds: Sequence[Kind]) -> tuple[Kind, ...] | Wrong:
+    def kinds(self, geometry: Geometry, given: Sequence[Held], kinds: Sequence[Kind]) -> tuple[Kind, ...] | Wrong:
         (kind,) = kinds
         if kind is None or not given[0].operand.grad:
             return (None,) * len(given)
@@ -30,9 +31,9 @@ class Crossing(Fact):
         found = self.backward(geometry, given[0].claim, set(kind))
         return found if isinstance(found, Wrong) else (found, *[None] * (len(given) - 1))
 
+    @abstractmethod
     def backward(self, geometry: Geometry, claim: Claim, kind: set[str]) -> Over | Wrong:
         """The kind of the operand's gradient, given that of the result's."""
-        raise NotImplementedError
 
 
 class Summed(Crossing):
@@ -240,7 +241,7 @@ class Entered(Fact):
     group: Over = ()
     products: tuple[tuple[Fact, tuple[int, ...]], ...] = ()
 
-    def kinds(self, geometry: Geometry, given: Sequence[Given], kinds: Sequence[Kind]) -> tuple[Kind, ...] | Wrong:
+    def kinds(self, geometry: Geometry, given: Sequence[Held], kinds: Sequence[Kind]) -> tuple[Kind, ...] | Wrong:
         out: list[Kind] = [None] * len(given)
         entering: Kind = None
         for (fact, operands), kind in zip(self.products, kinds, strict=True):

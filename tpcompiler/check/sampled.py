@@ -16,13 +16,13 @@ from tpcompiler.check.claims import Claim, Geometry, Over, Rows
 from tpcompiler.check.compare import difference, factor
 from tpcompiler.check.cones import Cone, TensorInfo
 from tpcompiler.check.find import Draw, ShrunkShape, find_claim, held
-from tpcompiler.check.form import Given, Kind, Out, Wrong
+from tpcompiler.check.form import Held, Kind, Wrong
 from tpcompiler.check.shrink import Shrink, shrinks
 from tpcompiler.check.trial import Trial
 
 Hints = tuple[tuple[Rows | None, ...] | None, ...]  # the rows to try first, for each result
 Made = tuple[TensorInfo | None, ...]
-Outs = tuple[Out | None, ...]
+Outs = tuple[Held | None, ...]
 
 _NEITHER = "neither the model's value, nor rows of it, nor a sum that gives it"
 
@@ -34,7 +34,7 @@ class Sampler:
         self.geometry = geometry
 
     def forward(
-        self, call: Call, whole: Call, given: Sequence[Given], made: Made, hints: Hints
+        self, call: Call, whole: Call, given: Sequence[Held], made: Made, hints: Hints
     ) -> tuple[Outs, Shrink] | Wrong:
         """The claims that the results have in every run, and the sizes of the runs."""
         operands = [g.operand for g in given]
@@ -45,7 +45,7 @@ class Sampler:
                 return failure
         return failure or Wrong(f"its operands are too large to be run: {[list(o.shape) for o in operands]}")
 
-    def _rows(self, call: Call, given: Sequence[Given], hints: Hints) -> list[Rows]:
+    def _rows(self, call: Call, given: Sequence[Held], hints: Hints) -> list[Rows]:
         found = [r for g in given for r in g.claim.rows] + [r for h in hints if h is not None for r in h]
         found += [self.geometry.of_dim(d) for d in dims_of(call)]
         return list(dict.fromkeys(r for r in found if r is not None))
@@ -57,7 +57,7 @@ class Sampler:
             for i, m in enumerate(made):
                 if m is not None:
                     draws[i].append(Draw(whole[i], [x[i] for x in local]))
-        outs: list[Out | None] = []
+        outs: list[Held | None] = []
         for i, m in enumerate(made):
             if m is None:
                 outs.append(None)
@@ -67,7 +67,7 @@ class Sampler:
             claim = find_claim(self.geometry, draws[i], sizes, self._tries(trial, m, hint), self._sums(trial))
             if claim is None:
                 return self._explain(trial, m, draws[i], sizes, hint)
-            outs.append(Out(m, claim))
+            outs.append(Held(m, claim))
         return tuple(outs), trial.shrink
 
     def _tries(self, trial: Trial, m: TensorInfo, hint: tuple[Rows | None, ...] | None) -> list[list[Rows]]:
@@ -109,7 +109,7 @@ class Sampler:
         return Wrong(_NEITHER, f"operands {operands}")
 
     def backward(
-        self, call: Call, whole: Call, given: tuple[Given, ...], outs: Outs, shrink: Shrink, kinds: tuple[Kind, ...]
+        self, call: Call, whole: Call, given: tuple[Held, ...], outs: Outs, shrink: Shrink, kinds: tuple[Kind, ...]
     ) -> tuple[Kind, ...] | Wrong:
         """The kinds that the operands' gradients have in every run, given those of the results."""
         if all(k is None for k in kinds):

@@ -12,7 +12,7 @@ from tpcompiler.check.calls import Call, GroupOver, Slot
 from tpcompiler.check.claims import Geometry, Over, Rows
 from tpcompiler.check.cones import TensorInfo
 from tpcompiler.check.facts import named
-from tpcompiler.check.form import Dims, Fact, Form, Given, RefutedError
+from tpcompiler.check.form import Dims, Fact, Form, Held, RefutedError
 from tpcompiler.check.meanings import packet
 from tpcompiler.check.row_algebra import lengths
 from tpcompiler.layout import LocalRuns, LocalSize
@@ -24,7 +24,7 @@ class Site:
     """A call, and what is asked of it."""
 
     def __init__(
-        self, geometry: Geometry, call: Call, whole: Call, given: Sequence[Given], made: Sequence[TensorInfo | None]
+        self, geometry: Geometry, call: Call, whole: Call, given: Sequence[Held], made: Sequence[TensorInfo | None]
     ) -> None:
         self.geometry = geometry
         self.call = call

@@ -15,6 +15,7 @@ from tpcompiler.check.report import Refusal
 from tpcompiler.check.samples_apart import InHalves
 from tpcompiler.program import Parameter, Program
 from tpcompiler.runtime import Group, Rng
+from tpcompiler.runtime.private_apis import memory_of
 
 
 def compare_state(program: Program, geometry: Geometry, rank: int, model: nn.Module) -> list[tuple[Tensor, str]]:
@@ -39,15 +40,15 @@ def compare_state(program: Program, geometry: Geometry, rank: int, model: nn.Mod
         if id(mine) in seen:
             _refuse(p, "a tensor of its own", f"it is tied to {seen[id(mine)]}")
         seen[id(mine)] = p.name
-        memory = mine.untyped_storage()._cdata
+        memory = memory_of(mine)
         if memory in stored:
             _refuse(p, "memory of its own", f"it lies in the memory of {stored[memory]}")
         stored[memory] = p.name
         for claimed, true in _differences(program, geometry, rank, p, mine):
             _refuse(p, claimed, true)
         if p.buffer and (p.name in saved) != p.persistent:
-            kept = "stands in the state dictionary"
-            _refuse(p, *((kept, "it does not") if p.persistent else ("it does not stand there", "it does")))
+            claimed, true = ("it is saved", "it is not") if p.persistent else ("it is not saved", "it is")
+            _refuse(p, claimed, true)
         out.append((mine, p.node))
     used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
     there = {node for _, node in out}

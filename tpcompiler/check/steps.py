@@ -22,7 +22,7 @@ from tpcompiler.check.calls import Call, outputs
 from tpcompiler.check.certified import certified, speaks_of
 from tpcompiler.check.claims import Geometry
 from tpcompiler.check.cones import Cone, TensorInfo
-from tpcompiler.check.form import Fact, Given, Kind, Out, Wrong
+from tpcompiler.check.form import Fact, Held, Kind, Wrong
 from tpcompiler.check.sampled import Hints, Sampler
 from tpcompiler.check.shrink import Shrink
 
@@ -33,8 +33,8 @@ class Step:
 
     call: Call
     whole: Call
-    given: tuple[Given, ...]
-    outs: tuple[Out | None, ...]  # None for a result that is no tensor
+    given: tuple[Held, ...]
+    outs: tuple[Held | None, ...]  # None for a result that is no tensor
     many: bool  # whether the results are a list
     fact: Fact | Shrink  # what establishes it: a fact, or runs at these sizes
     kinds: dict[tuple[Kind, ...], tuple[Kind, ...] | Wrong] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Steps:
         self.shapes: dict[Any, Any] = {}
         self.sampler = Sampler(geometry)
 
-    def forward(self, call: Call, whole: Call, given: tuple[Given, ...], hints: Hints) -> Step | Wrong:
+    def forward(self, call: Call, whole: Call, given: tuple[Held, ...], hints: Hints) -> Step | Wrong:
         """The step that the call makes on these operands. `hints` are the program's own claims about the results."""
         key = (call.key, whole.key, given, hints)
         if key not in self.known:
@@ -59,11 +59,11 @@ class Steps:
                 self.known[key] = Wrong(f"it cannot be run: {_one_line(e)}")
         return self.known[key]
 
-    def _forward(self, call: Call, whole: Call, given: tuple[Given, ...], hints: Hints) -> Step | Wrong:
+    def _forward(self, call: Call, whole: Call, given: tuple[Held, ...], hints: Hints) -> Step | Wrong:
         made, many = self.describe(Cone.of(whole, len(given)), [g.operand for g in given])
         fact = certified(self.geometry, call, whole, given, made)
         if isinstance(fact, Fact):
-            outs = tuple(None if m is None else Out(m, c) for m, c in zip(made, fact.claims, strict=True))
+            outs = tuple(None if m is None else Held(m, c) for m, c in zip(made, fact.claims, strict=True))
             return Step(call, whole, given, outs, many, fact)
         if speaks_of(call):
             return fact

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.fx.experimental import _config
 
 from tpcompiler import runtime
 from tpcompiler.check.calls import GroupOver, by_name, runtime_signature
-from tpcompiler.check.meanings import MEANINGS, added, bound, packet
+from tpcompiler.check.meanings import MEANINGS, added, bound, draws, packet
 from tpcompiler.check.normal_form import Forms, OpenDtype
 from tpcompiler.check.terms import Term, keyed
 from tpcompiler.layout import LocalRuns, LocalSize
@@ -24,18 +24,6 @@ aten = torch.ops.aten
 
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
-
-
-def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operation draws from torch's own generator with these arguments, in training or in evaluation."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if packet(target) == "scaled_dot_product_attention":
-        p = bound(target, args, dict(kwargs)).get("dropout_p", 0.0)
-        return bool(p.on or p.off) if isinstance(p, Training) else bool(p)
-    return torch.Tag.nondeterministic_seeded in target.tags
-
-
 _SAME = (runtime.enter, runtime.cut_batch, runtime.join_batch)  # the value as it is
 
 

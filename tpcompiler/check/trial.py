@@ -15,7 +15,7 @@ from tpcompiler.check.compare import close
 from tpcompiler.check.cones import Cone
 from tpcompiler.check.draw import draw
 from tpcompiler.check.find import ShrunkShape, held
-from tpcompiler.check.form import Given, Kind, Out
+from tpcompiler.check.form import Held, Kind
 from tpcompiler.check.shrink import Shrink
 from tpcompiler.execute.simulate import run_ranks
 from tpcompiler.layout import LocalRuns, LocalSize
@@ -28,7 +28,7 @@ _MOST = 16
 class Trial:
     """A step at the sizes at which it is run."""
 
-    def __init__(self, geometry: Geometry, call: Call, whole: Call, given: tuple[Given, ...], shrink: Shrink) -> None:
+    def __init__(self, geometry: Geometry, call: Call, whole: Call, given: tuple[Held, ...], shrink: Shrink) -> None:
         self.geometry = geometry
         self.call = call
         self.whole = whole
@@ -108,7 +108,7 @@ class Trial:
         return whole, local
 
     def backward(
-        self, seed: int, outs: tuple[Out | None, ...], kinds: tuple[Kind, ...]
+        self, seed: int, outs: tuple[Held | None, ...], kinds: tuple[Kind, ...]
     ) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
         """Runs the step backward: the model's gradients of the operands, and each rank's."""
         training = self.mode(seed)
@@ -142,7 +142,7 @@ class Trial:
         rest = iter(found)
         return [next(rest) if g.operand.grad else None for g in self.given]
 
-    def _share(self, gradient: Tensor, out: Out | None, over: Over, generator: torch.Generator) -> list[Tensor]:
+    def _share(self, gradient: Tensor, out: Held | None, over: Over, generator: torch.Generator) -> list[Tensor]:
         """Splits a result's gradient into parts, one for each rank, that sum to it over the given mesh dimensions."""
         assert out is not None
         sizes = ShrunkShape(out.operand.shape, tuple(gradient.shape), self.shrink)

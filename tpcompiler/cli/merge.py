@@ -9,8 +9,8 @@ import typer
 
 from tpcompiler.cli.options import AsJson, Set
 from tpcompiler.cli.screen import Screen
-from tpcompiler.cli.tables import size
 from tpcompiler.errors import TpcError
+from tpcompiler.program import format_bytes
 
 
 def merge(
@@ -54,7 +54,7 @@ def merge(
 
         files = put_together(directory, out, dtype, model, settings, average, progress=stages.bytes)
         written = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
-    screen.show(*(f"{f['file']}  {size(file.stat().st_size)}" for f, file in zip(written, files, strict=True)))
+    screen.show(*(f"{f['file']}  {format_bytes(file.stat().st_size)}" for f, file in zip(written, files, strict=True)))
     screen.result({"files": written})
 
 

@@ -13,6 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from tpcompiler.program import format_bytes
+
 Row = Mapping[str, Any]
 Folded = Sequence[tuple[str, Sequence[Row]]]  # groups of rows: each has a common name and is drawn as one line
 
@@ -83,7 +85,7 @@ def _collectives_wide(groups: Folded) -> Table:
         table.add_row(where, kind, arrow, " · ".join(row["over"]), *_traffic(group), reason)
     table.add_section()
     for direction, count, total in _totals(groups):
-        table.add_row("all", "", _DIRECTION[direction], "", "", f"× {count}", size(total), "", style="bold")
+        table.add_row("all", "", _DIRECTION[direction], "", "", f"× {count}", format_bytes(total), "", style="bold")
     if not groups:
         table.add_row("none")
     return table
@@ -100,7 +102,7 @@ def _collectives_narrow(groups: Folded) -> Table:
         table.add_row(_below(where, reason), kind, *_traffic(group))
     table.add_section()
     for direction, count, total in _totals(groups):
-        table.add_row("all", _arrow(direction, direction), "", f"× {count}", size(total), style="bold")
+        table.add_row("all", _arrow(direction, direction), "", f"× {count}", format_bytes(total), style="bold")
     if not groups:
         table.add_row("none")
     return table
@@ -109,7 +111,7 @@ def _collectives_narrow(groups: Folded) -> Table:
 def _traffic(group: Sequence[Row]) -> tuple[str, str, str]:
     """The bytes of one collective, how many there are, and the bytes of all."""
     each, count = group[0]["bytes"], _times(group)
-    return size(each), f"× {count}", size(count * each)
+    return format_bytes(each), f"× {count}", format_bytes(count * each)
 
 
 def _arrow(direction: str, word: str) -> Text:
@@ -132,7 +134,7 @@ def memory(row: Row, device_gib: float | None = None) -> RenderableType:
     """The table of memory on the rank that holds most. Activations, which depend on the batch, are not included."""
     table = _table(numbers=("parameters", "gradients", "optimizer", "total"))
     table.columns[-1].style = "bold"
-    cells = [size(row[key]) for key in ("parameters", "gradients", "optimizer", "total")]
+    cells = [format_bytes(row[key]) for key in ("parameters", "gradients", "optimizer", "total")]
     if device_gib:
         share = row["total"] / (device_gib * 2**30)
         table.add_column(f"of {device_gib:g} GiB", justify="right", style="red" if share > 1 else "green")
@@ -151,7 +153,11 @@ def replicated(rows: Sequence[Row]) -> RenderableType | None:
     for name, group in sorted(folded, key=lambda f: -sum(r["bytes"] for r in f[1])):
         total = sum(r["bytes"] for r in group)
         table.add_row(
-            name, f"× {len(group)}", size(group[0]["bytes"]), size(total), _one_of([r["reason"] for r in group])
+            name,
+            f"× {len(group)}",
+            format_bytes(group[0]["bytes"]),
+            format_bytes(total),
+            _one_of([r["reason"] for r in group]),
         )
     return _titled("Replicated", "every rank holds it whole", table)
 
@@ -242,15 +248,6 @@ def local_sizes(local: Sequence[int]) -> str:
         else:
             runs.append([n, 1])
     return ", ".join(f"{n:,}" if k == 1 else f"{n:,} × {k}" for n, k in runs)
-
-
-def size(n: float) -> str:
-    """Bytes for people: `48.0 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(n) < 1024:
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} TiB"
 
 
 def error(value: float | None) -> str:

@@ -20,7 +20,7 @@ from tpcompiler import runtime
 from tpcompiler.api import Sharded
 from tpcompiler.axes.map import Relation
 from tpcompiler.graphs import cause_of
-from tpcompiler.ops.operands import op_name
+from tpcompiler.ops.operands import bind, op_name
 from tpcompiler.plan.weighing import AxisFacts
 from tpcompiler.program import Parameter
 from tpcompiler.runtime.mesh import chunk
@@ -143,7 +143,7 @@ class _Reader:
         for argument, place, term in relation.sizes:
             if leaf not in self.axes.leaves(term):
                 continue
-            given = _argument(node, argument)
+            given = bind(node)[argument]
             size = given[place] if place is not None and isinstance(given, (list, tuple)) else given
             if isinstance(size, int) and size != -1:
                 raise _Unsaid(f"{op_name(node)}{_line(node)} writes its size, {size}, where a rank has fewer")
@@ -177,14 +177,6 @@ class _Reader:
         if kind == "bias" or at == [0]:
             return module, "head" if head else "column"
         return module, "row"
-
-
-def _argument(node: fx.Node, name: str) -> object:
-    schema = node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
-    if name in node.kwargs or schema is None:
-        return node.kwargs.get(name)
-    place = next((i for i, a in enumerate(schema.arguments) if a.name == name), len(node.args))
-    return node.args[place] if place < len(node.args) else None
 
 
 def _line(node: fx.Node) -> str:

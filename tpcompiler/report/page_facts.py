@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import yaml
 
-from tpcompiler.api import MOMENTS, Sharded
+from tpcompiler.api import Sharded
 from tpcompiler.cost.layer_timeline import Event
+from tpcompiler.program import format_bytes
 from tpcompiler.report.predicted import Predicted
 
 WIDTH, ROW = 1000, 34  # of the timeline's drawing
 _PHASES = {"forward": "Forward", "again": "Computed again", "backward": "Backward"}
-_KINDS = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter"}
 _MOST = 16  # bars; of more ranks, those with the same sizes share one
 
 
@@ -48,8 +47,8 @@ def page_facts(sharded: Sharded, found: Predicted, lines: Sequence[Mapping[str, 
         "blocks": _blocks(report),
         "crossing": _totals(report["collectives"]),
         "memory": _memory(sharded, found),
-        "device": _size(sharded.spec.hardware.memory_gib * 2**30),
-        "replicated": [{**r, "said": _size(r["bytes"])} for r in _largest(report["replicated"])],
+        "device": format_bytes(sharded.spec.hardware.memory_gib * 2**30),
+        "replicated": [{**r, "said": format_bytes(r["bytes"])} for r in _largest(report["replicated"])],
         "fraction": f"{report['sharded_fraction']:.1%}",
         "step": _step(found),
         "timeline": _timeline(found),
@@ -81,10 +80,10 @@ def _blocks(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _crossing(c: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "kind": _KINDS.get(c["kind"], c["kind"]),
+        "kind": c["kind"].replace("_", "-"),
         "direction": c["direction"],
         "over": " · ".join(c["over"]),
-        "said": _size(c["bytes"]),
+        "said": format_bytes(c["bytes"]),
         "count": c["count"],
         "reason": c["reason"],
     }
@@ -96,7 +95,7 @@ def _totals(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         mine = [c for c in rows if c["direction"] == direction]
         if mine:
             total = sum(c["bytes"] * c["count"] for c in mine)
-            out.append(f"{direction}: {sum(c['count'] for c in mine)} collectives, {_size(total)}")
+            out.append(f"{direction}: {sum(c['count'] for c in mine)} collectives, {format_bytes(total)}")
     return out
 
 
@@ -110,7 +109,7 @@ def _memory(sharded: Sharded, found: Predicted) -> list[Bar]:
     whole = sharded.spec.hardware.memory_gib * 2**30
     alike: dict[tuple[int, ...], list[int]] = {}
     for rank in range(mesh.degree(tuple(n for n in mesh.names if n != "data"))):
-        alike.setdefault(_held(sharded, rank), []).append(rank)
+        alike.setdefault(sharded.memory_on(rank), []).append(rank)
     apart = sum(map(len, alike.values())) <= _MOST
     rows = (
         [([r], sizes) for sizes, ranks in alike.items() for r in ranks]
@@ -123,26 +122,12 @@ def _memory(sharded: Sharded, found: Predicted) -> list[Bar]:
     for ranks, held in sorted(rows, key=lambda row: row[0][0]):
         parts, start = [], 0.0
         for name, n in zip(names, (*held, *more), strict=True):
-            parts.append(Part(name, _size(n), start, min(100 * n / whole, 100 - start), name))
+            parts.append(Part(name, format_bytes(n), start, min(100 * n / whole, 100 - start), name))
             start += parts[-1].share
         label = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks, the first is {ranks[0]}"
         total = sum(held) + sum(more)
-        out.append(Bar(label, f"{_size(total)}, {total / whole:.0%}", tuple(parts)))
+        out.append(Bar(label, f"{format_bytes(total)}, {total / whole:.0%}", tuple(parts)))
     return out
-
-
-def _held(sharded: Sharded, rank: int) -> tuple[int, int, int]:
-    """Bytes of parameters, gradients and Adam's moments on a rank, as `Sharded.memory` counts them."""
-    mesh = sharded.program.mesh
-    coords = mesh.coords(rank)
-    held = trained = moments = 0
-    for p in sharded.capture.parameters:
-        n = prod(dim.local_size(mesh, coords) for dim in sharded.program.dims[p.name])
-        held += n * p.dtype.itemsize
-        if p.trainable and not p.buffer:
-            trained += n * p.dtype.itemsize
-            moments += n * MOMENTS
-    return held, trained, moments
 
 
 def _step(found: Predicted) -> dict[str, Any]:
@@ -199,7 +184,7 @@ def _drawn(e: Event, end: float) -> dict[str, Any]:
         "hidden_width": round(WIDTH * e.hidden / end, 2),
         "us": f"{e.seconds * 1e6:,.1f}",
         "hidden": f"{e.hidden * 1e6:,.1f}",
-        "said": _size(e.bytes) if e.crosses else "",
+        "said": format_bytes(e.bytes) if e.crosses else "",
     }
 
 
@@ -216,12 +201,3 @@ def _diff(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         if sharded is not None:
             out.append({"kind": line["collective"] or "inserted", "mark": "+", "text": sharded})
     return out
-
-
-def _size(n: float) -> str:
-    """Bytes for people: `48.0 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(n) < 1024:
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} TiB"

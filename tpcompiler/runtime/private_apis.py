@@ -18,6 +18,7 @@ __all__ = [
     "begin_all_reduce",
     "finish",
     "is_factory",
+    "memory_of",
     "pytree",
     "reduce_scatter",
 ]
@@ -63,6 +64,11 @@ def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
 
 def _wait(x: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(x)
+
+
+def memory_of(t: Tensor) -> int:
+    """An identity of a tensor's memory, which its views share. Public way tried: `data_ptr`, which is 0 on meta."""
+    return int(t.untyped_storage()._cdata)
 
 
 def is_factory(target: Any) -> bool:

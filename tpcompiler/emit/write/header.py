@@ -9,8 +9,7 @@ from typing import Any
 
 from tpcompiler.emit.text.expr import quoted
 from tpcompiler.emit.text.wrap import LIMIT
-from tpcompiler.emit.write.remarks import amount
-from tpcompiler.program import Collective, Program
+from tpcompiler.program import Collective, Program, format_bytes
 
 _REASON = 20  # the narrowest column for reasons
 _HANG = " " * 8
@@ -54,7 +53,7 @@ def _collectives(collectives: tuple[Collective, ...]) -> Iterable[str]:
         return
     yield from ("", "What crosses ranks in a step, at the sizes of the example:", "")
     rows = [
-        (f"{times} ×", kind.replace("_", "-"), direction, "·".join(over), amount(size), block, reason)
+        (f"{times} ×", kind.replace("_", "-"), direction, "·".join(over), format_bytes(size), block, reason)
         for (block, kind, direction, over, size, reason), times in found.items()
     ]
     widths = [max(len(r[i]) for r in rows) for i in range(6)]

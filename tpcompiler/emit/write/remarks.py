@@ -8,6 +8,7 @@ from tpcompiler.emit.names import symbols
 from tpcompiler.emit.ops.nodes import NodeResult, count, items, node_of
 from tpcompiler.emit.write.scope import File
 from tpcompiler.graphs import note_of
+from tpcompiler.program import format_bytes
 
 
 def shape_of(file: File, v: NodeResult) -> str | None:
@@ -34,16 +35,6 @@ def notes(file: File, node: fx.Node) -> str:
         return note_of(node)
     said = []
     for c in found:
-        text = c.kind.replace("_", "-") + (f" {amount(c.bytes)}" if c.bytes else "")
+        text = c.kind.replace("_", "-") + (f" {format_bytes(c.bytes)}" if c.bytes else "")
         said.append(f"backward: {text}" if c.direction == "backward" else text)
     return ", ".join(said)
-
-
-def amount(n: float) -> str:
-    """A number of bytes for a reader: `48.0 MiB`."""
-    if n < 1024:
-        return f"{n:.0f} B"
-    units = ["KiB", "MiB", "GiB", "TiB"]
-    while len(units) > 1 and n >= 1024 * 1024:
-        n, units = n / 1024, units[1:]
-    return f"{n / 1024:.1f} {units[0]}"
