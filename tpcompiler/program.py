@@ -171,6 +171,7 @@ class Program:
     dims: dict[str, tuple[Dim, ...]]  # parameter name → layout
     collectives: tuple[Collective, ...] = ()
     left_sharded: frozenset[int] = frozenset()  # indices of the outputs that the spec leaves sharded
+    taught: frozenset[str] = frozenset()  # operations that a user's rule speaks of, such as `mylib.rotate.default`
 
     def __str__(self) -> str:
         return f"{self.capture.model} over {self.mesh}\n" + "\n".join(map(_printed, self.graph.nodes))

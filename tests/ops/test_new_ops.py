@@ -114,6 +114,7 @@ def test_one_line_splits_runs_differentiates_counts_and_proves(op: str, degree: 
     forward = [c for c in sharded.program.collectives if c.direction == "forward"]
     assert len(forward) == reduces, [str(c) for c in forward]
     assert sharded.check.passed, str(sharded.check)
+    assert len(sharded.check.ran) == 1 and "run on random operands" in str(sharded.check), "no fact speaks of the op"
     assert forward_flops(sharded.capture.graph, {"x": (3, 7, HIDDEN)}) == flops
     report = tpc.verify(model, inputs, _spec(degree))  # every rank, forward and backward, against the plain model
     assert report.passed, str(report)

@@ -47,7 +47,7 @@ def check(program: Program, *, source: str | None = None) -> CheckReport:
     """
     start = time.perf_counter()
     geometry = Geometry(program.mesh)
-    steps = Steps(geometry)
+    steps = Steps(geometry, program.taught)
     refused = tuple(uncovered(program, geometry))
     nodes = live_nodes(program.graph)
     if not refused:
@@ -56,7 +56,8 @@ def check(program: Program, *, source: str | None = None) -> CheckReport:
             refused = _structure(program, taken) or _first_that_runs(program, geometry, steps, taken)
             if not refused and source is not None:
                 refused = _source(program, source, geometry, taken)
-    return CheckReport(len(nodes), len(steps.known), time.perf_counter() - start, refused)
+    seconds = time.perf_counter() - start
+    return CheckReport(len(nodes), len(steps.known), seconds, refused, tuple(sorted(steps.ran)))
 
 
 @contextmanager

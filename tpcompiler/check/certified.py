@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from tpcompiler.check import move_forms, part_facts  # noqa: F401  (they state facts)
 from tpcompiler.check.calls import Call
 from tpcompiler.check.claims import Claim, Geometry
@@ -40,12 +38,3 @@ def certified(
         return found if isinstance(found, Fact) else derive(geometry, found, given, made)
     except (RefutedError, UnknownRowsError) as e:
         return Wrong(str(e))
-
-
-def speaks_of(call: Call) -> bool:
-    """Whether an operation is one of torch's or the runtime's, of which facts alone decide."""
-    return not isinstance(call.target, torch._ops.OpOverload) or call.target.namespace in (
-        "aten",
-        "tpcompiler",
-        "prims",
-    )

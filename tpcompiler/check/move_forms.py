@@ -253,8 +253,8 @@ def _(s: Site) -> Form:
     )
 
 
-@states("scatter scatter_add scatter_reduce index_add index_copy select_scatter slice_scatter index_fill")
-def _(s: Site) -> Form:
+@states("scatter scatter_add scatter_reduce index_add index_copy select_scatter index_fill")
+def written_along(s: Site) -> Form:
     """Written along one dimension, which is taken as a whole; the others stay where they are."""
     x = s.a["self"]
     shape = s.shape(x)

@@ -8,6 +8,7 @@ from typing import Any
 from tpcompiler.check.calls import Slot
 from tpcompiler.check.claims import Claim, Rows
 from tpcompiler.check.form import Fact, Form, RefutedError
+from tpcompiler.check.move_forms import written_along
 from tpcompiler.check.row_algebra import before, joined, lengths, sliced
 from tpcompiler.check.site import Site, numbered, plain, states
 from tpcompiler.layout import LocalSize
@@ -44,21 +45,26 @@ def _(s: Site) -> Form | Fact:
 def _of_split(s: Site, x: Slot, d: int, rows: Rows) -> Fact:
     """Parts of a dimension that is split: each rank must take those of its rows that lie in the model's part."""
     size = s.shape(x)[d]
-    whole = _ends(s, s.a, lambda r: size, 1)
-    local = _ends(s, s.local, lengths(rows).__getitem__, s.geometry.size)
     claim = s.given[x.i].claim
     claims = []
-    for [(start, stop)], ends in zip(whole, local, strict=True):
-        for r, (a, b) in enumerate(ends):
-            if (a, b) != (before(rows, r, start), before(rows, r, stop)) and not (
-                a == b and before(rows, r, start) == before(rows, r, stop)
-            ):
-                raise RefutedError(
-                    f"rank {r} takes its rows {a} to {b}, which are not rows {start} to {stop} of the model"
-                )
+    for start, stop in _own_parts(s, rows, size, "takes"):
         part = sliced(s.geometry, rows, size, start, stop)
         claims.append(Claim((*claim.rows[:d], part, *claim.rows[d + 1 :]), claim.partial))
     return Fact(tuple(claims), ((),), claim.partial)
+
+
+def _own_parts(s: Site, rows: Rows, size: int, does: str) -> list[tuple[int, int]]:
+    """The model's parts. Raises `RefutedError` unless each rank's are the rows of them that it holds."""
+    whole = _ends(s, s.a, lambda r: size, 1)
+    local = _ends(s, s.local, lengths(rows).__getitem__, s.geometry.size)
+    for [(start, stop)], ends in zip(whole, local, strict=True):
+        for r, (a, b) in enumerate(ends):
+            mine = before(rows, r, start), before(rows, r, stop)
+            if (a, b) != mine and not (a == b and mine[0] == mine[1]):
+                raise RefutedError(
+                    f"rank {r} {does} its rows {a} to {b}, which are not rows {start} to {stop} of the model"
+                )
+    return [ends[0] for ends in whole]
 
 
 def _ends(s: Site, a: Any, size: Any, ranks: int) -> list[Ends]:
@@ -74,7 +80,7 @@ def _ends(s: Site, a: Any, size: Any, ranks: int) -> list[Ends]:
     def bounded(n: int, r: int) -> int:
         return min(max(n + size(r) if n < 0 else n, 0), size(r))
 
-    if s.name in ("slice", "narrow"):
+    if s.name in ("slice", "narrow", "slice_scatter"):
         start = a["start"] if a["start"] is not None else 0
         out = []
         for r in range(ranks):
@@ -165,6 +171,27 @@ def _joined(s: Site, parts: Sequence[Slot], rows: Sequence[Rows | None], d: int)
     made = joined(s.geometry, [(r, s.shape(p)[d]) for r, p in zip(rows, parts, strict=True)])
     claim = Claim((*claims[0].rows[:d], made, *claims[0].rows[d + 1 :]), claims[0].partial)
     return Fact((claim,), ((),) * len(s.given), claims[0].partial)
+
+
+@states("slice_scatter", ranked=True)
+def _(s: Site) -> Form | Fact:
+    """A part of a dimension is overwritten: of a split one, each rank writes those rows of the part that it holds."""
+    x, src = s.a["self"], s.a["src"]
+    d = s.dim("dim", s.rank(x), 0)
+    rows, size = s.rows(x, d), s.shape(x)[d]
+    if rows is None:
+        if s.call.by_rank:
+            raise RefutedError("each rank writes a part of its own into what all have whole")
+        return written_along(s)
+    if s.a.get("step", 1) != 1:
+        raise RefutedError(f"it writes with a step into dimension {d}, of which ranks hold rows {rows}")
+    ((start, stop),) = _own_parts(s, rows, size, "writes")
+    claim, written = (s.given[a.i].claim for a in (x, src))
+    if written.rows != (*claim.rows[:d], sliced(s.geometry, rows, size, start, stop), *claim.rows[d + 1 :]):
+        raise RefutedError("what is written is split in another way than what it is written into")
+    if claim.partial != written.partial:
+        raise RefutedError("it joins a whole value and a partial sum")
+    return Fact((claim,), ((),) * len(s.given), claim.partial)
 
 
 # -- constants ---------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ class CheckReport:
     distinct_steps: int  # how many different steps those nodes make
     seconds: float
     refused: tuple[Refusal, ...] = ()
+    ran: tuple[str, ...] = ()  # operations of a user's rule, whose steps were run and not proven
 
     @property
     def passed(self) -> bool:
@@ -41,11 +42,13 @@ class CheckReport:
             "nodes": self.nodes,
             "distinct_steps": self.distinct_steps,
             "seconds": round(self.seconds, 3),
+            "ran": list(self.ran),
             "refused": [vars(r) | {"said": str(r)} for r in self.refused],
         }
 
     def __str__(self) -> str:
         took = f"{self.nodes} nodes, {self.distinct_steps} distinct steps, {self.seconds:.1f} s"
         if self.passed:
-            return f"proven equal to the model, forward and backward: {took}"
+            but = f", but for {', '.join(self.ran)}, which were run on random operands" if self.ran else ""
+            return f"proven equal to the model, forward and backward{but}: {took}"
         return "\n".join([f"refused: {took}", *(f"  {r}" for r in self.refused)])

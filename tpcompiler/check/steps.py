@@ -12,14 +12,14 @@ ranks hold nothing in common make no difference and are left out of the set. Non
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from tpcompiler.check.calls import Call, outputs
-from tpcompiler.check.certified import certified, speaks_of
+from tpcompiler.check.certified import certified
 from tpcompiler.check.claims import Geometry
 from tpcompiler.check.cones import Cone, TensorInfo
 from tpcompiler.check.form import Fact, Held, Kind, Wrong
@@ -43,8 +43,10 @@ class Step:
 class Steps:
     """All steps established so far, on one mesh."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, geometry: Geometry, taught: Collection[str] = ()) -> None:
         self.geometry = geometry
+        self.taught = taught  # operations of a user's rule: their steps are run where no fact speaks of them
+        self.ran: set[str] = set()  # those of which a step was run
         self.known: dict[Any, Step | Wrong] = {}
         self.shapes: dict[Any, Any] = {}
         self.sampler = Sampler(geometry)
@@ -65,8 +67,9 @@ class Steps:
         if isinstance(fact, Fact):
             outs = tuple(None if m is None else Held(m, c) for m, c in zip(made, fact.claims, strict=True))
             return Step(call, whole, given, outs, many, fact)
-        if speaks_of(call):
+        if str(call.target) not in self.taught:
             return fact
+        self.ran.add(str(call.target))
         ran = self.sampler.forward(call, whole, given, made, hints)
         return ran if isinstance(ran, Wrong) else Step(call, whole, given, ran[0], many, ran[1])
 

@@ -41,7 +41,7 @@ def recall(name: str) -> CheckReport | None:
     """The proof of that name, if there is one; what cannot be read is none."""
     try:
         kept = json.loads(_path(name).read_text())
-        return CheckReport(int(kept["nodes"]), int(kept["distinct_steps"]), 0.0)
+        return CheckReport(int(kept["nodes"]), int(kept["distinct_steps"]), 0.0, (), tuple(map(str, kept["ran"])))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -55,7 +55,7 @@ def keep(name: str, report: CheckReport) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, new = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(handle, "w") as f:
-            json.dump({"nodes": report.nodes, "distinct_steps": report.distinct_steps}, f)
+            json.dump({"nodes": report.nodes, "distinct_steps": report.distinct_steps, "ran": report.ran}, f)
         os.replace(new, path)
     except OSError:
         return
@@ -80,7 +80,7 @@ def _judges() -> str:
 
 def _parts(program: Program, source: str | None) -> Iterator[str]:
     yield f"{source is None}{source}"
-    yield f"{program.mesh!r}{sorted(program.left_sharded)}"
+    yield f"{program.mesh!r}{sorted(program.left_sharded)}{sorted(program.taught)}"
     for name, dims in sorted(program.dims.items()):
         yield f"{name}{dims!r}"
     yield from _of_capture(program.capture)

@@ -80,6 +80,7 @@ class OpRule:
         gradient  gradients flow through the op to its operands
         forgets   backward needs neither the op's operands nor its result, as for a sum
         kept      selective recomputation keeps the result for backward instead of computing it again
+        taught    the record is a user's (`tpc.rule`)
         constant  the op reads no values, so that any rank can compute it
         sizes_alone  the op reads the sizes of its operand and none of its values
     Along the sequence, for generation token by token
@@ -103,6 +104,7 @@ class OpRule:
     gradient: bool = True
     forgets: bool = False
     kept: bool = False
+    taught: bool = False
     constant: bool = False
     sizes_alone: bool = False
     moves: bool = False

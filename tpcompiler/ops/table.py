@@ -156,10 +156,11 @@ def rule(op: str, line: str | OpRule, **known: Any) -> None:
 
     `op` is `namespace::name` or `namespace::name.overload`. The operands in the line are the op's tensor arguments, in
     order. `known` gives other fields of `OpRule`; a whole `OpRule` may stand in place of the line. The checker does not
-    trust the rule. Raises `RuleError` when the line cannot be read, or for a field that `OpRule` does not have.
+    trust the rule: where no fact of its own speaks of the op, it runs the op's calls, and the verdict says so. Raises
+    `RuleError` when the line cannot be read, or for a field that `OpRule` does not have.
     """
     try:
-        record = line if isinstance(line, OpRule) else OpRule(line, **known)
+        record = replace(line, taught=True) if isinstance(line, OpRule) else OpRule(line, **{**known, "taught": True})
     except (TypeError, ValueError) as e:
         raise RuleError(f"rule of {op}: {e}") from None
     if isinstance(record.line, str):

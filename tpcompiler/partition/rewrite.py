@@ -13,6 +13,7 @@ from tpcompiler.axes.infer import AxisMap, Relation
 from tpcompiler.graphs import erase_dead, layout_of
 from tpcompiler.layout import Factor, LocalRuns, unsplit
 from tpcompiler.ops.operands import op_name
+from tpcompiler.ops.table import find
 from tpcompiler.partition.builder import Applied, Builder
 from tpcompiler.partition.contraction import contraction
 from tpcompiler.partition.dropout import dropout
@@ -41,7 +42,8 @@ def partition(capture: Capture, axes: AxisMap, plan: Plan, spec: Spec) -> Progra
         p.name: tuple(Factor(n) for n in p.shape) if p.buffer else b.dims(axes.values[p.node][0])
         for p in capture.parameters
     }
-    return Program(b.graph, plan.mesh, capture, dims, left_sharded=left)
+    taught = frozenset(str(n.target) for n in b.graph.nodes if (rule := find(n.target)) is not None and rule.taught)
+    return Program(b.graph, plan.mesh, capture, dims, left_sharded=left, taught=taught)
 
 
 def _rewrite(b: Builder, node: fx.Node) -> fx.Node:
