@@ -66,7 +66,7 @@ class Written:
     directory: Path
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.nightly)])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     spec = Spec.load({"mesh": {"tensor": request.param}})
     loaded = load_model(f"hf:{directory()}", spec)

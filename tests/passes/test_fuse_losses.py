@@ -70,7 +70,7 @@ def joined_in(sharded: Sharded) -> list[fx.Node]:
 
 
 @pytest.mark.parametrize("way", list(_WAYS))
-@pytest.mark.parametrize("degree", [1, 3])
+@pytest.mark.parametrize("degree", [pytest.param(1, marks=pytest.mark.nightly), 3])
 def test_it_is_joined_where_the_logits_feed_the_loss_alone(way: str, degree: int) -> None:
     tied, bias = way == "flat", way in ("summed", "cast later")
     sharded = compiled(way, degree, tied, bias, overlap=degree == 3)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from tests.sample import sampled
 from tests.test_compile import small
 from tpcompiler.api import Sharded, compile_capture
 from tpcompiler.capture import capture
@@ -144,7 +145,7 @@ def test_layers_with_hooks_stay_whole() -> None:
     assert called == [4, 4]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sampled(MODELS, 2))
 def test_the_checker_proves_it(name: str) -> None:
     sharded = compiled(name, 2, "halves")
     assert "Halves(" in sharded.source

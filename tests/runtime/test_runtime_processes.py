@@ -134,6 +134,7 @@ def check(results: list[Result]) -> None:
 @pytest.mark.parametrize(
     ("backend", "lengths"), [("aot_eager", "one"), pytest.param("inductor", "some", marks=pytest.mark.nightly)]
 )
+@pytest.mark.nightly
 def test_two_processes_are_two_threads(backend: str, lengths: str, tmp_path: Path) -> None:
     check(in_processes(pair, 2, tmp_path, {"BACKEND": backend, "LENGTHS": lengths}))
 

@@ -94,6 +94,7 @@ def test_a_model_that_takes_documents_trains_at_every_degree(tmp_path: Path) -> 
     close(apart, in_threads(case, 2, 3))
 
 
+@pytest.mark.nightly
 def test_llama_of_hugging_face_keeps_documents_apart_by_their_positions(tmp_path: Path) -> None:
     """A batch of two documents a sample has the loss of the documents by themselves."""
     pytest.importorskip("transformers")

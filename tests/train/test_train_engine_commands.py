@@ -57,6 +57,7 @@ def test_ranks_are_started_and_give_one_json_object(tmp_path: Path) -> None:
     assert json.loads(out)["steps"] == 3
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 def test_a_rank_that_is_killed_ends_all_that_were_started(tmp_path: Path) -> None:
     running = launching(tmp_path, "--steps", "100000")

@@ -30,9 +30,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "family", ["gpt2", *(pytest.param(f, marks=pytest.mark.nightly) for f in FAMILIES if f != "gpt2")]
-)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.nightly) for f in FAMILIES])
 def test_a_family_comes_back_with_equal_logits(family: str, tmp_path: Path) -> None:
     architecture, sizes = FAMILIES[family]
     config = transformers.CONFIG_MAPPING[family](vocab_size=300, **sizes)

@@ -36,6 +36,7 @@ def test_complex_buffers_stay_complex() -> None:
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.nightly
 def test_a_model_that_returns_a_cache_by_default_is_taken_without_one() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}

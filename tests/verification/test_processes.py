@@ -77,7 +77,7 @@ def nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     assert not list(scratch.glob("tpc-*"))
 
 
-@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("degree", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_processes_agree_with_the_plain_model(degree: int) -> None:
     """Three heads over two ranks; two kv heads over four, which takes a mesh with two tensor dimensions."""
     sharded, run = checked(degree)
@@ -210,6 +210,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.nightly
 def test_a_program_runs_as_its_docstring_says_where_only_torch_and_the_runtime_are(tmp_path: Path) -> None:
     model = plain()
     out = tmp_path / "out"

@@ -46,7 +46,9 @@ def program(mesh: Mesh) -> Any:
     return SimpleNamespace(mesh=mesh, dims=dims, capture=SimpleNamespace(parameters=parameters))
 
 
-@pytest.mark.parametrize("degrees", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "degrees", [pytest.param(m, marks=pytest.mark.nightly if i else ()) for i, m in enumerate(MESHES)], ids=str
+)
 def test_a_manifest_of_512_ranks_takes_a_second(degrees: dict[str, int], tmp_path: Path) -> None:
     mesh = Mesh.of(degrees)
     layout.cache_clear()
