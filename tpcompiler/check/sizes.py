@@ -130,12 +130,12 @@ def beyond(capture: Capture, constants: Iterable[int], *, computed: bool) -> Ite
         yield Sizes({s: large[h] for s, h in known.items()})
 
 
-def short(capture: Capture, cuts: Iterable[int]) -> Iterator[Sizes]:
-    """Sizes at which other things happen than at large ones: a single element, and on both sides of every number at
-    which a program slices."""
+def short(capture: Capture, cuts: Iterable[int], *, ones: bool) -> Iterator[Sizes]:
+    """Sizes at which other things happen than at large ones: on both sides of every number at which a program slices,
+    and, where asked, a single element."""
     known = hints(capture)
     distinct = sorted(set(known.values()))
-    if distinct:
+    if distinct and ones:
         yield Sizes(dict.fromkeys(known, 1))
     for cut in sorted(cuts):
         for least in (cut // 2, cut + 1, 2 * cut - 1):

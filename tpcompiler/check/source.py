@@ -81,7 +81,7 @@ def _compare(program: Program, text: str, geometry: Geometry, taken: set[int]) -
             run.compare(order)
             cuts |= run.cuts
         if not i:
-            for graph in _short_graphs(program, geometry, ranks, cuts):
+            for graph in _short_graphs(program, geometry, ranks, cuts, ".squeeze(" in text):
                 _Run(program, names, fields, graph).compare({})
 
 
@@ -107,9 +107,12 @@ def _graphs(
     raise Refused(Refusal("the program", "", "a graph that can be read", failure))
 
 
-def _short_graphs(program: Program, geometry: Geometry, ranks: RankClass, cuts: set[int]) -> Iterator[OneGraph]:
-    """The graph in evaluation at short lengths, where it can be read: slices may be empty or whole there."""
-    for sizes in short(program.capture, cuts):
+def _short_graphs(
+    program: Program, geometry: Geometry, ranks: RankClass, cuts: set[int], squeezes: bool
+) -> Iterator[OneGraph]:
+    """The graph in evaluation at short lengths, where it can be read: slices may be empty or whole there. A single
+    element is what only a squeeze takes for something else."""
+    for sizes in short(program.capture, cuts, ones=squeezes):
         try:
             yield OneGraph(program, OneRank(Forms(), geometry, ranks), sizes, training=False)
         except Exception:  # the model itself does not take this length
