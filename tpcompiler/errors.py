@@ -1,4 +1,4 @@
-"""The one exception hierarchy: each error is one line for the user.
+"""The one exception hierarchy, in which each error is one line for the user, and how messages write sizes.
 
 A `TpcError` is for the user: it names the file, the key or the line of the model, the numbers, and what would work.
 Broken invariants of the compiler itself stay `AssertionError`s.
@@ -48,3 +48,13 @@ class RankEnded(SystemExit):
 
     def __init__(self, code: int = 2) -> None:
         super().__init__(code)
+
+
+def format_bytes(n: float) -> str:
+    """A number of bytes for a reader: `48.0 MiB`."""
+    if n < 1024:
+        return f"{n:.0f} B"
+    units = ["KiB", "MiB", "GiB", "TiB"]
+    while len(units) > 1 and n >= 1024 * 1024:
+        n, units = n / 1024, units[1:]
+    return f"{n / 1024:.1f} {units[0]}"

@@ -207,13 +207,3 @@ def _said(argument: Any) -> str:
     if isinstance(argument, list | tuple):
         return f"[{', '.join(map(_said, argument))}]"
     return str(argument)
-
-
-def format_bytes(n: float) -> str:
-    """A number of bytes for a reader: `48.0 MiB`."""
-    if n < 1024:
-        return f"{n:.0f} B"
-    units = ["KiB", "MiB", "GiB", "TiB"]
-    while len(units) > 1 and n >= 1024 * 1024:
-        n, units = n / 1024, units[1:]
-    return f"{n / 1024:.1f} {units[0]}"

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from tpcompiler.cli import main
-from tpcompiler.program import format_bytes
+from tpcompiler.errors import format_bytes
 from tpcompiler.spec.schema import Spec
 from tpcompiler.version import __version__
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from tpcompiler.cli import sides, tables
-from tpcompiler.program import format_bytes
+from tpcompiler.errors import format_bytes
 
 
 def drawn(picture: RenderableType | None, width: int = 120) -> str:

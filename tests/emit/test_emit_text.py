@@ -21,7 +21,7 @@ from tpcompiler.emit.ops.exact import spell
 from tpcompiler.emit.text.expr import ADD, MULTIPLY, UNARY, Expr, binary, constant, progression
 from tpcompiler.emit.text.subscript import select, slice_, unsqueeze
 from tpcompiler.emit.text.wrap import LIMIT, wrap
-from tpcompiler.program import format_bytes
+from tpcompiler.errors import format_bytes
 
 aten = torch.ops.aten
 leaves = st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=8))

@@ -9,8 +9,7 @@ import typer
 
 from tpcompiler.cli.options import AsJson, Set
 from tpcompiler.cli.screen import Screen
-from tpcompiler.errors import TpcError
-from tpcompiler.program import format_bytes
+from tpcompiler.errors import TpcError, format_bytes
 
 
 def merge(

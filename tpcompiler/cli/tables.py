@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tpcompiler.program import format_bytes
+from tpcompiler.errors import format_bytes
 
 Row = Mapping[str, Any]
 Folded = Sequence[tuple[str, Sequence[Row]]]  # groups of rows: each has a common name and is drawn as one line

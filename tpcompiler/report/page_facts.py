@@ -10,7 +10,7 @@ import yaml
 
 from tpcompiler.api import Sharded
 from tpcompiler.cost.layer_timeline import Event
-from tpcompiler.program import format_bytes
+from tpcompiler.errors import format_bytes
 from tpcompiler.report.predicted import Predicted
 
 WIDTH, ROW = 1000, 34  # of the timeline's drawing

@@ -9,7 +9,8 @@ from typing import Any
 
 from tpcompiler.emit.text.expr import quoted
 from tpcompiler.emit.text.wrap import LIMIT
-from tpcompiler.program import Collective, Program, format_bytes
+from tpcompiler.errors import format_bytes
+from tpcompiler.program import Collective, Program
 
 _REASON = 20  # the narrowest column for reasons
 _HANG = " " * 8

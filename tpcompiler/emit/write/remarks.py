@@ -7,8 +7,8 @@ from torch import fx
 from tpcompiler.emit.names import symbols
 from tpcompiler.emit.ops.nodes import NodeResult, count, items, node_of
 from tpcompiler.emit.write.scope import File
+from tpcompiler.errors import format_bytes
 from tpcompiler.graphs import note_of
-from tpcompiler.program import format_bytes
 
 
 def shape_of(file: File, v: NodeResult) -> str | None:
