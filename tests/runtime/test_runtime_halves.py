@@ -145,7 +145,7 @@ def test_layers_with_hooks_stay_whole() -> None:
     assert called == [4, 4]
 
 
-@pytest.mark.parametrize("name", sampled(MODELS, 2))
+@pytest.mark.parametrize("name", sampled(MODELS, 3))
 def test_the_checker_proves_it(name: str) -> None:
     sharded = compiled(name, 2, "halves")
     assert "Halves(" in sharded.source

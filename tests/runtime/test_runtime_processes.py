@@ -173,6 +173,7 @@ def four() -> list[Any]:
     return [first, second, part.group("b").all_gather(torch.tensor([dist.get_rank()]), 0)]
 
 
+@pytest.mark.nightly
 def test_four_processes_are_four_threads(tmp_path: Path) -> None:
     expected = run_ranks(Mesh.of({"a": 2, "b": 2}), collectives)
     for rank, (first, second, part) in enumerate(in_processes(four, 4, tmp_path)):
